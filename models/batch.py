@@ -1,0 +1,107 @@
+"""What goes into a network and what comes out: ``OccBatch`` and ``OccOutputs``.
+
+Shape legend, here and in every model file: ``B`` batch, ``V`` cameras, ``H W`` image rows and columns, ``X Y Z`` voxels,
+``C`` channels, ``K`` classes, ``Q`` queries, ``M`` selected voxels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class OccBatch:
+    """One training or evaluation batch. The first ``num_semantic`` frames carry semantic labels (S), the rest are
+    replayed or pre-training frames with binary labels only (B).
+
+    Attributes:
+        images: (B, V, 3, H, W) uint8 RGB, augmented; the model normalises.
+        intrinsics: (B, V, 3, 3) float32 of the un-augmented image.
+        camera_to_ego: (B, V, 4, 4) float32, camera -> ego at the key-frame, corrected for time (SPEC J.1).
+        post_rot, post_tran: (B, V, 3, 3), (B, V, 3) float32: image augmentation, pixel' = post_rot pixel + post_tran
+            on (u, v, depth).
+        bda: (B, 3, 3) float32: scene augmentation, x' = bda x in the ego frame. Labels are already augmented.
+        binary: (B, X, Y, Z) bool, True = occupied.
+        binary_valid: (B, X, Y, Z) bool; False voxels enter neither loss nor metric.
+        semantic: (S, X, Y, Z) uint8: class id, ``free_id`` = K, or 255 = ignore; S = ``num_semantic``, may be 0.
+        num_semantic: S.
+        keys: B frame keys.
+    """
+
+    images: Tensor
+    intrinsics: Tensor
+    camera_to_ego: Tensor
+    post_rot: Tensor
+    post_tran: Tensor
+    bda: Tensor
+    binary: Tensor
+    binary_valid: Tensor
+    semantic: Tensor
+    num_semantic: int
+    keys: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return self.images.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> OccBatch:
+        """The same batch on a device."""
+        return dataclasses.replace(
+            self,
+            **{
+                f.name: v.to(device, non_blocking=non_blocking)
+                for f in dataclasses.fields(self)
+                if isinstance(v := getattr(self, f.name), Tensor)
+            },
+        )
+
+
+@dataclass
+class OccOutputs:
+    """What a network says about an ``OccBatch``.
+
+    Attributes:
+        binary_logits: (B, Xb, Yb, Zb) float32 on the binary decoder's grid, > 0 = occupied. None in offboard mode.
+        semantic_logits: (max(S, 1), K, X, Y, Z) float32 on the full grid; None if the semantic part does not exist
+            (pre-training). With S = 0 the part ran on one detached frame so that every parameter took part
+            (DESIGN "Replay"): the loss must weigh it with 0.
+        selected: (S,) int64 number of voxels the sparse transformer worked on, for logging; or None.
+    """
+
+    binary_logits: Tensor | None
+    semantic_logits: Tensor | None = None
+    selected: Tensor | None = None
+
+
+def concat(semantic: OccBatch, binary: OccBatch | None) -> OccBatch:
+    """An S batch and a replayed B batch as one batch, S first, for one forward and one backward.
+
+    Raises:
+        ValueError: both differ in cameras, image size or grid.
+    """
+    if binary is None:
+        return semantic
+    for name in ("images", "binary"):
+        a, b = getattr(semantic, name).shape[1:], getattr(binary, name).shape[1:]
+        if a != b:
+            raise ValueError(
+                f"cannot replay: {name} of the semantic stream are {tuple(a)}, of the binary stream {tuple(b)}; "
+                "both recipes need the same cameras, image size and grid"
+            )
+    if binary.num_semantic:
+        binary = dataclasses.replace(binary, num_semantic=0, semantic=binary.semantic[:0])
+    joined = {
+        f.name: torch.cat([getattr(semantic, f.name), getattr(binary, f.name)])
+        for f in dataclasses.fields(OccBatch)
+        if f.name not in ("semantic", "num_semantic", "keys")
+    }
+    return OccBatch(
+        **joined,
+        semantic=semantic.semantic,
+        num_semantic=semantic.num_semantic,
+        keys=semantic.keys + binary.keys,
+    )

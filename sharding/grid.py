@@ -1,0 +1,121 @@
+"""The voxel grid: the only home of ranges, voxel sizes, axis order and frame.
+
+Every voxel array in occstream is indexed ``[x, y, z]`` (C order, so z varies fastest), x forward, y left, z up,
+voxel ``(i, j, k)`` covers ``[lower + index * voxel, lower + (index + 1) * voxel)``. The id of free space belongs to the
+taxonomy (``Taxonomy.free_id``), because one grid serves several taxonomies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class VoxelGrid:
+    """A box of equal voxels in the frame of one key-frame.
+
+    Attributes:
+        name: how recipes, manifests and error messages call it.
+        lower, upper: corners of the box, metres, in ``frame``.
+        voxel: edge lengths of one voxel, metres.
+        frame: ``"ego"`` (vehicle frame at the key-frame) or ``"lidar"`` (LiDAR frame at the key-frame).
+
+    Raises:
+        ValueError: the range is not a whole number of voxels, or a value is out of range.
+    """
+
+    name: str
+    lower: tuple[float, float, float]
+    upper: tuple[float, float, float]
+    voxel: tuple[float, float, float]
+    frame: str = "ego"
+
+    def __post_init__(self):
+        for field in ("lower", "upper", "voxel"):
+            value = tuple(float(v) for v in getattr(self, field))
+            if len(value) != 3:
+                raise ValueError(f"grid {self.name!r}: {field} needs three numbers (x, y, z), got {value}")
+            object.__setattr__(self, field, value)
+        if self.frame not in ("ego", "lidar"):
+            raise ValueError(f"grid {self.name!r}: frame is {self.frame!r}, must be 'ego' or 'lidar'")
+        for axis, lo, up, size in zip("xyz", self.lower, self.upper, self.voxel):
+            count = (up - lo) / size if size > 0 else 0
+            if count < 1 or abs(count - round(count)) > 1e-4:
+                raise ValueError(
+                    f"grid {self.name!r}: {axis} range {lo}..{up} m is not a whole number of {size} m voxels "
+                    f"({count:.4f}); change the range or the voxel size"
+                )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Number of voxels (X, Y, Z)."""
+        return tuple(round((u - l) / s) for l, u, s in zip(self.lower, self.upper, self.voxel))
+
+    @property
+    def size(self) -> int:
+        """X * Y * Z."""
+        return int(np.prod(self.shape))
+
+    def coarsen(self, factor: tuple[int, int, int]) -> VoxelGrid:
+        """The same box with voxels ``factor`` times larger per axis (2, 2, 1: half resolution in x and y)."""
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}/{'x'.join(map(str, factor))}",
+            voxel=tuple(s * f for s, f in zip(self.voxel, factor)),
+        )
+
+    def to_index(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Voxel of each point.
+
+        Args:
+            points: (..., 3) metres in ``frame``.
+
+        Returns:
+            index: (..., 3) int32, only meaningful where ``inside``.
+            inside: (...) bool.
+        """
+        scaled = (np.asarray(points, dtype=np.float64) - self.lower) / self.voxel
+        inside = np.all((scaled >= 0) & (scaled < self.shape), axis=-1)
+        index = np.floor(np.where(inside[..., None], scaled, 0)).astype(np.int32)
+        return index, inside
+
+    def centers(self, index: np.ndarray | None = None) -> np.ndarray:
+        """Voxel centres in metres, float64: (X, Y, Z, 3) for the whole grid, or (..., 3) of integer ``index``."""
+        if index is None:
+            index = np.stack(np.meshgrid(*(np.arange(n) for n in self.shape), indexing="ij"), axis=-1)
+        return np.asarray(self.lower) + (np.asarray(index) + 0.5) * self.voxel
+
+    def to_dict(self) -> dict:
+        """Plain JSON values; ``from_dict`` reads them back."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> VoxelGrid:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+    def same_voxels(self, other: VoxelGrid) -> bool:
+        """True if both describe the same voxels in the same frame, whatever their names."""
+        values = lambda g: np.array([*g.lower, *g.upper, *g.voxel])  # noqa: E731
+        return self.frame == other.frame and np.allclose(values(self), values(other), atol=1e-6)
+
+
+_PRESETS = [
+    # Occ3D-nuScenes (SPEC E.2), OpenScene (E.1), OpenOccupancy (E.3), SemanticKITTI SSC (E.4)
+    VoxelGrid("occ3d", (-40, -40, -1), (40, 40, 5.4), (0.4, 0.4, 0.4), "ego"),
+    VoxelGrid("openscene", (-50, -50, -4), (50, 50, 4), (0.5, 0.5, 0.5), "ego"),
+    VoxelGrid("openoccupancy", (-51.2, -51.2, -5), (51.2, 51.2, 3), (0.2, 0.2, 0.2), "lidar"),
+    VoxelGrid("semantickitti", (0, -25.6, -2), (51.2, 25.6, 4.4), (0.2, 0.2, 0.2), "lidar"),
+    # Ours: small enough to train on two CPU cores.
+    VoxelGrid("tiny", (-19.2, -19.2, -1), (19.2, 19.2, 5.4), (0.8, 0.8, 0.8), "ego"),
+]
+GRIDS: dict[str, VoxelGrid] = {g.name: g for g in _PRESETS}
+
+
+def get_grid(name: str) -> VoxelGrid:
+    """Preset by name. Raises ValueError that lists the presets."""
+    if name not in GRIDS:
+        raise ValueError(f"unknown grid {name!r}; presets: {', '.join(GRIDS)}")
+    return GRIDS[name]

@@ -1,0 +1,282 @@
+"""What one key-frame is, before and after the shards: ``Scene`` of ``Frame``s, and the taxonomies of their labels.
+
+Conventions, everywhere:
+
+* A pose ``a_to_b`` is a 4x4 float64 matrix that maps homogeneous points of frame a to frame b, metres.
+* Frames: *camera* (x right, y down, z forward), *lidar* (as the data set has it), *ego* (x forward, y left, z up, of the
+  vehicle at the key-frame, i.e. at ``Frame.timestamp``, unless said otherwise), *global* (fixed in the world).
+* Time stamps are integer microseconds.
+* Voxel arrays are (X, Y, Z), see ``grid``.
+* What a data set lacks is ``None``, never zeros.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from occstream.sharding.grid import VoxelGrid
+
+IGNORE = 255  # semantic id of voxels and points whose class is unknown; never enters a loss or a metric
+
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """Class names and what they mean. Ids are 0..K-1 in the order of ``classes``; ``free_id`` is K; ``IGNORE`` is 255.
+
+    Attributes:
+        name: how manifests and recipes call it.
+        classes: K class names.
+        things: names of the countable classes.
+        colors: K RGB triples 0..255 for pictures.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    things: frozenset[str]
+    colors: tuple[tuple[int, int, int], ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def free_id(self) -> int:
+        return len(self.classes)
+
+    def id(self, name: str) -> int:
+        return self.classes.index(name)
+
+
+# SPEC E.2: ids 0..16 as in the data set, 17 = free. nuScenes-lidarseg's 16 merged classes have the same ids 1..16.
+OCC3D = Taxonomy(
+    "occ3d",
+    (
+        "others", "barrier", "bicycle", "bus", "car", "construction_vehicle", "motorcycle", "pedestrian",
+        "traffic_cone", "trailer", "truck", "driveable_surface", "other_flat", "sidewalk", "terrain", "manmade",
+        "vegetation",
+    ),
+    frozenset({"bicycle", "bus", "car", "construction_vehicle", "motorcycle", "pedestrian", "trailer", "truck"}),
+    (
+        (60, 60, 60), (255, 120, 50), (255, 192, 203), (255, 255, 0), (0, 150, 245), (0, 200, 200), (200, 180, 0),
+        (230, 0, 0), (255, 240, 150), (135, 60, 0), (160, 32, 240), (170, 165, 175), (139, 137, 137), (110, 80, 110),
+        (150, 200, 80), (205, 170, 125), (0, 150, 0),
+    ),
+)  # fmt: skip
+
+# SPEC E.1: the 8 live classes of OpenScene in their order; raw ids are 0, 4, 5, 6, 7, 8, 9, 10 (11 = free).
+OPENSCENE = Taxonomy(
+    "openscene",
+    ("vehicle", "czone_sign", "bicycle", "generic_object", "pedestrian", "traffic_cone", "barrier", "background"),
+    frozenset({"vehicle", "bicycle", "pedestrian"}),
+    (
+        (0, 120, 230), (255, 215, 0), (255, 105, 180), (150, 75, 200), (230, 0, 0), (255, 150, 40), (130, 70, 10),
+        (150, 155, 150),
+    ),
+)  # fmt: skip
+
+TAXONOMIES: dict[str, Taxonomy] = {t.name: t for t in (OCC3D, OPENSCENE)}
+
+# Occ3D class name -> OpenScene class name, for sources whose native classes are Occ3D's.
+OCC3D_TO_OPENSCENE: Mapping[str, str] = {
+    "others": "generic_object", "barrier": "barrier", "bicycle": "bicycle", "bus": "vehicle", "car": "vehicle",
+    "construction_vehicle": "vehicle", "motorcycle": "bicycle", "pedestrian": "pedestrian",
+    "traffic_cone": "traffic_cone", "trailer": "vehicle", "truck": "vehicle", "driveable_surface": "background",
+    "other_flat": "background", "sidewalk": "background", "terrain": "background", "manmade": "background",
+    "vegetation": "background",
+}  # fmt: skip
+
+
+def get_taxonomy(name: str) -> Taxonomy:
+    """Taxonomy by name. Raises ValueError that lists the names."""
+    if name not in TAXONOMIES:
+        raise ValueError(f"unknown taxonomy {name!r}; known: {', '.join(TAXONOMIES)}")
+    return TAXONOMIES[name]
+
+
+@dataclass
+class Camera:
+    """One image of a key-frame.
+
+    Attributes:
+        jpeg: the encoded image, as the data set has it or re-encoded at packing.
+        width, height: pixels of ``jpeg``.
+        intrinsics: (3, 3) float64, pixels; the centre of the top-left pixel is (0, 0).
+        sensor_to_ego: camera -> ego at ``timestamp``.
+        ego_to_global: ego -> global at *this camera's* ``timestamp`` (not the key-frame's).
+        timestamp: microseconds.
+        distortion: coefficients as the data set gives them, or None (already undistorted or unknown).
+    """
+
+    jpeg: bytes
+    width: int
+    height: int
+    intrinsics: np.ndarray
+    sensor_to_ego: np.ndarray
+    ego_to_global: np.ndarray
+    timestamp: int
+    distortion: tuple[float, ...] | None = None
+
+
+@dataclass
+class LidarSweep:
+    """One turn of a LiDAR, not motion-compensated beyond what the data set did.
+
+    Attributes:
+        xyz: (N, 3) float32, metres, LiDAR frame.
+        intensity: (N,) float32 in the data set's unit, or None.
+        ring: (N,) uint8 beam number, or None.
+        time_lag: (N,) float32 seconds from the point to ``timestamp`` (>= 0: measured before), or None.
+        classes: (N,) uint8 ids of the scene's taxonomy, ``IGNORE`` where unknown, or None.
+        sensor_to_ego: LiDAR -> ego at ``timestamp``.
+        ego_to_global: ego -> global at ``timestamp``.
+        timestamp: microseconds.
+    """
+
+    xyz: np.ndarray
+    sensor_to_ego: np.ndarray
+    ego_to_global: np.ndarray
+    timestamp: int
+    intensity: np.ndarray | None = None
+    ring: np.ndarray | None = None
+    time_lag: np.ndarray | None = None
+    classes: np.ndarray | None = None
+
+
+@dataclass
+class Boxes:
+    """3D boxes of a key-frame.
+
+    Attributes:
+        boxes: (N, 7) float32: centre x, y, z; length (along the heading), width, height; yaw (rad, counter-clockwise
+            about z from x). Metres, ego frame of the key-frame.
+        names: N class names (of the scene's taxonomy where it has them, else the data set's own).
+        track_ids: N identities that persist over the scene.
+        velocity: (N, 2) float32 m/s, ego axes, NaN where unknown; or None.
+    """
+
+    boxes: np.ndarray
+    names: list[str]
+    track_ids: list[str]
+    velocity: np.ndarray | None = None
+
+
+@dataclass
+class Labels:
+    """Voxel labels of a key-frame on the scene's grid; every array is (X, Y, Z).
+
+    Attributes:
+        binary: bool, True = occupied. Meaningful where ``mask_lidar`` is True; elsewhere unknown.
+        semantic: uint8, class id, ``free_id`` or ``IGNORE``; or None.
+        mask_lidar: bool, True = observed (a hit or a free ray passed). None: the data set declares everything known.
+        mask_camera: bool, True = observed and in view of a camera; or None.
+    """
+
+    binary: np.ndarray
+    semantic: np.ndarray | None = None
+    mask_lidar: np.ndarray | None = None
+    mask_camera: np.ndarray | None = None
+
+
+@dataclass
+class Frame:
+    """One key-frame.
+
+    Attributes:
+        scene: name of its scene.
+        index: 0, 1, … in time order in the scene.
+        token: the data set's own id.
+        timestamp: microseconds.
+        ego_to_global: ego -> global at ``timestamp`` (the LiDAR's time stamp where there is a LiDAR).
+        cameras: by the data set's camera name; empty if the frame has none or they were not asked for.
+        lidar: the key sweep.
+        sweeps: further sweeps since the previous key-frame, oldest first; used to make labels, not written to shards.
+        boxes, labels: None if absent.
+    """
+
+    scene: str
+    index: int
+    token: str
+    timestamp: int
+    ego_to_global: np.ndarray
+    cameras: dict[str, Camera] = field(default_factory=dict)
+    lidar: LidarSweep | None = None
+    sweeps: list[LidarSweep] = field(default_factory=list)
+    boxes: Boxes | None = None
+    labels: Labels | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of the frame in shards, unique in a data set: ``<scene>-<index>``, without dots."""
+        return frame_key(self.scene, self.index)
+
+
+@dataclass
+class Scene:
+    """One drive of some seconds: the unit that shards, subsets and splits are made of.
+
+    Attributes:
+        name: unique in the data set; letters, digits, ``_`` and ``-``.
+        frames: in time order.
+        attributes: JSON values worth keeping (location, weather, rig, seed…).
+    """
+
+    name: str
+    frames: Sequence[Frame]
+    attributes: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        check_scene_name(self.name)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A raw data set. ``occstream.sharding.sources.<name>.open_source(root, **options)`` gives one.
+
+    Attributes:
+        name: goes into manifests.
+        taxonomy: of point classes and semantic labels.
+        grid: the grid of the labels that the source itself brings in ``Frame.labels``, or None if it brings none.
+    """
+
+    name: str
+    taxonomy: Taxonomy
+    grid: VoxelGrid | None
+
+    def scene_names(self) -> list[str]:
+        """All scenes in a fixed order, without loading them."""
+        ...
+
+    def load(self, name: str) -> Scene:
+        """One scene, complete. Raises ValueError naming file and remedy if the data is broken or missing."""
+        ...
+
+
+def iter_scenes(source: Source) -> Iterator[Scene]:
+    """Scenes of a source one by one, in order."""
+    for name in source.scene_names():
+        yield source.load(name)
+
+
+def frame_key(scene: str, index: int) -> str:
+    return f"{scene}-{index:04d}"
+
+
+def check_scene_name(name: str) -> None:
+    """Raises ValueError if the name cannot be a part of tar member names and URLs."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,120}", name):
+        raise ValueError(f"scene name {name!r}: use 1 to 120 letters, digits, '_' and '-' (it names shard members)")
+
+
+def camera_to_key_ego(frame: Frame, camera: Camera) -> np.ndarray:
+    """Camera -> ego at the key-frame, (4, 4) float64, corrected for the time between both (SPEC J.1)."""
+    return np.linalg.inv(frame.ego_to_global) @ camera.ego_to_global @ camera.sensor_to_ego
+
+
+def sweep_to_key_ego(frame: Frame, sweep: LidarSweep) -> np.ndarray:
+    """LiDAR -> ego at the key-frame, (4, 4) float64."""
+    return np.linalg.inv(frame.ego_to_global) @ sweep.ego_to_global @ sweep.sensor_to_ego
