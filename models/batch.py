@@ -1,7 +1,7 @@
 """What goes into a network and what comes out: ``OccBatch`` and ``OccOutputs``.
 
-Shape legend, here and in every model file: ``B`` batch, ``V`` cameras, ``H W`` image rows and columns, ``X Y Z`` voxels,
-``C`` channels, ``K`` classes, ``Q`` queries, ``M`` selected voxels.
+Shape legend, here and in every model file: ``B`` batch, ``V`` cameras, ``H W`` image rows and columns,
+``X Y Z`` voxels, ``C`` channels, ``K`` classes, ``Q`` queries, ``M`` selected voxels.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Conventions, everywhere:
 
 * A pose ``a_to_b`` is a 4x4 float64 matrix that maps homogeneous points of frame a to frame b, metres.
-* Frames: *camera* (x right, y down, z forward), *lidar* (as the data set has it), *ego* (x forward, y left, z up, of the
-  vehicle at the key-frame, i.e. at ``Frame.timestamp``, unless said otherwise), *global* (fixed in the world).
+* Frames: *camera* (x right, y down, z forward), *lidar* (as the data set has it), *ego* (x forward, y left, z up,
+  of the vehicle at the key-frame, i.e. at ``Frame.timestamp``, unless said otherwise), *global* (fixed in the world).
 * Time stamps are integer microseconds.
 * Voxel arrays are (X, Y, Z), see ``grid``.
 * What a data set lacks is ``None``, never zeros.
