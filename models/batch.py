@@ -105,3 +105,26 @@ def concat(semantic: OccBatch, binary: OccBatch | None) -> OccBatch:
         num_semantic=semantic.num_semantic,
         keys=semantic.keys + binary.keys,
     )
+
+
+def pool_binary(binary: Tensor, valid: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Binary labels on a coarser grid over the same box (SPEC A.7, our default).
+
+    A coarse voxel is occupied if any valid child is occupied, ignored if it has no valid child, else free.
+
+    Args:
+        binary, valid: (B, X, Y, Z) bool.
+        shape: (Xc, Yc, Zc), each a divisor of X, Y, Z.
+
+    Returns:
+        occupied, valid: (B, Xc, Yc, Zc) bool.
+
+    Raises:
+        ValueError: ``shape`` does not divide the grid.
+    """
+    full = binary.shape[1:]
+    if any(f % c for f, c in zip(full, shape)):
+        raise ValueError(f"cannot pool binary labels of shape {tuple(full)} to {tuple(shape)}: not a whole factor")
+    blocks = [n for f, c in zip(full, shape) for n in (c, f // c)]
+    pool = lambda x: x.reshape(-1, *blocks).any(6).any(4).any(2)  # noqa: E731
+    return pool(binary & valid), pool(valid)
