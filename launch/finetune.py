@@ -1,0 +1,9 @@
+"""Semantic fine-tuning with replay: ``deepspeed launch/finetune.py --recipe NAME [key=value …]`` (also ``python launch/finetune.py``)."""
+
+try:
+    from occstream.launch.run import main
+except ImportError as error:
+    raise SystemExit(f"cannot import occstream ({error}). From the repository's root run: pip install -e .") from None
+
+if __name__ == "__main__":
+    raise SystemExit(main("finetune"))

@@ -1,0 +1,9 @@
+"""Binary pre-training: ``deepspeed launch/pretrain.py --recipe NAME [key=value …]`` (also ``python launch/pretrain.py``)."""
+
+try:
+    from occstream.launch.run import main
+except ImportError as error:
+    raise SystemExit(f"cannot import occstream ({error}). From the repository's root run: pip install -e .") from None
+
+if __name__ == "__main__":
+    raise SystemExit(main("pretrain"))

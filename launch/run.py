@@ -1,0 +1,67 @@
+"""What ``launch/pretrain.py`` and ``launch/finetune.py`` share: arguments, process group, one training run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+
+def main(stage: str, argv: Sequence[str] | None = None) -> int:
+    """Runs one stage. Returns the exit code: 0 done, 2 wrong input, 3 training failed."""
+    parser = argparse.ArgumentParser(
+        prog=f"launch/{stage}.py",
+        description="Pre-trains on binary occupancy." if stage == "pretrain" else "Fine-tunes semantic occupancy.",
+        epilog="Overrides are dotted keys of the recipe, for example train.lr=1e-4 data.scenes=2000 output=runs/a. "
+        "Rerunning the same command resumes from the newest complete checkpoint.",
+    )
+    parser.add_argument("--recipe", required=True, help="name of a packaged recipe, or path of a .yaml file")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
+    return guarded(lambda: _run(stage, args.recipe, args.overrides))
+
+
+def _run(stage: str, recipe: str, overrides: Sequence[str]) -> int:
+    from occstream.pretrain.config import load_config
+
+    config = load_config(recipe, overrides, stage=stage)  # a wrong recipe fails before anything heavy starts
+
+    import torch.distributed as dist
+
+    from occstream.pretrain.engine import init_distributed
+    from occstream.pretrain.trainer import train
+
+    world = init_distributed(config.train.timeout_minutes)
+    try:
+        result = train(config, world)
+        if world.is_main:
+            print(
+                f"done: {result.steps} steps, {result.samples} samples, loss {result.loss:.4f}, "
+                f"{result.samples_per_s:.1f} samples/s; checkpoint {result.checkpoint}",
+                flush=True,
+            )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Runs ``work``; errors that a user can mend become one line on stderr and an exit code."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f"[rank {rank}] "
+    try:
+        return work()
+    except KeyboardInterrupt:
+        print(f"{where}interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError, PermissionError, FloatingPointError, ConnectionError) as error:
+        if os.environ.get("OCCSTREAM_TRACEBACK"):
+            raise
+        print(f"{where}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 3 if isinstance(error, FloatingPointError) else 2

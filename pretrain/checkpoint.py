@@ -1,0 +1,169 @@
+"""Checkpoints that are complete or not there, for any ZeRO stage and world size.
+
+One portable format instead of DeepSpeed's own (which cannot change the world size and loses BatchNorm statistics on
+conversion): a folder ``step-00000120`` with full fp32 values,
+
+    model.safetensors      parameters and buffers
+    ema.safetensors        averaged parameters and floating buffers (if EMA is on)
+    optimizer.safetensors  AdamW moments
+    state.json             position in the data, hyper-parameters, config, fingerprints, MLflow run
+    COMPLETE.json          sizes and SHA-256 of the others
+
+written beside its final name and renamed when whole. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+FORMAT = 1
+
+
+def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict, keep: int) -> Path:
+    """Writes one checkpoint (one rank only) and removes the oldest beyond ``keep``.
+
+    Args:
+        root: folder of the run's checkpoints.
+        tensors: file stem -> full CPU tensors by name.
+        state: JSON values.
+        keep: number of checkpoints to leave.
+    """
+    final = root / f"step-{step:08d}"
+    partial = root / f".partial-{step:08d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for stem, values in tensors.items():
+        save_file({k: v.contiguous() for k, v in values.items()}, partial / f"{stem}.safetensors")
+    (partial / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1))
+    files = {}
+    for path in sorted(partial.iterdir()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    (partial / "COMPLETE.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    for old in complete_steps(root)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def complete_steps(root: Path) -> list[Path]:
+    """Complete checkpoints below ``root``, oldest first."""
+    return sorted(p.parent for p in root.glob("step-*/COMPLETE.json"))
+
+
+def newest(root: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    found = complete_steps(root)
+    return found[-1] if found else None
+
+
+class Checkpoint:
+    """Reads one checkpoint folder, verified.
+
+    Args:
+        path: the folder ``step-…``, or a run's folder (its newest complete checkpoint is taken).
+
+    Raises:
+        ValueError: nothing complete there, or a file is missing, truncated or changed.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        if not (path / "COMPLETE.json").is_file():
+            candidates = [p for root in (path, path / "checkpoints") if (p := newest(root))]
+            if not candidates:
+                raise ValueError(f"{path}: no complete checkpoint there (no step-*/COMPLETE.json)")
+            path = candidates[0]
+        self.path = path
+        for name, want in json.loads((path / "COMPLETE.json").read_text())["files"].items():
+            file = path / name
+            if not file.is_file():
+                raise ValueError(f"{file}: missing, though {path.name} was complete; take another checkpoint")
+            if file.stat().st_size != want["size"] or _sha256(file) != want["sha256"]:
+                raise ValueError(f"{file}: damaged (size or SHA-256 differ from COMPLETE.json); take another checkpoint")
+        self.state = json.loads((path / "state.json").read_text())
+        if self.state.get("format") != FORMAT:
+            raise ValueError(f"{path}: checkpoint format {self.state.get('format')}, this version reads {FORMAT}")
+
+    def tensors(self, stem: str) -> dict[str, Tensor]:
+        """Tensors of one file by name; {} if the checkpoint has no such file."""
+        file = self.path / f"{stem}.safetensors"
+        return load_file(file) if file.exists() else {}
+
+    def weights(self) -> dict[str, Tensor]:
+        """What to evaluate or to start from: the averaged weights where there are any, else the last ones."""
+        return {**self.tensors("model"), **self.tensors("ema")}
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Weights of a checkpoint folder, a run's folder, an exported ``.safetensors``, or a plain ``.pt`` state dict."""
+    path = Path(path)
+    if path.is_dir():
+        return Checkpoint(path).weights()
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint (expected a run's folder, step-… folder or .safetensors file)")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: not a readable weights file ({str(error)[:120]})") from None
+    except Exception as error:
+        # weights_only refuses anything but tensors; say what to do instead of suggesting to trust the file.
+        raise ValueError(f"{path}: refused ({type(error).__name__}); save plain tensors, best as .safetensors") from None
+
+
+def load_declared(module: nn.Module, weights: Mapping[str, Tensor], expected: Iterable[str], origin: str) -> list[str]:
+    """Copies exactly the declared keys into a module.
+
+    Args:
+        module: receives the values.
+        weights: by name.
+        expected: keys of ``module.state_dict()`` that must come from ``weights``, all of them.
+        origin: path, for messages.
+
+    Returns:
+        Keys of the module that were not declared and keep their initial values.
+
+    Raises:
+        ValueError: a declared key is missing or has another shape; nothing is loaded then.
+    """
+    own = module.state_dict()
+    expected = list(expected)
+    missing = [k for k in expected if k not in weights]
+    shapes = [
+        f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in expected
+        if k in weights and weights[k].shape != own[k].shape
+    ]
+    if missing or shapes:
+        raise ValueError(
+            f"{origin} does not fit this model: {len(missing)} of {len(expected)} declared tensors are missing"
+            f"{_some(missing)}, {len(shapes)} have another shape{_some(shapes)}. "
+            "It was made by another model, grid or size; use the recipe that it was trained with"
+        )
+    with torch.no_grad():
+        for key in expected:
+            own[key].copy_(weights[key])
+    return [k for k in own if k not in set(expected)]
+
+
+def _some(items: list[str]) -> str:
+    return f" ({', '.join(items[:4])}{', …' if len(items) > 4 else ''})" if items else ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

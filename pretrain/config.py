@@ -1,0 +1,346 @@
+"""Recipes: typed settings, read from YAML plus dotted overrides, strictly.
+
+A recipe is a YAML file with the sections of ``Config``. ``load_config`` merges: defaults < recipe (< the recipe its
+``base:`` names) < overrides such as ``data.scenes=2000``. An unknown key is an error that names the nearest known key;
+a bad value says value, limit and remedy. The ``model`` section takes the fields of the registered model's own dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from occstream.models import model_entry
+from occstream.pretrain.augment import AugmentConfig
+from occstream.pretrain.losses import LossConfig
+from occstream.sharding.grid import VoxelGrid, get_grid
+from occstream.sharding.schema import TAXONOMIES, Taxonomy, get_taxonomy
+
+Mask = Literal["none", "lidar", "camera"]
+
+
+def _need(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass
+class DataConfig:
+    """The stream this stage trains on: binary labels for pre-training, semantic labels for fine-tuning."""
+
+    url: str = ""
+    """Root of a packed data set (holds ``manifest.json``): a folder, ``file://`` or ``s3://``."""
+    scenes: int | None = None
+    """Train on the first n scenes of the seeded permutation; subsets are nested. None: all that are not held out."""
+    subset_seed: int = 0
+    """Seed of the permutation that subsets are cut from. Keep it fixed over a study."""
+    holdout: int = 0
+    """Scenes at the end of that permutation that are never trained on (for evaluation)."""
+    cameras: tuple[str, ...] | None = None
+    """Camera names in order. None: those of the first frame, in its order."""
+    binary_from: Literal["labels", "semantic"] = "labels"
+    """Binary target: the packed binary labels, or B* made from the semantic labels (SPEC A.12)."""
+    mask: Mask = "none"
+    """Voxels outside this visibility mask enter neither loss nor metric (SPEC A.9: camera for Occ3D)."""
+
+    def __post_init__(self):
+        _need(self.scenes is None or self.scenes >= 1, f"scenes is {self.scenes}, must be at least 1 (or null for all)")
+        _need(self.holdout >= 0, f"holdout is {self.holdout}, must not be negative")
+
+
+@dataclass
+class ReplayConfig:
+    """Replay of pre-training frames (B) during fine-tuning (SPEC A.12). Off for S+B* and S."""
+
+    url: str = ""
+    """Data set with binary labels. Empty: no replay."""
+    batch: int | None = None
+    """B frames per step over all ranks, in addition to ``train.batch`` S frames. None: as many as S (our default)."""
+    scenes: int | None = None
+    """Pool of B scenes, cut like ``data.scenes``. None: all."""
+    draw: int | None = None
+    """Scenes drawn afresh from the pool for each pass. None: as many as there are S scenes."""
+    subset_seed: int = 0
+    """As ``data.subset_seed``."""
+    holdout: int = 0
+    """As ``data.holdout``."""
+    mask: Mask = "none"
+    """As ``data.mask``."""
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation at the end of training (and every ``every`` steps)."""
+
+    url: str = ""
+    """Data set to evaluate on. Empty: the held-out scenes of ``data.url``; none held out: no evaluation."""
+    scenes: int | None = None
+    """At most so many scenes of it. None: all."""
+    every: int = 0
+    """Steps between evaluations; 0: at the end only."""
+    batch: int = 8
+    """Frames per forward and rank."""
+    convention: Literal["occ3d", "openscene"] = "occ3d"
+    """How classes are averaged (SPEC F.1, F.2)."""
+    mask: Mask = "none"
+    """Mask of the metric, declared with the result."""
+    pictures: int = 1
+    """Pictures of predictions to draw at the end."""
+
+
+@dataclass
+class TrainConfig:
+    """Optimisation (SPEC A.10) and how it runs."""
+
+    seed: int = 0
+    """Seeds the initial weights, the data order, augmentation and dropout."""
+    batch: int = 8
+    """Frames of ``data`` per optimizer step over all ranks and micro-steps."""
+    accumulate: int = 1
+    """Micro-steps per optimizer step (DeepSpeed's gradient accumulation)."""
+    epochs: float = 24.0
+    """Passes over ``data``; ignored if ``steps`` is set."""
+    steps: int | None = None
+    """Optimizer steps in all. None: from ``epochs``."""
+    lr: float = 2e-4
+    """AdamW's learning rate at ``batch`` as given: not rescaled silently."""
+    weight_decay: float = 0.01
+    """On all parameters (no exceptions, as COTR)."""
+    warmup: int = 200
+    """Steps of linear warm-up from 0.001 of ``lr``."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After warm-up: constant (COTR's effective schedule) or cosine to ``min_lr_ratio``."""
+    min_lr_ratio: float = 1e-3
+    """Where cosine ends, as a share of ``lr``."""
+    clip: float = 5.0
+    """Gradient norm limit (L2 over all parameters)."""
+    ema: bool = True
+    """Evaluate and export an exponential moving average of all floating state (SPEC J.8)."""
+    ema_decay: float = 0.999
+    """Its decay in the long run."""
+    ema_start: int = 10_560
+    """The step count its warm-up starts with (COTR)."""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage 0 to 3."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: torch autocast over fp32 parameters (DESIGN "Precision")."""
+    init: str = ""
+    """Weights to start from: a checkpoint folder of a pre-training run, or an exported ``.safetensors``."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: at the end only."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    log_every: int = 10
+    """Steps between log lines."""
+    threads: int = 2
+    """Reader threads per stream and rank."""
+    timeout_minutes: float = 10.0
+    """A collective that takes longer ends the job (raise it for slow storage)."""
+
+    def __post_init__(self):
+        _need(self.batch >= 1, f"batch is {self.batch}, must be at least 1")
+        _need(self.accumulate >= 1, f"accumulate is {self.accumulate}, must be at least 1")
+        _need(
+            self.batch % self.accumulate == 0,
+            f"batch {self.batch} does not divide by accumulate {self.accumulate}; change one of them",
+        )
+        _need(self.zero_stage in (0, 1, 2, 3), f"zero_stage is {self.zero_stage}, must be 0, 1, 2 or 3")
+        _need(self.lr > 0, f"lr is {self.lr}, must be positive")
+        _need(self.steps is None or self.steps >= 1, f"steps is {self.steps}, must be at least 1 (or null)")
+        _need(self.epochs > 0, f"epochs is {self.epochs}, must be positive")
+        _need(self.keep >= 1, f"keep is {self.keep}, must be at least 1")
+
+
+@dataclass
+class TrackConfig:
+    """Where numbers go after the local JSONL."""
+
+    uri: str = "sqlite:///runs/mlflow.db"
+    """MLflow tracking URI (sqlite:///…, http://…). Empty: JSONL only."""
+    experiment: str = "occstream"
+    """MLflow experiment: one per study."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Tags of the run, e.g. study, arm: the axes that runs are compared by."""
+
+
+@dataclass
+class Config:
+    """Everything one training run depends on; goes into its checkpoints and its MLflow run."""
+
+    stage: Literal["pretrain", "finetune"] = "pretrain"
+    """pretrain: binary decoder only. finetune: the whole network."""
+    grid: str = "occ3d"
+    """Name of a ``VoxelGrid`` preset; must be the grid of the packed labels."""
+    taxonomy: str = "occ3d"
+    """Name of the taxonomy of the packed labels."""
+    output: str = "runs/default"
+    """Folder of this run: metrics.jsonl, checkpoints, pictures. Rerunning the same command resumes from it."""
+    data: DataConfig = field(default_factory=DataConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    model_name: str = "b2s_ls"
+    """Key of the model registry."""
+    model: Any = None
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def __post_init__(self):
+        _need(self.taxonomy in TAXONOMIES, f"taxonomy is {self.taxonomy!r}, must be one of {', '.join(TAXONOMIES)}")
+        get_grid(self.grid)
+        if self.model is None:
+            self.model = model_entry(self.model_name).config()
+
+    @property
+    def voxel_grid(self) -> VoxelGrid:
+        return get_grid(self.grid)
+
+    @property
+    def classes(self) -> Taxonomy:
+        return get_taxonomy(self.taxonomy)
+
+    def to_dict(self) -> dict:
+        """JSON values, complete: ``parse_config`` of it gives the same config."""
+        return _plain(self)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _dotted(cls: type, prefix: str = "") -> Iterable[str]:
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        yield prefix + f.name
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from _dotted(hints[f.name], f"{prefix}{f.name}.")
+
+
+def _build(cls: type, data: Any, path: str, known: list[str]) -> Any:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path or 'recipe'}: expected a section of keys, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in data.items():
+        full = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            raise ValueError(f"unknown key {full!r}{_nearest(full, str(key), known)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            values[key] = value if isinstance(value, hint) else _build(hint, value, full, known)
+        elif isinstance(value, dict) and any(dataclasses.is_dataclass(a) for a in typing.get_args(hint)):
+            inner = next(a for a in typing.get_args(hint) if dataclasses.is_dataclass(a))
+            values[key] = _build(inner, value, full, known)
+        else:
+            try:
+                values[key] = TypeAdapter(hint).validate_python(value)
+            except ValidationError as error:
+                reasons = "; ".join(dict.fromkeys(e["msg"] for e in error.errors()))
+                raise ValueError(f"{full} = {value!r}: {reasons}") from None
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}" if path else str(error)) from None
+
+
+def _nearest(full: str, key: str, known: list[str]) -> str:
+    same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == key]
+    near = same_leaf or difflib.get_close_matches(full, known, 1, 0.5)
+    if not near:
+        near = [k for k in known if difflib.get_close_matches(key, [k.rsplit(".", 1)[-1]], 1, 0.6)][:1]
+    return f"; did you mean {' or '.join(repr(k) for k in near[:3])}?" if near else ""
+
+
+def parse_config(data: Mapping[str, Any]) -> Config:
+    """A ``Config`` from nested plain values. Raises ValueError with the dotted key, the value and what would be right."""
+    data = dict(data)
+    entry = model_entry(data.get("model_name", Config.model_name))
+    known = [*_dotted(Config), *_dotted(entry.config, "model.")]
+    model = data.pop("model", None)
+    model = model if isinstance(model, entry.config) else _build(entry.config, model or {}, "model", known)
+    return _build(Config, {**data, "model": model}, "", known)
+
+
+def read_recipe(name: str) -> dict:
+    """Values of a recipe: a file path, or the name of one that comes with the package; ``base`` is merged below it."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"recipe {name!r}: no such file")
+        text, folder = path.read_text(), path.parent
+    else:
+        folder = Path(str(resources.files("occstream.launch.recipes")))
+        if not (folder / f"{name}.yaml").is_file():
+            names = sorted(p.stem for p in folder.glob("*.yaml"))
+            near = difflib.get_close_matches(name, names, 1)
+            raise ValueError(
+                f"unknown recipe {name!r}{f'; did you mean {near[0]!r}?' if near else ''} "
+                f"Recipes: {', '.join(names)}, or a path to a .yaml file"
+            )
+        text = (folder / f"{name}.yaml").read_text()
+    try:
+        data = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {name!r} is not valid YAML: {str(error).splitlines()[-1]}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"recipe {name!r}: expected sections of keys at the top level")
+    base = data.pop("base", None)
+    if base:
+        below = folder / base
+        data = merge(read_recipe(str(below) if below.suffix else base), data)
+    return data
+
+
+def merge(low: Mapping, high: Mapping) -> dict:
+    """Nested mappings merged key by key, ``high`` wins."""
+    out = dict(low)
+    for key, value in high.items():
+        nested = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merge(out[key], value) if nested else value
+    return out
+
+
+def parse_overrides(words: Iterable[str]) -> dict:
+    """``["train.lr=1e-3", "data.url=s3://b/x"]`` to nested values; values are YAML scalars or lists."""
+    out: dict = {}
+    for word in words:
+        key, sign, text = word.partition("=")
+        if not sign or not key:
+            raise ValueError(f"override {word!r}: write key=value, for example train.lr=1e-4")
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError:
+            value = text
+        if isinstance(value, str):
+            # YAML 1.1 reads 1e-4 as a string.
+            try:
+                value = float(value) if value.lower() not in ("nan", "inf", "-inf", "infinity") else value
+            except ValueError:
+                pass
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        out = merge(out, nested)
+    return out
+
+
+def load_config(recipe: str, overrides: Iterable[str] = (), **fixed: Any) -> Config:
+    """Recipe by name or path plus overrides; ``fixed`` are values the entry point decides, such as ``stage``."""
+    return parse_config(merge(merge(read_recipe(recipe), parse_overrides(overrides)), fixed))

@@ -1,0 +1,293 @@
+"""The DeepSpeed engine, the process group and what ZeRO does to a parameter: the only file that knows DeepSpeed's inside.
+
+It leans on private attributes of DeepSpeed (pinned exactly in pyproject.toml): ``single_partition_of_fp32_groups``,
+``fp32_partitioned_groups_flat``, ``ds_tensor``. ``tests/pretrain/test_distributed.py`` proves each by the next losses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import os
+import random
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from occstream.pretrain.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place. ``device`` is ``cuda:<local rank>`` if DeepSpeed's accelerator is CUDA, else ``cpu``."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init_distributed(timeout_minutes: float = 10.0) -> World:
+    """Joins the process group of the launcher; without a launcher (plain ``python``) a group of one process.
+
+    Returns:
+        rank, world size and device. CUDA uses NCCL, CPU uses gloo.
+    """
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    # DeepSpeed compiles this op with g++ at every first CPU start, only for inference all-reduce, which we never call.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({k: str(v) for k, v in alone.items()})
+    accelerator = get_accelerator()
+    cuda = accelerator.device_name() == "cuda"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo",
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            verbose=False,
+        )
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def seed_everything(*keys: int) -> None:
+    """Makes torch's, numpy's and Python's global generators a function of ``keys`` (weights, dropout)."""
+    state = np.random.SeedSequence([k & 0xFFFFFFFF for k in keys]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(state) & 0x7FFFFFFFFFFFFFFF)
+    np.random.seed(int(state) & 0xFFFFFFFF)  # noqa: NPY002  third-party layers may draw from it
+    random.seed(int(state))
+
+
+def build_engine(model: nn.Module, config: TrainConfig, world: World):
+    """DeepSpeed engine over AdamW with ZeRO ``config.zero_stage``; fp32 parameters and optimizer state always.
+
+    Args:
+        model: on the CPU or on ``world.device``, with the weights to start from: ZeRO copies them here.
+
+    Returns:
+        The engine. ``engine.optimizer.param_groups`` are live: the trainer sets ``lr`` itself.
+    """
+    import deepspeed
+
+    model.to(world.device)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
+    settings = {
+        # Only bookkeeping: the frames of a rank are the stream's business (a rank may even have none of one kind).
+        "train_micro_batch_size_per_gpu": max(1, config.batch // config.accumulate // world.size),
+        "gradient_accumulation_steps": config.accumulate,
+        "gradient_clipping": config.clip,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            # Buckets of DeepSpeed's default size (5e8 elements) would take 2 GB each.
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+            # Everything is partitioned and freed after use, so that EMA and checkpoints see one kind of parameter.
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,
+        },
+        "zero_allow_untested_optimizer": True,
+    }
+    if config.precision == "bf16":
+        # No "safe modules": gradients are reduced in fp32, whatever the forward computed in.
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    with _quiet(world):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+@contextlib.contextmanager
+def _quiet(world: World) -> Iterator[None]:
+    """DeepSpeed prints its whole configuration at every start; warnings stay."""
+    import logging
+
+    from deepspeed.utils import logger
+
+    level = logger.level
+    logger.setLevel(logging.WARNING if world.is_main else logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def learning_rate(samples: int, total: int, config: TrainConfig) -> float:
+    """Learning rate of the step that begins after ``samples`` frames (SPEC A.10): a function of samples, not of calls,
+    so that a resume at another world size continues the same curve.
+
+    Args:
+        samples: S frames already trained on.
+        total: S frames of the whole run.
+    """
+    warm = config.warmup * config.batch
+    if samples < warm:
+        return config.lr * (0.001 + 0.999 * samples / warm)
+    if config.schedule == "constant":
+        return config.lr
+    done = min(1.0, (samples - warm) / max(1, total - warm))
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+# --- parameters under ZeRO -------------------------------------------------------------------------------------------
+
+
+def is_partitioned(param: Tensor) -> bool:
+    """True for a ZeRO-3 parameter, whose values live in ``ds_tensor``, 1/world of them on each rank, zero-padded."""
+    return hasattr(param, "ds_tensor")
+
+
+def local_values(tensor: Tensor) -> Tensor:
+    """The values this rank holds: the whole tensor, or its ZeRO-3 slice (1-D)."""
+    return tensor.ds_tensor.data if is_partitioned(tensor) else tensor.data
+
+
+def to_local(tensor: Tensor, full: Tensor, world: World) -> Tensor:
+    """This rank's part of a full value, in the layout of ``local_values(tensor)``."""
+    if not is_partitioned(tensor):
+        return full
+    length = tensor.ds_tensor.ds_numel
+    padded = torch.zeros(length * world.size, dtype=full.dtype)
+    padded[: full.numel()] = full.reshape(-1).cpu()
+    return padded[world.rank * length : (world.rank + 1) * length]
+
+
+def to_full(tensor: Tensor, local: Tensor, world: World) -> Tensor:
+    """Inverse of ``to_local`` (collective for ZeRO-3); on the CPU."""
+    if not is_partitioned(tensor):
+        return local.detach().cpu().clone()
+    parts = [torch.empty_like(local) for _ in range(world.size)]
+    dist.all_gather(parts, local.contiguous())
+    return torch.cat(parts)[: tensor.ds_numel].reshape(tensor.ds_shape).cpu()
+
+
+def float_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and floating buffers by name (what an EMA averages)."""
+    yield from module.named_parameters()
+    for name, buffer in module.named_buffers():
+        if buffer.is_floating_point():
+            yield name, buffer
+
+
+class Ema:
+    """Exponential moving average of parameters and floating buffers (SPEC J.8), in fp32, on each rank's own slices."""
+
+    def __init__(self, module: nn.Module, config: TrainConfig):
+        self.decay, self.updates = config.ema_decay, config.ema_start
+        self.values = {name: local_values(t).detach().float().clone() for name, t in float_state(module)}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Call once after each optimizer step."""
+        self.updates += 1
+        decay = self.decay * (1 - math.exp(-self.updates / 2000))
+        state = [(self.values[name], local_values(t).float()) for name, t in float_state(module)]
+        torch._foreach_lerp_([old for old, _ in state], [new for _, new in state], 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """Within the context the module computes with the averaged values."""
+        kept = {name: local_values(t).clone() for name, t in float_state(module)}
+        self._write(module, self.values)
+        try:
+            yield
+        finally:
+            self._write(module, kept)
+
+    @staticmethod
+    @torch.no_grad()
+    def _write(module: nn.Module, values: dict[str, Tensor]) -> None:
+        for name, tensor in float_state(module):
+            local_values(tensor).copy_(values[name])
+
+
+def module_state(module: nn.Module, world: World) -> dict[str, Tensor]:
+    """Full parameters and buffers on the CPU, by name (collective). fp32 masters: we never train in lower precision."""
+    state = {name: to_full(p, local_values(p), world) for name, p in module.named_parameters()}
+    state.update({name: b.detach().cpu().clone() for name, b in module.named_buffers()})
+    persistent = set(module.state_dict().keys())
+    return {name: value for name, value in state.items() if name in persistent}
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def optimizer_state(engine, world: World) -> tuple[dict[str, Tensor], list[dict]]:
+    """AdamW's full moments by ``<moment>/<parameter>`` plus ``step`` (collective), and the hyper-parameters by group."""
+    from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
+
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    base = optimizer if stage == 0 else optimizer.optimizer
+    if stage in (1, 2):
+        # DeepSpeed links the states once, after the first group's first step: other groups would be missed.
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    tensors: dict[str, Tensor] = {}
+    for name, p in engine.module.named_parameters():
+        if not p.requires_grad:
+            continue
+        for moment in MOMENTS:
+            if stage == 0:
+                value = base.state[p][moment]
+            elif stage == 3:
+                value = to_full(p, safe_get_local_optimizer_state(p, moment).reshape(-1), world)
+            else:
+                value = safe_get_full_optimizer_state(p, moment)
+            tensors[f"{moment}/{name}"] = value.detach().reshape(_shape(p)).cpu().clone()
+    steps = {float(s["step"]) for s in base.state.values() if "step" in s}
+    tensors["step"] = torch.tensor(max(steps, default=0.0))
+    groups = [{k: v for k, v in g.items() if isinstance(v, (int, float, bool, str))} for g in base.param_groups]
+    return tensors, groups
+
+
+def load_optimizer_state(engine, tensors: dict[str, Tensor], groups: list[dict], world: World) -> None:
+    """Puts back what ``optimizer_state`` gave, at any stage and world size. Parameters must be loaded already."""
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    base = optimizer if stage == 0 else optimizer.optimizer
+    for group, saved in zip(base.param_groups, groups, strict=True):
+        group.update(saved)
+    named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+    if stage == 0:
+        for name, p in named:
+            moments = {m: tensors[f"{m}/{name}"].to(p.device, copy=True) for m in MOMENTS}
+            base.state[p] = {"step": tensors["step"].clone(), **moments}
+        return
+    flats = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    for flat in flats:
+        base.state[flat] = {"step": tensors["step"].clone(), **{m: torch.zeros_like(flat) for m in MOMENTS}}
+    if stage in (1, 2):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for name, p in named:
+        for moment in MOMENTS:
+            full = tensors[f"{moment}/{name}"]
+            if stage == 3:
+                safe_set_local_optimizer_state(p, to_local(p, full, world).to(world.device), moment)
+            else:
+                safe_set_full_optimizer_state(p, full.to(world.device), moment)
+
+
+def _shape(param: Tensor) -> torch.Size:
+    return param.ds_shape if is_partitioned(param) else param.shape

@@ -1,0 +1,328 @@
+"""The training loop: steps 6 to 13 of the walk (README), readable from top to bottom in ``train``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from occstream.evaluation.evaluate import EvalResult, evaluate
+from occstream.models import OccBatch, build_model
+from occstream.pretrain import checkpoint
+from occstream.pretrain.config import Config
+from occstream.pretrain.engine import (
+    Ema,
+    World,
+    build_engine,
+    learning_rate,
+    load_optimizer_state,
+    module_state,
+    optimizer_state,
+    seed_everything,
+    to_full,
+    to_local,
+    float_state,
+)
+from occstream.pretrain.losses import occupancy_loss
+from occstream.pretrain.replay import EvalData, TrainData
+from occstream.pretrain.tracking import Tracker
+
+# Settings that a resumed run may change: none of them changes what is learnt.
+_FREE = {
+    "output",
+    "track",
+    "eval",
+    "train.steps",
+    "train.epochs",
+    "train.zero_stage",
+    "train.save_every",
+    "train.keep",
+    "train.log_every",
+    "train.threads",
+    "train.timeout_minutes",
+}
+
+
+@dataclass
+class Result:
+    """What a run ended with."""
+
+    steps: int
+    samples: int
+    loss: float
+    samples_per_s: float
+    evaluation: EvalResult | None
+    checkpoint: Path | None
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+def create_model(config: Config) -> nn.Module:
+    """The network of a recipe; its initial weights depend only on ``train.seed``."""
+    seed_everything(config.train.seed)
+    return build_model(
+        config.model_name,
+        config.model,
+        grid=config.voxel_grid,
+        num_classes=config.classes.num_classes,
+        image_size=tuple(config.augment.image_size),
+        semantic=config.stage == "finetune",
+    )
+
+
+def train(config: Config, world: World) -> Result:
+    """Pre-trains or fine-tunes by the recipe, resuming from the newest complete checkpoint of ``config.output``.
+
+    Raises:
+        ValueError: recipe, data, checkpoint or initial weights do not fit each other.
+        FloatingPointError: loss or gradients are not finite (the step is not taken).
+    """
+    run, cfg = Path(config.output), config.train
+    data = TrainData(config, world)
+    total_samples = cfg.steps * cfg.batch if cfg.steps else round(cfg.epochs * data.epoch_samples)
+    total = math.ceil(total_samples / cfg.batch)
+
+    model = create_model(config)
+    saved = checkpoint.newest(run / "checkpoints")
+    saved = checkpoint.Checkpoint(saved) if saved else None
+    if saved:
+        _check_same_run(config, data, saved)
+        checkpoint.load_declared(model, saved.tensors("model"), model.state_dict(), str(saved.path))
+    elif cfg.init:
+        weights = checkpoint.read_weights(cfg.init)
+        fresh = checkpoint.load_declared(model, weights, model.transfer_keys(), cfg.init)
+        _say(world, f"started from {cfg.init}: all {len(weights)} declared tensors loaded, {len(fresh)} new")
+
+    engine = build_engine(model, cfg, world)
+    ema = Ema(engine.module, cfg) if cfg.ema else None
+    step, run_state = 0, {}
+    if saved:
+        run_state = saved.state
+        step = run_state["step"]
+        load_optimizer_state(engine, saved.tensors("optimizer"), run_state["groups"], world)
+        if ema:
+            ema.updates = run_state["ema_updates"]
+            averaged = saved.tensors("ema")
+            for name, tensor in float_state(engine.module):
+                ema.values[name].copy_(to_local(tensor, averaged[name], world))
+        data.load_state_dict(run_state["data"])
+        _say(world, f"resumed from {saved.path} at step {step}")
+
+    tracker = Tracker(
+        run,
+        config.track.uri,
+        config.track.experiment,
+        name=run.name,
+        tags={"stage": config.stage, "seed": str(cfg.seed), "data_fingerprint": data.fingerprint, **config.track.tags},
+        params={**config.to_dict(), "data_fingerprint": data.fingerprint, "world_size": world.size},
+        active=world.is_main,
+    )
+    guard = FiniteGuard(engine.module, run, world)
+    meter = Meter(step, total, cfg.batch, data, world)
+    status, last, evaluation, path = "FAILED", {}, None, saved.path if saved else None
+    try:
+        while step < total:
+            # Dropout is a function of the step too, so a resumed run draws what an uninterrupted one would.
+            seed_everything(cfg.seed, step, world.rank, 1)
+            rate = learning_rate(step * cfg.batch, total * cfg.batch, cfg)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = rate
+            loss, parts, keys = torch.zeros((), device=world.device), {}, []
+            for _ in range(cfg.accumulate):
+                batch: OccBatch = data.next()
+                keys += batch.keys
+                outputs = engine(batch)
+                micro_loss, micro_parts = occupancy_loss(outputs, batch, config.loss)
+                engine.backward(micro_loss)
+                loss += micro_loss.detach() / cfg.accumulate
+                for name, value in micro_parts.items():
+                    parts[name] = parts.get(name, 0.0) + value / cfg.accumulate
+                guard.check(micro_loss, step, keys)
+                engine.step()
+            if ema:
+                ema.update(engine.module)
+            step += 1
+            meter.step()
+
+            if step % cfg.log_every == 0 or step == total:
+                last = {"train/loss": _mean(loss, world)}
+                last |= {f"train/{name}": _mean(value, world) for name, value in parts.items()}
+                norm = engine.get_global_grad_norm()
+                last |= {"opt/lr": rate} | ({"opt/grad_norm": float(norm)} if norm is not None else {})
+                last |= meter.metrics()
+                tracker.log(step, last)
+                if world.is_main:
+                    meter.show(step, last)
+            if (cfg.save_every and step % cfg.save_every == 0) or step == total:
+                path = _save(config, data, engine, ema, step, tracker, world)
+            if config.eval.every and step % config.eval.every == 0 and step < total:
+                with meter.paused():
+                    _evaluate(config, engine, ema, data, tracker, step, world)
+
+        with meter.paused():
+            evaluation = _evaluate(config, engine, ema, data, tracker, step, world, pictures=config.eval.pictures)
+        status = "FINISHED"
+    finally:
+        data.close()
+        tracker.close(status)
+    return Result(
+        steps=step,
+        samples=step * cfg.batch,
+        loss=last.get("train/loss", float("nan")),
+        samples_per_s=meter.samples_per_s,
+        evaluation=evaluation,
+        checkpoint=path,
+        parts={k: v for k, v in last.items() if k.startswith("train/")},
+    )
+
+
+class FiniteGuard:
+    """Stops a run before a step that would write NaN or infinity into the weights."""
+
+    def __init__(self, module: nn.Module, run: Path, world: World):
+        self.run, self.world = run, world
+        self.sum = torch.zeros((), device=world.device)
+        for p in module.parameters():
+            if p.requires_grad:
+                p.register_hook(self._add)
+
+    def _add(self, grad: Tensor) -> None:
+        # One number per parameter: NaN and infinity survive the sum and the factor 0.
+        self.sum += grad.detach().float().sum() * 0.0
+
+    def check(self, loss: Tensor, step: int, keys: list[str]) -> None:
+        """All ranks agree (collective). Raises FloatingPointError that names the file with the step's frame keys."""
+        bad = (~torch.isfinite(loss.detach().float() + self.sum)).float()
+        self.sum.zero_()
+        if self.world.size > 1:
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        if bad.item() == 0:
+            return
+        file = self.run / f"nonfinite-step-{step:08d}-rank-{self.world.rank}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"step": step, "loss": float(loss), "keys": keys}, indent=1))
+        raise FloatingPointError(
+            f"step {step}: loss or gradients are not finite (loss {float(loss)}); no update was made. "
+            f"Frame keys are in {file}. Lower train.lr, raise train.warmup, or look at those frames"
+        )
+
+
+class Meter:
+    """Speed, data wait and time left, without start-up, evaluation and saves."""
+
+    def __init__(self, step: int, total: int, batch: int, data: TrainData, world: World):
+        self.total, self.batch, self.data, self.world = total, batch, data, world
+        self.first, self.now = step, step
+        self.times: deque[float] = deque(maxlen=100)
+        self.waits: deque[float] = deque(maxlen=100)
+        self.trained = 0.0
+        self.mark, self.waited = time.perf_counter(), data.waited
+
+    def step(self) -> None:
+        now = time.perf_counter()
+        self.now += 1
+        if self.now - self.first > 2:  # the first steps allocate and warm caches
+            self.times.append(now - self.mark)
+            self.waits.append(self.data.waited - self.waited)
+        self.mark, self.waited = now, self.data.waited
+
+    def paused(self):
+        """Time within the context is not counted."""
+        return _Pause(self)
+
+    @property
+    def samples_per_s(self) -> float:
+        """All frames (S and B) of all ranks."""
+        return self.data.frames_per_step * len(self.times) / sum(self.times) if self.times else float("nan")
+
+    def metrics(self) -> dict[str, float]:
+        if not self.times:
+            return {}
+        ordered = sorted(self.times)
+        out = {
+            "perf/samples_per_s": self.samples_per_s,
+            "perf/samples_per_s_per_rank": self.samples_per_s / self.world.size,
+            "perf/step_s_p50": ordered[len(ordered) // 2],
+            "perf/step_s_p95": ordered[int(len(ordered) * 0.95)],
+            "perf/data_wait_frac": sum(self.waits) / sum(self.times),
+            "prog/eta_s": (self.total - self.now) * sum(self.times) / len(self.times),
+            "prog/epoch": self.data.epoch_position,
+            "data/skipped": float(self.data.skipped),
+        }
+        if self.world.device.type == "cuda":
+            out["mem/max_alloc_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return out
+
+    def show(self, step: int, metrics: dict[str, float]) -> None:
+        """One line, over itself on a terminal."""
+        parts = " ".join(
+            f"{k.removeprefix('train/')} {v:.4f}" for k, v in metrics.items() if k in ("train/binary", "train/semantic")
+        )
+        eta = metrics.get("prog/eta_s", float("nan"))
+        eta = f"{int(eta) // 60}:{int(eta) % 60:02d}" if math.isfinite(eta) else "-"
+        line = (
+            f"step {step}/{self.total} loss {metrics['train/loss']:.4f} ({parts}) lr {metrics['opt/lr']:.2e} "
+            f"{metrics.get('perf/samples_per_s', float('nan')):.1f} samples/s "
+            f"data wait {100 * metrics.get('perf/data_wait_frac', 0):.0f} % eta {eta}"
+        )
+        terminal = sys.stdout.isatty()
+        end = "\n" if step == self.total or not terminal else ""
+        print(f"\r\033[K{line}" if terminal else line, end=end, flush=True)
+
+
+class _Pause:
+    def __init__(self, meter: Meter):
+        self.meter = meter
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.meter.mark, self.meter.waited = time.perf_counter(), self.meter.data.waited
+
+
+def _evaluate(config, engine, ema, data, tracker, step, world, pictures: int = 0) -> EvalResult | None:
+    with EvalData(config, data, world) as frames:
+        if not frames.total:
+            return None
+        averaged = ema.applied(engine.module) if ema else _nothing()
+        with averaged:
+            result = evaluate_config(config, engine, frames)
+            if pictures and world.size >= 1:
+                _pictures(config, engine, frames, tracker, step, world, pictures)
+    tracker.log_result(step, result.metrics())
+    _say(world, f"evaluated {result.frames} held-out frames: {result.summary()}")
+    return result
+
+
+def _save(config: Config, data: TrainData, engine, ema, step: int, tracker: Tracker, world: World) -> Path:
+    """Collective. All ranks return once the checkpoint is complete."""
+    tensors = {"model": module_state(engine.module, world)}
+    tensors["optimizer"], groups = optimizer_state(engine, world)
+    if ema:
+        tensors["ema"] = {n: to_full(t, ema.values[n], world) for n, t in float_state(engine.module)}
+    root = Path(config.output) / "checkpoints"
+    if world.is_main:
+        state = {
+            "step": step,
+            "samples": step * config.train.batch,
+            "data": data.state_dict(),
+            "groups": groups,
+            "ema_updates": ema.updates if ema else 0,
+            "config": config.to_dict(),
+            "fingerprints": data.fingerprints,
+            "cameras": list(data.cameras),
+            "world_size": world.size,
+            "mlflow_run_id": tracker.run_id,
+        }
+        checkpoint.save(root, step, tensors, state, config.train.keep)
+    dist.barrier()
+    return root / f"step-{step:08d}"

@@ -1,0 +1,127 @@
+"""Checkpoints are complete or refused; transfer loads all declared keys or nothing."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+import torch
+from occstream.pretrain import checkpoint
+from occstream.pretrain.checkpoint import Checkpoint, load_declared, newest, read_weights
+from safetensors.torch import save_file
+from torch import nn
+
+
+def _write(root, step=3, keep=2):
+    tensors = {"model": {"w": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(2)}, "ema": {"w": torch.ones(2, 3)}}
+    return checkpoint.save(root, step, tensors, {"step": step}, keep)
+
+
+def test_round_trip_prefers_averaged_weights(tmp_path):
+    path = _write(tmp_path)
+    read = Checkpoint(tmp_path)
+    assert read.path == path
+    assert read.state["step"] == 3
+    assert torch.equal(read.tensors("model")["w"], torch.arange(6.0).reshape(2, 3))
+    assert torch.equal(read.weights()["w"], torch.ones(2, 3))
+    assert torch.equal(read.weights()["b"], torch.zeros(2))
+    assert read.tensors("optimizer") == {}
+
+
+def test_keeps_the_newest(tmp_path):
+    for step in (1, 2, 10, 9):
+        _write(tmp_path, step)
+    assert [p.name for p in checkpoint.complete_steps(tmp_path)] == ["step-00000009", "step-00000010"]
+    assert newest(tmp_path).name == "step-00000010"
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
+def test_damage_is_named(tmp_path, harm):
+    file = _write(tmp_path) / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    if harm == "truncate":
+        file.write_bytes(data[:-1])
+    elif harm == "flip":
+        data[-1] ^= 1
+        file.write_bytes(data)
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        Checkpoint(tmp_path)
+
+
+def test_killed_while_saving_is_as_if_not_saved(tmp_path, monkeypatch):
+    _write(tmp_path, 1)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        _write(tmp_path, 2)
+    assert newest(tmp_path).name == "step-00000001"
+    monkeypatch.undo()
+    _write(tmp_path, 2)
+    assert newest(tmp_path).name == "step-00000002"
+
+
+def test_an_incomplete_folder_is_no_checkpoint(tmp_path):
+    (_write(tmp_path) / "COMPLETE.json").unlink()
+    assert newest(tmp_path) is None
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        Checkpoint(tmp_path)
+
+
+def test_other_format_is_refused(tmp_path):
+    path = checkpoint.save(tmp_path, 1, {}, {"step": 1, "format": 99}, 1)
+    with pytest.raises(ValueError, match="format 99"):
+        Checkpoint(path)
+
+
+def test_weights_from_files(tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    torch.save({"w": torch.full((2,), 2.0)}, tmp_path / "b.pt")
+    assert read_weights(tmp_path / "a.safetensors")["w"].sum() == 2
+    assert read_weights(tmp_path / "b.pt")["w"].sum() == 4
+    (tmp_path / "c.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"c\.safetensors"):
+        read_weights(tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        read_weights(tmp_path / "d.safetensors")
+
+
+def test_pickles_with_code_are_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "pwned"), "w"))
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"x": Evil()}, tmp_path / "evil2.pt")
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(ValueError, match="refused"):
+            read_weights(tmp_path / name)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_transfer_is_all_or_nothing():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    expected = ["0.weight", "0.bias"]
+    good = {"0.weight": torch.ones(4, 3), "0.bias": torch.ones(4), "unrelated": torch.ones(1)}
+    for bad, reason in [
+        ({"0.weight": torch.ones(4, 3)}, r"1 of 2 declared tensors are missing \(0\.bias\)"),
+        ({**good, "0.bias": torch.ones(5)}, r"0\.bias \(5,\) instead of \(4,\)"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            load_declared(model, bad, expected, "here")
+        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert load_declared(model, good, expected, "here") == ["1.weight", "1.bias"]
+    assert torch.equal(model[0].weight, torch.ones(4, 3))
+    assert torch.equal(model[1].weight, before["1.weight"])
+
+
+def test_complete_lists_every_file(tmp_path):
+    path = _write(tmp_path)
+    listed = json.loads((path / "COMPLETE.json").read_text())["files"]
+    assert set(listed) == {p.name for p in path.iterdir()} - {"COMPLETE.json"}
