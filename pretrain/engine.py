@@ -218,6 +218,8 @@ class Ema:
     @torch.no_grad()
     def _write(module: nn.Module, values: dict[str, Tensor]) -> None:
         for name, tensor in float_state(module):
+            if is_partitioned(tensor):
+                tensor.partition()  # a gathered copy that a forward left behind would hide the new values
             local_values(tensor).copy_(values[name])
 
 

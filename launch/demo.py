@@ -1,0 +1,107 @@
+"""``occstream demo``: the main job end to end on the embedded default, small enough for two CPU cores.
+
+Packs synthetic scenes, pre-trains on their binary occupancy, fine-tunes on the semantic labels of a few of them (a) from
+scratch and (b) from the pre-trained weights with replay, evaluates on held-out scenes and compares the runs in MLflow.
+Seeds run side by side, one per share of the cores.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from occstream.evaluation.compare import compare
+
+HERE = Path(__file__).resolve().parent
+EXPERIMENT = "demo"
+# 96 scenes of 6 key-frames; the recipes hold 16 of them out and label 6.
+SCENES = ("scenes=96", "frames=6", "image_size=[64, 176]", "lidar=false")
+
+
+def demo(out: Path, seeds: int) -> int:
+    """Runs the demo in a folder. Rerunning resumes what was interrupted.
+
+    Returns:
+        Exit code.
+    """
+    began = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    cores = os.cpu_count() or 1
+    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // max(1, seeds))), "PYTHONUNBUFFERED": "1"}
+
+    _heading("1. Pack synthetic scenes into shards")
+    occstream = [sys.executable, "-m", "occstream.launch.cli"]
+    shard = [*occstream, "shard", "synthetic", *SCENES, "--grid", "tiny", "--groups", "cameras,labels"]
+    _run([*shard, "--out", str(out / "shards"), "--scenes-per-shard", "8", "--workers", str(min(cores, 8))], env)
+    _run([*occstream, "inspect", str(out / "shards")], env)
+
+    _heading("2. Pre-train on binary labels; fine-tune on 6 labelled scenes from scratch and from it")
+    failures: list[str] = []
+    threads = [threading.Thread(target=_seed, args=(out, seed, env, failures)) for seed in range(seeds)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        print("\n".join(failures), file=sys.stderr)
+        return 3
+
+    _heading("3. Compare on the held-out scenes")
+    uri = _uri(out)
+    print(compare(uri, EXPERIMENT, by="arm", out=out))
+    pictures = sorted(out.glob("*/pictures/*.png"))
+    print(f"\npictures:  {', '.join(map(str, pictures))}")
+    print(f"MLflow:    mlflow ui --backend-store-uri {uri}")
+    print(f"took       {time.perf_counter() - began:.0f} s")
+    return 0
+
+
+def _seed(out: Path, seed: int, env: Mapping[str, str], failures: list[str]) -> None:
+    """Pre-training, then both fine-tunings, of one seed."""
+    pretrained = out / f"pretrain-{seed}"
+    common = [f"train.seed={seed}", f"data.url={out / 'shards'}", f"track.uri={_uri(out)}"]
+    tag = f"[seed {seed}]"
+    try:
+        # The job as it runs on a cluster; plain `python` does for one process.
+        launcher = ["deepspeed", "--num_gpus", "1", "--master_port", str(_free_port())]
+        script = [*launcher, str(HERE / "pretrain.py"), "--recipe", "demo-pretrain"]
+        _run([*script, *common, f"output={pretrained}"], env, tag)
+        script = [sys.executable, str(HERE / "finetune.py"), "--recipe"]
+        _run([*script, "demo-scratch", *common, f"output={out}/scratch-{seed}"], env, tag)
+        replay = [f"train.init={pretrained}", f"replay.url={out / 'shards'}"]
+        _run([*script, "demo-replay", *common, *replay, f"output={out}/replay-{seed}"], env, tag)
+    except subprocess.CalledProcessError as error:
+        failures.append(f"{tag} ended with code {error.returncode}: {' '.join(map(str, error.cmd))}")
+
+
+def _run(command: Sequence[str], env: Mapping[str, str], tag: str = "") -> None:
+    prefix = f"{tag} " if tag else ""
+    shown = ["occstream" if c == "occstream.launch.cli" else c for c in command]
+    shown = [Path(c).name if c in (sys.executable, str(HERE / "pretrain.py")) else c for c in shown]
+    print(f"{prefix}$ {' '.join(shown)}", flush=True)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if not any(noise in line for noise in ("[INFO] [launch.py", "[INFO] [runner.py", "real_accelerator.py")):
+            print(f"{prefix}{line}", end="", flush=True)
+    if process.wait():
+        raise subprocess.CalledProcessError(process.returncode, shown)
+
+
+def _uri(out: Path) -> str:
+    return f"sqlite:///{out}/mlflow.db"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _heading(text: str) -> None:
+    print(f"\n=== {text}", flush=True)
