@@ -33,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("source", help="name of a source: synthetic, nuscenes")
     p.add_argument("options", nargs="*", metavar="key=value", help="options of the source")
-    p.add_argument("--options", action="store_true", dest="list_options", help="list the options of the source and stop")
+    p.add_argument(
+        "--options", action="store_true", dest="list_options", help="list the options of the source and stop"
+    )
     p.add_argument("--root", help="folder of the raw data set")
     p.add_argument("--out", help="where to publish: a folder, file:// or s3://")
     p.add_argument("--grid", default="occ3d", help="voxel grid of the labels (default occ3d)")
@@ -105,7 +107,9 @@ def _shard(args) -> int:
     groups = [g for g in args.groups.split(",") if g and not (mode == "none" and g == "labels")]
     label = Labeler(grid, args.taxonomy) if mode == "lidar" else None
     if args.dry_run:
-        print(f"{len(source.scene_names())} scenes of {source.name} -> {args.out}: groups {', '.join(groups)}, labels {mode}")
+        print(
+            f"{len(source.scene_names())} scenes of {source.name} -> {args.out}: groups {', '.join(groups)}, labels {mode}"
+        )
         return 0
     manifest = pack(
         source,

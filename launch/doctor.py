@@ -24,7 +24,9 @@ class Finding:
 def examine(url: str = "") -> list[Finding]:
     """Looks at Python, packages, accelerators, tools and, if given, an object store (reads only)."""
     found = [
-        Finding("python", sys.version_info >= (3, 11), platform.python_version(), "occstream needs Python 3.11 or newer"),
+        Finding(
+            "python", sys.version_info >= (3, 11), platform.python_version(), "occstream needs Python 3.11 or newer"
+        ),
         Finding("cpu cores", None, str(os.cpu_count())),
     ]
     for package in ("torch", "deepspeed", "webdataset", "fsspec", "s3fs", "zstandard", "simplejpeg", "numba", "mlflow"):
@@ -32,7 +34,9 @@ def examine(url: str = "") -> list[Finding]:
     found += _accelerator()
     spconv = next((p for p in ("spconv-cu120", "spconv-cu126", "spconv") if _version(p)), "")
     value = f"{spconv} {_version(spconv)}" if spconv else "not installed"
-    found.append(Finding("spconv", None if not spconv else True, value, "for sparse-convolution models: pip install -e '.[gpu]'"))
+    found.append(
+        Finding("spconv", None if not spconv else True, value, "for sparse-convolution models: pip install -e '.[gpu]'")
+    )
     found.append(_tool("g++", "torch.compile and DeepSpeed's fused optimizers (not needed by default)"))
     found.append(_tool("pdsh", "deepspeed --hostfile over ssh (not needed with srun or Kubernetes)"))
     found.append(_tool("numactl", "deepspeed --bind_cores_to_rank (not needed by default)"))
@@ -101,5 +105,7 @@ def _store(url: str) -> Finding:
         manifest = Manifest.load(url)
     except Exception as error:
         reason = redact(" ".join(str(error).split()))[:160]
-        return Finding("data", False, f"{shown}: {reason}", "check the URL, AWS_ENDPOINT_URL_S3 and the credentials chain")
+        return Finding(
+            "data", False, f"{shown}: {reason}", "check the URL, AWS_ENDPOINT_URL_S3 and the credentials chain"
+        )
     return Finding("data", True, f"{shown}: {len(manifest.scenes)} scenes, fingerprint {manifest.fingerprint}")

@@ -92,7 +92,9 @@ class Checkpoint:
             if not file.is_file():
                 raise ValueError(f"{file}: missing, though {path.name} was complete; take another checkpoint")
             if file.stat().st_size != want["size"] or _sha256(file) != want["sha256"]:
-                raise ValueError(f"{file}: damaged (size or SHA-256 differ from COMPLETE.json); take another checkpoint")
+                raise ValueError(
+                    f"{file}: damaged (size or SHA-256 differ from COMPLETE.json); take another checkpoint"
+                )
         self.state = json.loads((path / "state.json").read_text())
         if self.state.get("format") != FORMAT:
             raise ValueError(f"{path}: checkpoint format {self.state.get('format')}, this version reads {FORMAT}")
@@ -122,7 +124,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a readable weights file ({str(error)[:120]})") from None
     except Exception as error:
         # weights_only refuses anything but tensors; say what to do instead of suggesting to trust the file.
-        raise ValueError(f"{path}: refused ({type(error).__name__}); save plain tensors, best as .safetensors") from None
+        raise ValueError(
+            f"{path}: refused ({type(error).__name__}); save plain tensors, best as .safetensors"
+        ) from None
 
 
 def load_declared(module: nn.Module, weights: Mapping[str, Tensor], expected: Iterable[str], origin: str) -> list[str]:

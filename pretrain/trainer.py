@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import sys
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from occstream.evaluation.evaluate import EvalResult, evaluate
+from occstream.evaluation.evaluate import EvalResult
 from occstream.models import OccBatch, build_model
 from occstream.pretrain import checkpoint
 from occstream.pretrain.config import Config
@@ -23,6 +22,7 @@ from occstream.pretrain.engine import (
     Ema,
     World,
     build_engine,
+    float_state,
     learning_rate,
     load_optimizer_state,
     module_state,
@@ -30,7 +30,6 @@ from occstream.pretrain.engine import (
     seed_everything,
     to_full,
     to_local,
-    float_state,
 )
 from occstream.pretrain.losses import occupancy_loss
 from occstream.pretrain.replay import EvalData, TrainData

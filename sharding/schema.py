@@ -268,8 +268,8 @@ def frame_key(scene: str, index: int) -> str:
 
 def check_scene_name(name: str) -> None:
     """Raises ValueError if the name cannot be a part of tar member names and URLs."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,120}", name):
-        raise ValueError(f"scene name {name!r}: use 1 to 120 letters, digits, '_' and '-' (it names shard members)")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name):
+        raise ValueError(f"scene name {name!r}: use 1 to 60 letters, digits, '_' and '-' (it names shard members)")
 
 
 def camera_to_key_ego(frame: Frame, camera: Camera) -> np.ndarray:

@@ -7,10 +7,11 @@ import pickle
 
 import pytest
 import torch
-from occstream.pretrain import checkpoint
-from occstream.pretrain.checkpoint import Checkpoint, load_declared, newest, read_weights
 from safetensors.torch import save_file
 from torch import nn
+
+from occstream.pretrain import checkpoint
+from occstream.pretrain.checkpoint import Checkpoint, load_declared, newest, read_weights
 
 
 def _write(root, step=3, keep=2):

@@ -6,6 +6,7 @@ import json
 import time
 
 import pytest
+
 from occstream.pretrain.tracking import EVENTS, STATE, Sender, Tracker, flatten, open_client, read_events, redact
 
 

@@ -1,0 +1,213 @@
+"""Frame <-> tar members: the only place that knows the shard format (see FORMAT.md)."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from occstream.sharding.schema import Boxes, Camera, Frame, Labels, LidarSweep
+
+FORMAT_VERSION = 1
+GROUPS = ("cameras", "lidar", "labels")
+LEVEL = 19  # grids decode faster from level 19 than from level 3, and are written once (STREAMING section 5)
+LIDAR_LEVEL = 9  # byte planes gain little beyond
+
+_LIDAR_ARRAYS = ("xyz", "intensity", "ring", "time_lag", "classes")
+_LABEL_ARRAYS = ("binary", "semantic", "mask_lidar", "mask_camera")
+_local = threading.local()
+
+
+class CorruptSample(ValueError):
+    """A frame that cannot be decoded; says which key and member."""
+
+
+def encode(frame: Frame, group: str) -> list[tuple[str, bytes]]:
+    """Members of one frame in one group: names and contents, in order.
+
+    Raises:
+        ValueError: unknown group, or the frame lacks what the group holds.
+    """
+    head: dict[str, Any] = {
+        "scene": frame.scene,
+        "index": frame.index,
+        "token": frame.token,
+        "timestamp": frame.timestamp,
+        "ego_to_global": _matrix(frame.ego_to_global),
+    }
+    members: list[tuple[str, bytes]] = []
+    arrays: dict[str, dict] = {}
+    if group == "cameras":
+        head["cameras"] = {}
+        for name, camera in frame.cameras.items():
+            head["cameras"][name] = {
+                "member": f"{name.lower()}.jpg",
+                "width": camera.width,
+                "height": camera.height,
+                "intrinsics": _matrix(camera.intrinsics),
+                "sensor_to_ego": _matrix(camera.sensor_to_ego),
+                "ego_to_global": _matrix(camera.ego_to_global),
+                "timestamp": camera.timestamp,
+                "distortion": list(camera.distortion) if camera.distortion is not None else None,
+            }
+            members.append((f"{name.lower()}.jpg", camera.jpeg))
+    elif group == "lidar":
+        if frame.lidar is not None:
+            sweep = frame.lidar
+            head["lidar"] = {
+                "sensor_to_ego": _matrix(sweep.sensor_to_ego),
+                "ego_to_global": _matrix(sweep.ego_to_global),
+                "timestamp": sweep.timestamp,
+            }
+            members += _pack_arrays(sweep, _LIDAR_ARRAYS, arrays, LIDAR_LEVEL)
+    elif group == "labels":
+        if frame.labels is None:
+            raise ValueError(f"frame {frame.key} has no labels; make them (--labels lidar) or leave the group out")
+        members += _pack_arrays(frame.labels, _LABEL_ARRAYS, arrays, LEVEL)
+        if frame.boxes is not None:
+            head["boxes"] = {
+                "boxes": np.asarray(frame.boxes.boxes, np.float32).tolist(),
+                "names": list(frame.boxes.names),
+                "track_ids": list(frame.boxes.track_ids),
+                "velocity": _nullable(frame.boxes.velocity),
+            }
+    else:
+        raise ValueError(f"unknown group {group!r}; this version writes {', '.join(GROUPS)}")
+    if arrays:
+        head["arrays"] = arrays
+    first = ("frame.json", canonical_json(head))
+    return [(f"{frame.key}.{name}", data) for name, data in [first, *members]]
+
+
+def decode(groups: Iterable[dict[str, bytes]]) -> Frame:
+    """One frame from the members of its groups.
+
+    Args:
+        groups: per group a mapping from member name without the key (``"frame.json"``, ``"xyz.zst"``…) to bytes.
+
+    Raises:
+        CorruptSample: a member is missing or damaged.
+    """
+    frame: Frame | None = None
+    for members in groups:
+        try:
+            head = json.loads(members["frame.json"])
+        except (KeyError, ValueError) as error:
+            raise CorruptSample(f"frame.json is missing or damaged ({error})") from None
+        if frame is None:
+            frame = Frame(
+                head["scene"], head["index"], head["token"], head["timestamp"], _unmatrix(head["ego_to_global"])
+            )
+        try:
+            _decode_group(frame, head, members)
+        except (KeyError, ValueError, zstandard.ZstdError) as error:
+            raise CorruptSample(f"frame {frame.key}: {type(error).__name__}: {error}; pack its shard again") from None
+    if frame is None:
+        raise ValueError("no groups given")
+    return frame
+
+
+def _decode_group(frame: Frame, head: dict, members: dict[str, bytes]) -> None:
+    for name, c in head.get("cameras", {}).items():
+        frame.cameras[name] = Camera(
+            jpeg=members[c["member"]],
+            width=c["width"],
+            height=c["height"],
+            intrinsics=_unmatrix(c["intrinsics"]),
+            sensor_to_ego=_unmatrix(c["sensor_to_ego"]),
+            ego_to_global=_unmatrix(c["ego_to_global"]),
+            timestamp=c["timestamp"],
+            distortion=tuple(c["distortion"]) if c["distortion"] is not None else None,
+        )
+    arrays = {name: _unpack(members[f"{name}.zst"], spec) for name, spec in head.get("arrays", {}).items()}
+    if "lidar" in head:
+        pose = head["lidar"]
+        frame.lidar = LidarSweep(
+            sensor_to_ego=_unmatrix(pose["sensor_to_ego"]),
+            ego_to_global=_unmatrix(pose["ego_to_global"]),
+            timestamp=pose["timestamp"],
+            **{name: arrays.get(name) for name in _LIDAR_ARRAYS},
+        )
+    if "binary" in arrays:
+        frame.labels = Labels(**{name: arrays.get(name) for name in _LABEL_ARRAYS})
+    if "boxes" in head:
+        b = head["boxes"]
+        velocity = b["velocity"]
+        frame.boxes = Boxes(
+            boxes=np.asarray(b["boxes"], np.float32).reshape(-1, 7),
+            names=b["names"],
+            track_ids=b["track_ids"],
+            velocity=None if velocity is None else np.asarray(velocity, np.float32).reshape(-1, 2),
+        )
+
+
+def _pack_arrays(owner: Any, names: Iterable[str], specs: dict, level: int) -> list[tuple[str, bytes]]:
+    members = []
+    for name in names:
+        value = getattr(owner, name)
+        if value is None:
+            continue
+        value = np.asarray(value)
+        if value.dtype == bool:
+            coding, raw = "bits", np.packbits(value.reshape(-1)).tobytes()
+        elif value.dtype.itemsize > 1:
+            coding, raw = "planes", _to_planes(value)
+        else:
+            coding, raw = "raw", np.ascontiguousarray(value).tobytes()
+        specs[name] = {"dtype": value.dtype.newbyteorder("<").str, "shape": list(value.shape), "coding": coding}
+        members.append((f"{name}.zst", zstandard.ZstdCompressor(level=level, write_checksum=True).compress(raw)))
+    return members
+
+
+def _unpack(data: bytes, spec: dict) -> np.ndarray:
+    # A context per thread: making one costs more than decoding a small member.
+    if not hasattr(_local, "zstd"):
+        _local.zstd = zstandard.ZstdDecompressor()
+    raw = _local.zstd.decompress(data)
+    dtype, shape = np.dtype(spec["dtype"]), tuple(spec["shape"])
+    count = int(np.prod(shape))
+    if spec["coding"] == "bits":
+        return np.unpackbits(np.frombuffer(raw, np.uint8), count=count).view(bool).reshape(shape)
+    if spec["coding"] == "planes":
+        return _from_planes(raw, dtype, shape)
+    if spec["coding"] == "raw":
+        return np.frombuffer(raw, dtype).reshape(shape)
+    raise ValueError(f"unknown coding {spec['coding']!r}")
+
+
+def _to_planes(value: np.ndarray) -> bytes:
+    """Columns one after the other, and in each the first bytes of all rows, then the second bytes, …"""
+    width = int(np.prod(value.shape[1:]))
+    little = value.astype(value.dtype.newbyteorder("<")).reshape(len(value), width)
+    columns = np.frombuffer(little.T.tobytes(), np.uint8).reshape(width, len(value), value.dtype.itemsize)
+    return np.ascontiguousarray(columns.transpose(0, 2, 1)).tobytes()
+
+
+def _from_planes(raw: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    rows = shape[0]
+    planes = np.frombuffer(raw, np.uint8).reshape(int(np.prod(shape[1:])), dtype.itemsize, rows)
+    return np.frombuffer(planes.transpose(2, 0, 1).tobytes(), dtype).reshape(shape)
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON whose bytes depend on the value alone."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _matrix(value: np.ndarray) -> list[list[float]]:
+    return np.asarray(value, np.float64).tolist()
+
+
+def _unmatrix(value: list) -> np.ndarray:
+    return np.array(value, np.float64)
+
+
+def _nullable(velocity: np.ndarray | None) -> list | None:
+    if velocity is None:
+        return None
+    rows = np.asarray(velocity, np.float32).tolist()
+    return [[None if v != v else v for v in row] for row in rows]  # JSON has no NaN

@@ -1,0 +1,186 @@
+"""What a packed data set holds. ``manifest.json`` is written last: a reader sees a complete data set or none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from occstream.sharding import storage
+from occstream.sharding.codec import FORMAT_VERSION, canonical_json
+from occstream.sharding.grid import VoxelGrid
+from occstream.sharding.schema import get_taxonomy
+
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class SceneEntry:
+    """One scene: its name, number of frames, the number of the shard (of every group) that holds it, attributes."""
+
+    name: str
+    frames: int
+    shard: int
+    attributes: dict = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar: its group, number, size in bytes and SHA-256."""
+
+    group: str
+    number: int
+    size: int
+    sha256: str
+
+    @property
+    def path(self) -> str:
+        """Below the root of the data set."""
+        return shard_path(self.group, self.number)
+
+
+def shard_path(group: str, number: int) -> str:
+    return f"{group}/{group}-{number:06d}.tar"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set.
+
+    Attributes:
+        url: its root (not part of the content).
+        source: name of the raw data set.
+        grid: of all labels, or None if there are none.
+        taxonomy: name; ``classes`` its class names at the time of packing.
+        labels: what made the labels ("native", or the version string of a labeler), or "".
+        groups: groups that every shard number has a tar in.
+        scenes, shards: in packing order.
+    """
+
+    url: str
+    source: str
+    grid: VoxelGrid | None
+    taxonomy: str
+    classes: tuple[str, ...]
+    labels: str
+    groups: tuple[str, ...]
+    scenes: tuple[SceneEntry, ...]
+    shards: tuple[ShardEntry, ...]
+
+    def content(self) -> dict:
+        """The JSON content of ``manifest.json`` without the fingerprint."""
+        return {
+            "format": FORMAT_VERSION,
+            "source": self.source,
+            "grid": self.grid.to_dict() if self.grid else None,
+            "taxonomy": self.taxonomy,
+            "classes": list(self.classes),
+            "labels": self.labels,
+            "groups": list(self.groups),
+            "scenes": [asdict(s) for s in self.scenes],
+            "shards": [asdict(s) for s in self.shards],
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the data everywhere (checkpoints, MLflow): 32 hex digits, a function of the content alone."""
+        return hashlib.blake2b(canonical_json(self.content()), digest_size=16).hexdigest()
+
+    def publish(self) -> None:
+        """Writes ``manifest.json`` below ``url``."""
+        data = {**self.content(), "fingerprint": self.fingerprint}
+        storage.publish(json.dumps(data, indent=1, sort_keys=True).encode(), storage.join(self.url, NAME))
+
+    @classmethod
+    def load(cls, url: str) -> Manifest:
+        """Reads and checks the manifest of a data set.
+
+        Raises:
+            ValueError: there is none, it is damaged, or another format version.
+        """
+        if not url:
+            raise ValueError("no data set given: set data.url to the folder or s3:// URL that `occstream shard` wrote")
+        where = storage.join(url, NAME)
+        try:
+            data = json.loads(storage.read_bytes(where))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{where}: no manifest there; pack the data with `occstream shard` or mend the URL"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where}: damaged ({error}); pack the data again, shards that are intact are kept"
+            ) from None
+        if data.get("format") != FORMAT_VERSION:
+            raise ValueError(f"{where}: format version {data.get('format')}, this version reads {FORMAT_VERSION}")
+        manifest = cls(
+            url=url,
+            source=data["source"],
+            grid=VoxelGrid.from_dict(data["grid"]) if data["grid"] else None,
+            taxonomy=data["taxonomy"],
+            classes=tuple(data["classes"]),
+            labels=data["labels"],
+            groups=tuple(data["groups"]),
+            scenes=tuple(SceneEntry(**s) for s in data["scenes"]),
+            shards=tuple(ShardEntry(**s) for s in data["shards"]),
+        )
+        if manifest.fingerprint != data["fingerprint"]:
+            raise ValueError(f"{where}: its content does not match its fingerprint; it was edited or damaged")
+        if data["labels"] and tuple(get_taxonomy(manifest.taxonomy).classes) != manifest.classes:
+            raise ValueError(f"{where}: classes of taxonomy {manifest.taxonomy!r} differ from this version's")
+        return manifest
+
+    def subset(self, scenes: int | None = None, seed: int = 0, holdout: int = 0) -> list[int]:
+        """Scene numbers of a nested subset: the first ``scenes`` of one seeded permutation, so 2000 is in 4000 is in 8000.
+
+        Args:
+            scenes: None for all that are not held out.
+            seed: of the permutation.
+            holdout: so many scenes at its end belong to ``held_out`` and never to a subset.
+
+        Raises:
+            ValueError: more scenes are asked for than there are.
+        """
+        free = len(self.scenes) - holdout
+        wanted = free if scenes is None else scenes
+        if free < 1 or wanted > free:
+            raise ValueError(
+                f"{self.url}: {wanted} scenes asked for, but it has {len(self.scenes)}, {holdout} of them held out; "
+                "ask for fewer or pack more"
+            )
+        return self._permutation(seed)[:wanted]
+
+    def held_out(self, holdout: int, seed: int = 0) -> list[int]:
+        """Scene numbers that ``subset`` with the same arguments never returns."""
+        return self._permutation(seed)[len(self.scenes) - holdout :] if holdout else []
+
+    def _permutation(self, seed: int) -> list[int]:
+        # By name, not by number: the subset of a scene list does not depend on how it was sharded.
+        names = sorted(range(len(self.scenes)), key=lambda i: self.scenes[i].name)
+        return [names[i] for i in np.random.Generator(np.random.PCG64(seed)).permutation(len(names))]
+
+    def check(self, grid: VoxelGrid, taxonomy: str, groups: tuple[str, ...]) -> None:
+        """Raises ValueError if this is not the data that a recipe expects."""
+        missing = [g for g in groups if g not in self.groups]
+        if missing:
+            raise ValueError(f"{self.url}: has no group {missing[0]!r}, only {', '.join(self.groups)}; pack it as well")
+        if self.grid is None or not self.grid.same_voxels(grid):
+            have = f"{self.grid.name!r} {self.grid.shape} from {self.grid.lower}" if self.grid else "none"
+            raise ValueError(
+                f"{self.url}: its labels are on grid {have}, the recipe wants {grid.name!r} {grid.shape} from "
+                f"{grid.lower}; set grid= to that of the data or pack it with --grid {grid.name}"
+            )
+        if self.taxonomy != taxonomy:
+            raise ValueError(f"{self.url}: labels use taxonomy {self.taxonomy!r}, the recipe wants {taxonomy!r}")
+
+    def shard(self, group: str, number: int) -> ShardEntry:
+        for entry in self.shards:
+            if entry.group == group and entry.number == number:
+                return entry
+        raise ValueError(f"{self.url}: manifest names no shard {shard_path(group, number)}")
+
+    @property
+    def num_frames(self) -> int:
+        return sum(s.frames for s in self.scenes)

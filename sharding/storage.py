@@ -1,0 +1,222 @@
+"""Where shards live: local files and ``s3://`` through fsspec, with retries, atomic publishing and a node-local cache."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+T = TypeVar("T")
+TRIES = 6
+BLOCK = 8 << 20
+
+
+def join(url: str, *parts: str) -> str:
+    """URL below a URL. (pathlib would turn ``s3://`` into ``s3:/``.)"""
+    return "/".join([url.rstrip("/"), *parts])
+
+
+def is_local(url: str) -> bool:
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    return Path(url.removeprefix("file://"))
+
+
+def _fs(url: str) -> tuple[Any, str]:
+    if not is_local(url) and not re.match(r"[a-z0-9]+://", url):
+        raise ValueError(f"{url!r}: not a path, file:// or s3:// URL")
+    return fsspec.core.url_to_fs(url if not is_local(url) else str(local_path(url)))
+
+
+def _transient(error: BaseException) -> bool:
+    """Whether asking again can help: throttling, 5xx, resets and time-outs, but not missing or forbidden objects."""
+    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
+        return False
+    if isinstance(error, (TimeoutError, ConnectionError)):
+        return True
+    code = getattr(error, "response", None)
+    if isinstance(code, dict):
+        status = code.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status == 429
+    text = f"{type(error).__name__} {error}"
+    return bool(
+        re.search(r"SlowDown|Timeout|timed out|Connection|reset|Server|ClientPayload|50[0234]|InternalError", text)
+    )
+
+
+def retry(work: Callable[[], T], what: str, tries: int = TRIES, base: float = 0.2) -> T:
+    """Calls ``work`` until it succeeds; exponential back-off with jitter between transient failures.
+
+    Raises:
+        The last error when it is not transient; ConnectionError that names ``what`` when all tries failed.
+    """
+    for attempt in range(tries):
+        try:
+            return work()
+        except Exception as error:
+            if not _transient(error):
+                raise
+            if attempt + 1 == tries:
+                raise ConnectionError(
+                    f"{what}: still failing after {tries} tries ({type(error).__name__}: {str(error)[:200]})"
+                ) from error
+            time.sleep(base * 2**attempt * random.uniform(0.5, 1.5))
+    raise AssertionError
+
+
+def read_bytes(url: str, offset: int = 0, length: int | None = None) -> bytes:
+    """A whole object, or a range of it.
+
+    Raises:
+        FileNotFoundError, PermissionError: naming the URL.
+        ConnectionError: the store kept failing.
+    """
+    fs, path = _fs(url)
+    end = None if length is None else offset + length
+    try:
+        return retry(lambda: fs.cat_file(path, start=offset or None, end=end), url)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{url}: no such object") from None
+    except PermissionError as error:
+        raise PermissionError(f"{url}: access denied; check the credentials ({str(error)[:80]})") from None
+
+
+def exists(url: str) -> bool:
+    fs, path = _fs(url)
+    fs.invalidate_cache()
+    return retry(lambda: fs.exists(path), url)
+
+
+def size(url: str) -> int | None:
+    """Bytes of an object, None if there is none."""
+    fs, path = _fs(url)
+    fs.invalidate_cache()
+    try:
+        return retry(lambda: fs.info(path)["size"], url)
+    except FileNotFoundError:
+        return None
+
+
+def publish(source: Path | bytes, url: str) -> None:
+    """Makes an object appear under its name complete or not at all (rename on disk; an object store does it itself)."""
+    if is_local(url):
+        target = local_path(url)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as out:
+                if isinstance(source, bytes):
+                    out.write(source)
+                else:
+                    with source.open("rb") as data:
+                        shutil.copyfileobj(data, out, BLOCK)
+                out.flush()
+                os.fsync(out.fileno())
+            os.chmod(partial, 0o644)
+            os.replace(partial, target)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
+            raise
+        return
+    fs, path = _fs(url)
+    bucket = path.split("/", 1)[0]
+
+    def put() -> None:
+        with contextlib.suppress(FileExistsError):
+            if not fs.exists(bucket):
+                fs.mkdir(bucket)
+        if isinstance(source, bytes):
+            fs.pipe_file(path, source)
+        else:
+            fs.put_file(str(source), path)
+
+    retry(put, url)
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class ShardCache:
+    """Node-local copies of remote shards, shared by the processes of a node through files and locks alone.
+
+    Keyed by the full URL and the digest of the content, so that equal names of two data sets never mix. Size and
+    SHA-256 are checked when a shard arrives, and once more when a process first uses one that was there.
+
+    Args:
+        folder: created if needed.
+        limit: bytes; the least recently used shards go when a new one needs room.
+    """
+
+    def __init__(self, folder: str | Path, limit: int = 64 << 30):
+        self.folder, self.limit = Path(folder), limit
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._checked: set[str] = set()
+
+    def fetch(self, url: str, length: int, sha256: str) -> Path:
+        """Local path of a shard, downloaded if it is not there yet.
+
+        Raises:
+            ValueError: what arrived twice in a row is not what the manifest says.
+        """
+        name = hashlib.sha256(f"{url}\n{sha256}".encode()).hexdigest()[:40]
+        path = self.folder / f"{name}.tar"
+        if name in self._checked and path.exists():
+            os.utime(path)
+            return path
+        with self._lock(name):
+            for _ in range(2):
+                if not path.exists():
+                    self._download(url, path, length)
+                if path.stat().st_size == length and sha256_file(path) == sha256:
+                    self._checked.add(name)
+                    os.utime(path)
+                    return path
+                path.unlink()
+        raise ValueError(
+            f"{url}: size or SHA-256 differ from the manifest, also after fetching it again; pack it again"
+        )
+
+    def _download(self, url: str, path: Path, length: int) -> None:
+        self._make_room(length)
+        fs, remote = _fs(url)
+        handle, partial = tempfile.mkstemp(dir=self.folder, prefix=".part-")
+        os.close(handle)
+        try:
+            retry(lambda: fs.get_file(remote, partial), url)
+            os.replace(partial, path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{url}: shard is missing") from None
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
+
+    def _make_room(self, need: int) -> None:
+        kept = sorted(self.folder.glob("*.tar"), key=lambda p: p.stat().st_mtime)
+        total = sum(p.stat().st_size for p in kept)
+        for old in kept:
+            if total + need <= self.limit:
+                break
+            total -= old.stat().st_size
+            old.unlink(missing_ok=True)  # readers keep it through their open file
+
+    @contextlib.contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        with (self.folder / f".{name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield

@@ -1,0 +1,343 @@
+"""Manifest + order -> decoded frames for this rank, by threads, straight into a ring of preallocated batch buffers."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from occstream.sharding import storage
+from occstream.sharding.codec import CorruptSample, decode
+from occstream.sharding.manifest import Manifest, shard_path
+from occstream.sharding.order import Sample
+from occstream.sharding.schema import Frame, frame_key
+
+Fill = Callable[[Frame, int, dict[str, np.ndarray]], None]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of a sample: a batch holds (batch, *shape) of ``dtype``."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class ShardReader:
+    """Random access to the frames of a data set: one read per frame and group. Thread-safe.
+
+    Args:
+        manifest: of the data set.
+        groups: which groups to read; others are never touched.
+        cache: for remote data; None reads ranges straight from the store.
+    """
+
+    def __init__(self, manifest: Manifest, groups: tuple[str, ...], cache: storage.ShardCache | None = None):
+        self.manifest, self.groups, self.cache = manifest, groups, cache
+        self.bytes_read = 0
+        self._lock = threading.Lock()
+        self._indexes: dict[tuple[str, int], dict[str, tuple[int, int]]] = {}
+        self._files: dict[tuple[str, int], int] = {}
+        for group in groups:
+            if group not in manifest.groups:
+                raise ValueError(f"{manifest.url}: has no group {group!r}, only {', '.join(manifest.groups)}")
+
+    def frame(self, scene: int, index: int) -> Frame:
+        """One frame with the chosen groups.
+
+        Raises:
+            CorruptSample: this frame cannot be decoded.
+            FileNotFoundError, ValueError: its shard is missing or not what the manifest says.
+        """
+        entry = self.manifest.scenes[scene]
+        key = frame_key(entry.name, index)
+        parts = []
+        for group in self.groups:
+            data = self._read(group, entry.shard, key)
+            try:
+                parts.append(tar_members(data, key))
+            except CorruptSample as error:
+                raise CorruptSample(f"{shard_path(group, entry.shard)}: {error}") from None
+        try:
+            return decode(parts)
+        except CorruptSample as error:
+            raise CorruptSample(f"shard {entry.shard:06d}: {error}") from None
+
+    def close(self) -> None:
+        with self._lock:
+            for file in self._files.values():
+                os.close(file)
+            self._files.clear()
+
+    def _read(self, group: str, number: int, key: str) -> bytes:
+        url = storage.join(self.manifest.url, shard_path(group, number))
+        try:
+            offset, length = self._index(group, number)[key]
+        except KeyError:
+            raise ValueError(f"{url}: its index has no frame {key}, though the manifest says so; verify it") from None
+        if storage.is_local(url) or self.cache:
+            data = os.pread(self._open(group, number, url), length, offset)
+        else:
+            data = storage.read_bytes(url, offset, length)
+        if len(data) != length:
+            raise ValueError(f"{url}: truncated ({len(data)} of {length} bytes of frame {key}); pack it again")
+        with self._lock:
+            self.bytes_read += length
+        return data
+
+    def _index(self, group: str, number: int) -> dict[str, tuple[int, int]]:
+        with self._lock:
+            found = self._indexes.get((group, number))
+        if found is None:
+            url = storage.join(self.manifest.url, shard_path(group, number)[:-4] + ".json")
+            try:
+                record = json.loads(storage.read_bytes(url))
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{url}: index of a shard is missing; run `occstream verify`") from None
+            want = self.manifest.shard(group, number)
+            if (record["size"], record["sha256"]) != (want.size, want.sha256):
+                raise ValueError(
+                    f"{url}: belongs to another version of the shard than the manifest names; pack it again"
+                )
+            found = {key: (offset, length) for key, offset, length in record["frames"]}
+            with self._lock:
+                self._indexes[group, number] = found
+        return found
+
+    def _open(self, group: str, number: int, url: str) -> int:
+        with self._lock:
+            if (group, number) in self._files:
+                return self._files[group, number]
+        entry = self.manifest.shard(group, number)
+        path = storage.local_path(url) if storage.is_local(url) else self.cache.fetch(url, entry.size, entry.sha256)
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{url}: shard is missing; pack it again or mend the data set's folder") from None
+        if os.fstat(file).st_size != entry.size:
+            os.close(file)
+            raise ValueError(f"{url}: {path.stat().st_size} bytes, the manifest says {entry.size}; pack it again")
+        with self._lock:
+            if (group, number) in self._files:  # another thread was faster
+                os.close(file)
+            else:
+                self._files[group, number] = file
+            return self._files[group, number]
+
+
+def tar_members(data: bytes, key: str) -> dict[str, bytes]:
+    """Members of one frame in a range of a tar, by name without ``<key>.``."""
+    members, at = {}, 0
+    while at + 512 <= len(data):
+        header = data[at : at + 512]
+        try:
+            name = header[:100].rstrip(b"\0").decode()
+            length = int(header[124:136].rstrip(b"\0 "), 8)
+            total = int(header[148:156].rstrip(b"\0 "), 8)
+        except ValueError:
+            raise CorruptSample(f"frame {key}: damaged tar header") from None
+        if sum(header) - sum(header[148:156]) + 8 * 32 != total or not name.startswith(f"{key}."):
+            raise CorruptSample(f"frame {key}: damaged tar header")
+        members[name[len(key) + 1 :]] = data[at + 512 : at + 512 + length]
+        at += 512 + (length + 511) // 512 * 512
+    return members
+
+
+@dataclass
+class StreamBatch:
+    """What the stream hands out. The arrays belong to the consumer until it asks for the next batch.
+
+    Attributes:
+        arrays: by field name, (n, *shape); views of the ring's buffers.
+        keys: n frame keys.
+        samples: the n draws.
+        state: position after this batch, for a checkpoint.
+    """
+
+    arrays: dict[str, np.ndarray]
+    keys: list[str]
+    samples: list[Sample]
+    state: dict[str, int]
+
+
+@dataclass
+class _Slot:
+    buffers: dict[str, np.ndarray]
+    missing: int = 0
+    samples: list[Sample] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    state: dict[str, int] = field(default_factory=dict)
+
+
+class Stream:
+    """Iterator over batches; also a context manager that ends its threads.
+
+    Batches come in the order of ``batches`` whatever the threads do. Asking for a batch gives the previous one's
+    buffers back to the readers: copy what must live longer.
+
+    Args:
+        reader: where frames come from.
+        batches: samples of each batch of this rank and the position after it (``order.training_batches``).
+        fields: arrays of one sample.
+        fill: writes one sample into its views (``fill(frame, epoch, views)``), called from several threads; raises
+            ValueError for a sample that cannot be used.
+        capacity: most samples in a batch.
+        threads: reader threads.
+        ring: batches in flight, including the consumer's.
+        allocate: makes a buffer of a shape and dtype (for pinned memory); default numpy.
+        max_skipped: a corrupt sample is replaced by the next frame of its scene (the same on every rank and in every
+            replay), counted and named, up to this many; then it is an error.
+        warn: gets one line for each skipped sample.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        batches: Iterator[tuple[list[Sample], dict[str, int]]],
+        fields: Mapping[str, Field],
+        fill: Fill,
+        capacity: int,
+        threads: int = 2,
+        ring: int = 3,
+        allocate: Callable[[tuple[int, ...], str], np.ndarray] | None = None,
+        max_skipped: int = 100,
+        warn: Callable[[str], None] = print,
+    ):
+        if ring < 2:
+            raise ValueError(f"ring is {ring}, needs at least 2: one for the consumer, one to fill")
+        allocate = allocate or (lambda shape, dtype: np.zeros(shape, dtype))
+        self._reader, self._fill, self._warn = reader, fill, warn
+        self._batches, self._max_skipped = iter(batches), max_skipped
+        self._free: deque[_Slot] = deque(
+            _Slot({name: allocate((capacity, *f.shape), f.dtype) for name, f in fields.items()}) for _ in range(ring)
+        )
+        self._filling: deque[_Slot] = deque()  # in batch order
+        self._tasks: deque[tuple[_Slot, int]] = deque()
+        self._lent: _Slot | None = None
+        self._ended = self._closed = False
+        self._error: BaseException | None = None
+        self._change = threading.Condition()
+        self.waited = 0.0
+        self.skipped: list[str] = []
+        self._threads = [threading.Thread(target=self._work, daemon=True, name=f"stream-{i}") for i in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def bytes_read(self) -> int:
+        return self._reader.bytes_read
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> StreamBatch:
+        began = time.perf_counter()
+        with self._change:
+            if self._closed:
+                raise ValueError("this stream is closed")
+            if self._lent is not None:
+                self._free.append(self._lent)
+                self._lent = None
+                self._change.notify_all()
+            self._change.wait_for(
+                lambda: self._error or (self._filling and not self._filling[0].missing) or self._idle()
+            )
+            self.waited += time.perf_counter() - began
+            if self._error:
+                raise self._error
+            if not self._filling:
+                raise StopIteration
+            slot = self._lent = self._filling.popleft()
+        count = len(slot.samples)
+        return StreamBatch({k: v[:count] for k, v in slot.buffers.items()}, slot.keys, slot.samples, slot.state)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the threads and closes files; safe to call twice."""
+        with self._change:
+            self._closed = True
+            self._tasks.clear()
+            self._change.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._reader.close()
+
+    def _idle(self) -> bool:
+        return self._ended and not self._filling
+
+    def _plan(self) -> bool:
+        """With the lock held: opens the next batch if a buffer is free. True if that gave tasks."""
+        if self._ended or not self._free:
+            return False
+        try:
+            samples, state = next(self._batches)
+        except StopIteration:
+            self._ended = True
+            self._change.notify_all()
+            return False
+        slot = self._free.popleft()
+        slot.samples, slot.state, slot.missing = samples, state, len(samples)
+        slot.keys = [""] * len(samples)
+        self._filling.append(slot)
+        self._tasks.extend((slot, i) for i in range(len(samples)))
+        if not samples:
+            self._change.notify_all()
+        return True
+
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                while not self._tasks and not self._closed and not self._error:
+                    if not self._plan():
+                        self._change.wait()
+                if self._closed or self._error:
+                    return
+                slot, i = self._tasks.popleft()
+            try:
+                self._load(slot, i)
+            except BaseException as error:
+                with self._change:
+                    self._error = self._error or error
+                    self._change.notify_all()
+                return
+            with self._change:
+                slot.missing -= 1
+                if not slot.missing:
+                    self._change.notify_all()
+
+    def _load(self, slot: _Slot, i: int) -> None:
+        sample = slot.samples[i]
+        scene = self._reader.manifest.scenes[sample.scene]
+        views = {name: buffer[i, ...] for name, buffer in slot.buffers.items()}
+        for shift in range(scene.frames):
+            index = (sample.frame + shift) % scene.frames
+            try:
+                frame = self._reader.frame(sample.scene, index)
+                self._fill(frame, sample.epoch, views)
+            except CorruptSample as error:
+                self._skip(error)
+                continue
+            slot.keys[i] = frame.key
+            return
+        raise ValueError(f"scene {scene.name}: none of its {scene.frames} frames can be read; {self.skipped[-1]}")
+
+    def _skip(self, error: CorruptSample) -> None:
+        with self._change:
+            self.skipped.append(str(error))
+            count = len(self.skipped)
+        self._warn(f"skipped corrupt sample {count}: {error}")
+        if count > self._max_skipped:
+            raise ValueError(
+                f"{count} corrupt samples, more than {self._max_skipped}: the data set is damaged; {error}"
+            )

@@ -1,0 +1,217 @@
+"""Order and stream: the same samples whatever the world size, threads and restarts."""
+
+from __future__ import annotations
+
+import threading
+import time
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from occstream.sharding.codec import CorruptSample
+from occstream.sharding.manifest import Manifest
+from occstream.sharding.order import Order, Sample, evaluation_batches, share, training_batches
+from occstream.sharding.pack import pack
+from occstream.sharding.stream import Field, ShardReader, Stream
+from tests.sharding.toy import GRID, ToySource
+
+FRAMES = st.lists(st.integers(1, 30), min_size=1, max_size=30)
+
+
+def make_order(frames, seed=0, draw=None, fingerprint="f"):
+    return Order(fingerprint, range(100, 100 + len(frames)), frames, seed, draw)
+
+
+@given(frames=FRAMES, seed=st.integers(0, 99), epoch=st.integers(0, 3))
+@settings(deadline=None)
+def test_an_epoch_holds_every_frame_once(frames, seed, epoch):
+    plan = make_order(frames, seed).epoch(epoch)
+    drawn = [plan.sample(i) for i in range(plan.size)]
+    assert sorted((s.scene, s.frame) for s in drawn) == [(100 + i, f) for i, n in enumerate(frames) for f in range(n)]
+    assert {s.epoch for s in drawn} == {epoch}
+
+
+@given(frames=FRAMES, world=st.integers(1, 8), batch=st.integers(1, 9), skip=st.integers(0, 7))
+@settings(deadline=None, max_examples=60)
+def test_world_size_and_restarts_do_not_change_the_sequence(frames, world, batch, skip):
+    order = make_order(frames)
+    want = list(islice(order.samples(0, 0), batch * 10))
+    state = {"epoch": 0, "offset": 0}
+    for _, state in islice(training_batches(make_order(frames), batch, 0, 1), skip):
+        pass
+    ranks = [training_batches(make_order(frames), batch, r, world, **state) for r in range(world)]
+    got = []
+    for _ in range(10 - skip):
+        parts = [next(r) for r in ranks]
+        assert len({tuple(p[1].items()) for p in parts}) == 1
+        got += [s for part in parts for s in part[0]]
+    assert got == want[skip * batch :]
+
+
+def test_seed_epoch_and_data_change_the_order():
+    frames = [10] * 20
+    base = list(islice(make_order(frames).samples(0, 0), 200))
+    for other in (make_order(frames, seed=1), make_order(frames, fingerprint="g")):
+        assert list(islice(other.samples(0, 0), 200)) != base
+    next_epoch = list(islice(make_order(frames).samples(1, 0), 200))
+    assert [(s.scene, s.frame) for s in next_epoch] != [(s.scene, s.frame) for s in base]
+
+
+def test_the_order_is_frozen():
+    """Changing it silently would break every resume: bump the format if this has to change."""
+    got = [(s.scene, s.frame) for s in islice(make_order([4, 4, 4], seed=7).samples(0, 0), 8)]
+    assert got == [(100, 1), (101, 0), (102, 1), (100, 3), (101, 1), (102, 2), (100, 0), (101, 3)]
+
+
+@given(pool=st.integers(4, 40), seed=st.integers(0, 20))
+@settings(deadline=None, max_examples=30)
+def test_replay_draws_distinct_scenes_anew_each_epoch(pool, seed):
+    draw = pool // 2
+    order = make_order([3] * pool, seed, draw)
+    sets = [frozenset(order.epoch_scenes(e).tolist()) for e in range(6)]
+    assert all(len(s) == draw for s in sets)
+    assert len(set(sets)) > 1
+    for epoch, scenes in enumerate(sets):
+        plan = order.epoch(epoch)
+        assert {plan.sample(i).scene for i in range(plan.size)} == scenes
+
+
+def test_a_lane_walks_through_few_scenes_at_a_time():
+    order = make_order([40] * 1000)
+    plan = order.epoch(0)
+    for lane in (0, 17, 63):
+        first_block = {plan.sample(lane + i * plan.lanes).scene for i in range(256)}
+        assert len(first_block) <= 256 // 40 + 12
+
+
+def test_cost_of_forty_million_frames():
+    order = Order("f", np.arange(1_000_000), np.full(1_000_000, 40), 0)
+    began = time.process_time()
+    batches = training_batches(order, 4096, 0, 4096, epoch=3, offset=39_999_000)
+    seen = [next(batches)[0][0] for _ in range(50)]
+    assert {s.epoch for s in seen} == {3, 4}  # straddles the epochs
+    assert time.process_time() - began < 60  # no speed claim: only that nothing is listed frame by frame
+
+
+@given(total=st.integers(0, 50), world=st.integers(1, 9))
+def test_shares_cover_exactly(total, world):
+    parts = [share(total, r, world) for r in range(world)]
+    assert parts[0][0] == 0
+    assert parts[-1][1] == total
+    assert all(a[1] == b[0] for a, b in zip(parts, parts[1:]))
+    assert max(b - a for a, b in parts) - min(b - a for a, b in parts) <= 1
+
+
+@given(frames=FRAMES, world=st.integers(1, 6), batch=st.integers(1, 5))
+@settings(deadline=None)
+def test_evaluation_sees_every_frame_once(frames, world, batch):
+    seen = []
+    for rank in range(world):
+        for samples, _ in evaluation_batches(range(len(frames)), frames, batch, rank, world):
+            assert 1 <= len(samples) <= batch
+            seen += samples
+    assert sorted((s.scene, s.frame) for s in seen) == [(i, f) for i, n in enumerate(frames) for f in range(n)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Manifest:
+    return pack(ToySource(), str(tmp_path_factory.mktemp("toy")), grid=GRID)
+
+
+FIELDS = {"semantic": Field(GRID.shape, "uint8"), "time": Field((), "int64")}
+
+
+def fill(frame, epoch, views):
+    views["semantic"][...] = frame.labels.semantic
+    views["time"][...] = frame.timestamp
+
+
+def make_stream(data, fill=fill, batch=4, rank=0, world=1, threads=3, ring=3, state=None, **more):
+    order = Order(data.fingerprint, range(4), [s.frames for s in data.scenes], seed=1)
+    batches = training_batches(order, batch, rank, world, **(state or {}))
+    return Stream(ShardReader(data, ("labels",)), batches, FIELDS, fill, batch, threads, ring, **more)
+
+
+def test_content_matches_the_order_with_any_number_of_threads(data):
+    source = ToySource()
+    for threads in (1, 2, 5):
+        with make_stream(data, threads=threads) as stream:
+            for batch in islice(stream, 9):
+                for i, sample in enumerate(batch.samples):
+                    frame = source.load(f"toy-{sample.scene}").frames[sample.frame]
+                    assert batch.keys[i] == frame.key
+                    assert np.array_equal(batch.arrays["semantic"][i], frame.labels.semantic)
+
+
+def test_resume_from_the_state_of_a_batch(data):
+    with make_stream(data) as stream:
+        batches = [(b.samples, b.state) for b in islice(stream, 8)]
+    for cut in (0, 3, 6):
+        with make_stream(data, state=batches[cut][1]) as stream:
+            assert [b.samples for b in islice(stream, 7 - cut)] == [b[0] for b in batches[cut + 1 :]]
+
+
+def test_a_rank_may_have_an_empty_share(data):
+    with make_stream(data, batch=1, rank=0, world=3) as stream:
+        assert [len(b.samples) for b in islice(stream, 5)] == [0] * 5
+
+
+def test_the_consumers_buffers_are_never_overwritten(data):
+    def slow(frame, epoch, views):
+        time.sleep(0.001 * (frame.index % 3))
+        fill(frame, epoch, views)
+
+    with make_stream(data, slow, threads=5, ring=2) as stream:
+        for batch in islice(stream, 12):
+            before = batch.arrays["semantic"].copy()
+            time.sleep(0.01)  # readers run ahead as far as the ring lets them
+            assert np.array_equal(before, batch.arrays["semantic"])
+
+
+def test_corrupt_samples_are_replaced_counted_and_named(data):
+    def picky(frame, epoch, views):
+        if frame.key == "toy-1-0002":
+            raise CorruptSample(f"{frame.key}: bad JPEG")
+        fill(frame, epoch, views)
+
+    said = []
+    with make_stream(data, picky, batch=14, warn=said.append) as stream:
+        batch = next(stream)
+        replaced = batch.samples.index(Sample(0, 1, 2))
+        assert batch.keys[replaced] == "toy-1-0003"
+        assert batch.keys.count("toy-1-0003") == 2
+    assert "toy-1-0002" in said[0]
+    assert stream.skipped == ["toy-1-0002: bad JPEG"]
+    with (
+        make_stream(data, picky, max_skipped=1, warn=said.append) as stream,
+        pytest.raises(ValueError, match="more than 1.*toy-1-0002"),
+    ):
+        list(islice(stream, 100))
+
+
+def test_errors_in_threads_reach_the_consumer_and_threads_end(data):
+    def broken(frame, epoch, views):
+        raise RuntimeError("no space on device")
+
+    before = threading.active_count()
+    with make_stream(data, broken) as stream:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="no space"):
+                next(stream)
+    assert threading.active_count() == before
+    with make_stream(data) as stream:
+        next(stream)
+    assert threading.active_count() == before
+    with pytest.raises(ValueError, match="closed"):
+        next(stream)
+
+
+def test_a_finite_plan_ends(data):
+    counts = [s.frames for s in data.scenes]
+    plan = evaluation_batches(range(4), counts, 4, 0, 1)
+    with Stream(ShardReader(data, ("labels",)), plan, FIELDS, fill, 4) as stream:
+        assert [len(b.keys) for b in stream] == [4, 4, 4, 2]
+        assert next(stream, None) is None
