@@ -1,0 +1,188 @@
+"""Comparing runs: reads MLflow only, so that runs of other tools can join by tags."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+COLUMNS = (
+    ("eval/iou", "IoU"),
+    ("eval/miou", "mIoU"),
+    ("eval/binary_iou", "binary IoU"),
+    ("perf/samples_per_s", "samples/s"),
+)
+
+
+@dataclass
+class Run:
+    """One finished run: tags and last metrics."""
+
+    name: str
+    tags: dict[str, str]
+    metrics: dict[str, float]
+
+
+@dataclass
+class Row:
+    """Runs that differ in their seed only.
+
+    Attributes:
+        name: value of the tag that names rows.
+        seeds: in order.
+        values: metric -> one number per seed that has it.
+    """
+
+    name: str
+    seeds: list[str] = field(default_factory=list)
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+
+def collect(client, experiment: str) -> list[Run]:
+    """Finished runs of an experiment, oldest first; of several with equal tags the newest counts.
+
+    Args:
+        client: an MLflow client.
+
+    Raises:
+        ValueError: no such experiment, or no finished run in it.
+    """
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        names = ", ".join(e.name for e in client.search_experiments() if e.name != "Default") or "none"
+        raise ValueError(f"MLflow has no experiment {experiment!r}; it has: {names}")
+    runs, token = [], None
+    while True:
+        page = client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
+        runs += [r for r in page if r.info.status == "FINISHED"]
+        token = page.token
+        if not token:
+            break
+    newest: dict[tuple, Run] = {}
+    for r in runs:
+        tags = {k: v for k, v in r.data.tags.items() if not k.startswith("mlflow.")}
+        newest[tuple(sorted(tags.items()))] = Run(r.info.run_name, tags, dict(r.data.metrics))
+    if not newest:
+        raise ValueError(f"experiment {experiment!r} has no finished run")
+    return list(newest.values())
+
+
+def rows_by(runs: list[Run], by: str) -> list[Row]:
+    """Groups runs by a tag; runs without it are named by stage and run name."""
+    rows: dict[str, Row] = {}
+    for run in runs:
+        name = run.tags.get(by) or run.tags.get("stage") or run.name
+        row = rows.setdefault(name, Row(name))
+        row.seeds.append(run.tags.get("seed", "?"))
+        for key, value in run.metrics.items():
+            row.values.setdefault(key, []).append(value)
+    return list(rows.values())
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """Mean, and sample standard deviation (NaN below two values); NaN values are left out."""
+    kept = [v for v in values if not math.isnan(v)]
+    if not kept:
+        return math.nan, math.nan
+    return statistics.fmean(kept), statistics.stdev(kept) if len(kept) > 1 else math.nan
+
+
+def gain(base: Row, other: Row, metric: str = "eval/miou") -> str:
+    """One honest sentence on the difference of two rows."""
+    a, b = base.values.get(metric, []), other.values.get(metric, [])
+    if not a or not b:
+        return f"{other.name} against {base.name}: {metric} is missing"
+    label = dict(COLUMNS).get(metric, metric)
+    (mean_a, sd_a), (mean_b, sd_b) = mean_and_spread(a), mean_and_spread(b)
+    ranges = [max(v) - min(v) for v in (a, b)]
+    text = f"{other.name} against {base.name}: {mean_b - mean_a:+.2f} {label}"
+    if len(a) < 2 or len(b) < 2:
+        return f"{text}; one seed, so nothing is known about the spread"
+    verdict = "more than" if abs(mean_b - mean_a) > max(ranges) else "NOT more than"
+    return (
+        f"{text}, {verdict} the largest difference between seeds of one row ({max(ranges):.2f}); "
+        f"n = {len(a)} and {len(b)} seeds, sd {sd_a:.2f} and {sd_b:.2f}"
+    )
+
+
+def compare(uri: str, experiment: str, by: str = "arm", out: Path | None = None) -> str:
+    """Table of the runs of an experiment, mean ± sd over seeds.
+
+    Args:
+        uri: MLflow tracking URI.
+        by: tag that names the rows.
+        out: folder for ``comparison.csv`` and ``comparison.md``.
+
+    Returns:
+        The table and, if there are rows with mIoU, the gain of each over the first, as text.
+    """
+    from mlflow.tracking import MlflowClient
+
+    rows = rows_by(collect(MlflowClient(uri), experiment), by)
+    classes = sorted({k for r in rows for k in r.values if k.startswith("eval/class/")}, key=_class_order(rows))
+    columns = [*COLUMNS, *((k, k.removeprefix("eval/class/")) for k in classes)]
+    semantic = [r for r in rows if "eval/miou" in r.values]
+    text = [_text_table(rows, [c for c in columns if c in COLUMNS])]
+    if classes:
+        text += ["", "per class, IoU in percent:", _class_table(semantic, classes)]
+    text += ["", *(gain(semantic[0], r) for r in semantic[1:])]
+    missing = [f"{r.name} (seed {s}): {k}" for r in semantic for k, _ in COLUMNS[:2] for s in _missing(r, k)]
+    if missing:
+        text += ["missing: " + "; ".join(missing)]
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "comparison.md").write_text(_markdown(rows, columns) + "\n\n" + "\n".join(text[-len(semantic) :]) + "\n")
+        with (out / "comparison.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["row", "seeds", *(f"{k} {w}" for k, _ in columns for w in ("mean", "sd"))])
+            for r in rows:
+                numbers = [v for k, _ in columns for v in mean_and_spread(r.values.get(k, []))]
+                writer.writerow([r.name, " ".join(r.seeds), *("" if math.isnan(v) else f"{v:.4f}" for v in numbers)])
+    return "\n".join(text)
+
+
+def _missing(row: Row, key: str) -> list[str]:
+    return row.seeds[len(row.values.get(key, [])) :]
+
+
+def _class_order(rows: list[Row]) -> Callable[[str], float]:
+    """Frequent (well predicted) classes first keeps the table readable."""
+    best = {}
+    for r in rows:
+        for k, v in r.values.items():
+            mean = mean_and_spread(v)[0]
+            best[k] = max(best.get(k, -1.0), -1.0 if math.isnan(mean) else mean)
+    return lambda k: -best[k]
+
+
+def _cell(row: Row, key: str) -> str:
+    mean, sd = mean_and_spread(row.values.get(key, []))
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.2f}" if math.isnan(sd) else f"{mean:.2f} ± {sd:.2f}"
+
+
+def _text_table(rows: list[Row], columns: list[tuple[str, str]]) -> str:
+    head = ["", "seeds", *(label for _, label in columns)]
+    body = [[r.name, str(len(r.seeds)), *(_cell(r, k) for k, _ in columns)] for r in rows]
+    return _align([head, *body]) + "\nmean ± sample standard deviation over seeds"
+
+
+def _class_table(rows: list[Row], classes: list[str]) -> str:
+    head = ["", *(r.name for r in rows)]
+    return _align([head, *([k.removeprefix("eval/class/"), *(_cell(r, k) for r in rows)] for k in classes)])
+
+
+def _align(table: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) for line in table]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _markdown(rows: list[Row], columns: list[tuple[str, str]]) -> str:
+    lines = ["| | seeds | " + " | ".join(label for _, label in columns) + " |", "|---|---|" + "---|" * len(columns)]
+    lines += [f"| {r.name} | {', '.join(r.seeds)} | " + " | ".join(_cell(r, k) for k, _ in columns) + " |" for r in rows]
+    return "\n".join(lines)

@@ -1,0 +1,162 @@
+"""Evaluating a model that is handed in on a stream that is handed in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from occstream.evaluation.metrics import BinaryCounts, ConfusionMatrix, sum_over_ranks
+from occstream.models import OccBatch, OccOutputs
+from occstream.models.batch import pool_binary
+from occstream.sharding.schema import Taxonomy
+
+Head = Literal["sigmoid_focal", "softmax_focal"]
+
+
+@dataclass
+class EvalResult:
+    """Scores in percent. ``miou``, ``iou`` and ``per_class`` are None when the network has no semantic part.
+
+    Attributes:
+        frames: evaluated over all ranks.
+        binary_iou: on the binary decoder's own grid, labels pooled (SPEC A.7).
+        iou: geometric, of the semantic output. miou: by the convention.
+        per_class: IoU by class name; NaN for classes that do not occur.
+        seconds: wall time. mask, convention: as declared.
+    """
+
+    frames: int
+    binary_iou: float
+    iou: float | None = None
+    miou: float | None = None
+    per_class: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    mask: str = "none"
+    convention: str = "occ3d"
+
+    def metrics(self) -> dict[str, float]:
+        """MLflow metrics."""
+        out = {"eval/binary_iou": self.binary_iou, "eval/frames": float(self.frames)}
+        if self.miou is not None:
+            out |= {"eval/iou": self.iou, "eval/miou": self.miou}
+            out |= {f"eval/class/{name}": value for name, value in self.per_class.items()}
+        return out
+
+    def summary(self) -> str:
+        """One line."""
+        semantic = "" if self.miou is None else f", IoU {self.iou:.2f}, mIoU {self.miou:.2f}"
+        return f"binary IoU {self.binary_iou:.2f}{semantic} (mask {self.mask})"
+
+    def table(self) -> str:
+        """For the terminal."""
+        lines = [f"{self.frames} frames: {self.summary()}, convention {self.convention}"]
+        lines += [f"  {name:<22} {value:6.2f}" for name, value in self.per_class.items()]
+        return "\n".join(lines)
+
+
+def classify(logits: Tensor, kind: Head = "sigmoid_focal", threshold: float = 0.25) -> Tensor:
+    """Class of each voxel.
+
+    Args:
+        logits: (S, K, X, Y, Z).
+        kind: sigmoid_focal: the best class if its probability is above ``threshold``, else free (SPEC A.9);
+            softmax_focal: free is a class with logit 0.
+
+    Returns:
+        (S, X, Y, Z) uint8, K = free.
+    """
+    best, index = logits.max(1)
+    limit = 0.0 if kind == "softmax_focal" else float(torch.logit(torch.tensor(threshold)))
+    return torch.where(best > limit, index, logits.shape[1]).to(torch.uint8)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[OccBatch],
+    *,
+    taxonomy: Taxonomy,
+    convention: str = "occ3d",
+    mask: str = "none",
+    kind: Head = "sigmoid_focal",
+    threshold: float = 0.25,
+    watch: Callable[[OccBatch, OccOutputs], None] | None = None,
+) -> EvalResult:
+    """Runs the model over a finite stream and counts (collective: every rank calls it, also one without frames).
+
+    Args:
+        model: returns ``OccOutputs``; its mode is restored afterwards.
+        batches: this rank's share; masks are already in the labels.
+        taxonomy: of the labels.
+        convention: "occ3d" (mean over all classes, SPEC F.1) or "openscene" (over its 8 live classes, F.2); with our
+            taxonomies both are the mean over all classes of the taxonomy, NaN skipped.
+        mask: which mask the labels were made with; only reported.
+        kind, threshold: how logits become classes.
+        watch: gets each batch and its outputs (for pictures).
+
+    Returns:
+        The same result on every rank.
+    """
+    began = time.perf_counter()
+    training = model.training
+    model.eval()
+    confusion, binary, frames = ConfusionMatrix(taxonomy.num_classes), BinaryCounts(), torch.zeros(1, dtype=torch.int64)
+    device = torch.device("cpu")
+    semantic = False
+    try:
+        for batch, counted in _in_step(batches):
+            outputs = model(batch)
+            if not counted:
+                continue
+            device = outputs.binary_logits.device
+            frames += batch.size
+            logits = outputs.binary_logits
+            truth, valid = pool_binary(batch.binary, batch.binary_valid, tuple(logits.shape[1:]))
+            binary.update(logits > 0, truth, valid)
+            if outputs.semantic_logits is not None and batch.num_semantic:
+                semantic = True
+                confusion.update(classify(outputs.semantic_logits, kind, threshold), batch.semantic)
+            if watch:
+                watch(batch, outputs)
+    finally:
+        model.train(training)
+    confusion.all_reduce(device)
+    binary.all_reduce(device)
+    frames = sum_over_ranks(frames, device)
+    semantic = bool(sum_over_ranks(torch.tensor([int(semantic)]), device).item())
+    result = EvalResult(
+        frames=int(frames), binary_iou=100 * binary.iou(), seconds=time.perf_counter() - began, mask=mask, convention=convention
+    )
+    if semantic:
+        per_class = 100 * confusion.class_iou()[: taxonomy.num_classes]
+        result.iou, result.miou = 100 * confusion.iou(), 100 * confusion.miou()
+        result.per_class = {name: float(v) for name, v in zip(taxonomy.classes, per_class)}
+    return result
+
+
+def _in_step(batches: Iterable[OccBatch]) -> Iterator[tuple[OccBatch, bool]]:
+    """This rank's batches, then the last one again, not to be counted, while another rank still has some: under ZeRO-3
+    every forward gathers parameters from all ranks."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    last = None
+    for batch in batches:
+        if several:
+            _any_left(True, batch.images.device)
+        yield batch, True
+        last = batch
+    while several and _any_left(False, last.images.device if last is not None else torch.device("cpu")):
+        if last is None:
+            raise ValueError("evaluation has fewer frames than processes; evaluate on more frames or fewer processes")
+        yield last, False
+
+
+def _any_left(mine: bool, device: torch.device) -> bool:
+    flag = torch.tensor([float(mine)], device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())

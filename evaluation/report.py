@@ -1,0 +1,181 @@
+"""Pictures: cameras with projected occupancy, and labels against predictions as 3-D renderings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from occstream.evaluation.evaluate import classify
+from occstream.models import OccBatch, OccOutputs
+from occstream.models.lift import project
+from occstream.sharding.grid import VoxelGrid
+from occstream.sharding.schema import IGNORE, Taxonomy
+from occstream.sharding.voxelrays import first_hit
+
+BINARY_LOW, BINARY_HIGH = np.array([38, 70, 140]), np.array([250, 210, 90])  # colours of the lowest and highest voxel
+BACKGROUND = 250
+SHADE = {-1: 1.0, 0: 0.72, 1: 0.86, 2: 1.0}  # by the axis of the face
+
+
+def render(solid: np.ndarray, colors: np.ndarray, size: tuple[int, int] = (420, 640)) -> np.ndarray:
+    """View of a voxel scene from behind and above the vehicle.
+
+    Args:
+        solid: (X, Y, Z) bool.
+        colors: (X, Y, Z, 3) uint8.
+        size: (height, width) of the picture.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    x, y, z = solid.shape
+    target = np.array([x * 0.50, y * 0.5, z * 0.3])
+    eye = np.array([-0.50 * x, y * 0.5, max(x, y) * 0.62])
+    forward = (target - eye) / np.linalg.norm(target - eye)
+    right = np.cross(forward, [0, 0, 1.0])
+    right /= np.linalg.norm(right)
+    down = np.cross(forward, right)
+    height, width = size
+    v, u = np.meshgrid(np.arange(height) + 0.5, np.arange(width) + 0.5, indexing="ij")
+    scale = 0.86 / width
+    rays = forward + (u - width / 2)[..., None] * scale * right + (v - height / 2)[..., None] * scale * down
+    rays = rays.reshape(-1, 3)
+    voxel, axis = first_hit(np.ascontiguousarray(solid), np.broadcast_to(eye, rays.shape).copy(), rays)
+    shade = np.array([SHADE[a] for a in (-1, 0, 1, 2)])[axis + 1]
+    image = colors.reshape(-1, 3)[np.maximum(voxel, 0)] * shade[:, None]
+    # A dark line between neighbouring voxels makes their shape readable.
+    picture = np.where((voxel >= 0)[:, None], image, BACKGROUND).reshape(height, width, 3)
+    number = voxel.reshape(height, width)
+    edge = np.zeros((height, width), bool)
+    edge[:, 1:] |= number[:, 1:] != number[:, :-1]
+    edge[1:] |= number[1:] != number[:-1]
+    picture[edge & (number >= 0)] *= 0.8
+    return picture.astype(np.uint8)
+
+
+def height_colors(shape: tuple[int, int, int]) -> np.ndarray:
+    """(X, Y, Z, 3) uint8 colours by height, for binary occupancy."""
+    t = np.linspace(0, 1, shape[2])[:, None]
+    column = (1 - t) * BINARY_LOW + t * BINARY_HIGH
+    return np.broadcast_to(column.astype(np.uint8), (*shape, 3))
+
+
+def class_colors(semantic: np.ndarray, taxonomy: Taxonomy) -> np.ndarray:
+    """(X, Y, Z, 3) uint8 colours by class; unknown is grey."""
+    table = np.full((256, 3), 128, np.uint8)
+    table[: taxonomy.num_classes] = taxonomy.colors
+    return table[semantic]
+
+
+def overlay(image: np.ndarray, pixels: np.ndarray, depth: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """Image with voxel centres as dots, near ones larger and in front.
+
+    Args:
+        image: (H, W, 3) uint8. pixels: (N, 2). depth: (N,) metres. colors: (N, 3) uint8.
+    """
+    out = image.copy()
+    height, width = image.shape[:2]
+    order = np.argsort(-depth)
+    for i in order:
+        u, v, d = round(pixels[i, 0]), round(pixels[i, 1]), depth[i]
+        if d <= 0.5 or not (0 <= u < width and 0 <= v < height):
+            continue
+        r = int(np.clip(width / 180 * 8 / d, 0, 5))
+        patch = out[max(0, v - r) : v + r + 1, max(0, u - r) : u + r + 1]
+        patch[...] = (0.35 * patch + 0.65 * colors[i]).astype(np.uint8)
+    return out
+
+
+def prediction_picture(
+    path: Path,
+    batch: OccBatch,
+    outputs: OccOutputs,
+    *,
+    index: int,
+    grid: VoxelGrid,
+    taxonomy: Taxonomy,
+    cameras: tuple[str, ...],
+    kind: str = "sigmoid_focal",
+    title: str = "",
+) -> None:
+    """One composed PNG for a frame: all cameras with the labels projected, labels, binary and semantic prediction.
+
+    Args:
+        path: written; its folder is created.
+        batch, outputs: with at least ``index`` + 1 frames.
+        grid: of the labels. taxonomy: of the classes.
+        cameras: names, for captions.
+        kind: how semantic logits become classes.
+    """
+    has_semantic = index < batch.num_semantic
+    binary, valid = _numpy(batch.binary[index]), _numpy(batch.binary_valid[index])
+    truth = _numpy(batch.semantic[index]) if has_semantic else None
+    known = binary & valid
+    colors = class_colors(truth, taxonomy) if has_semantic else height_colors(grid.shape)
+    cells = np.argwhere(_surface(known))
+    points = batch.bda.new_tensor(grid.centers(cells), device=batch.bda.device)
+    # Labels are already mirrored with the scene, and so is the geometry of the batch.
+    pixels, depth = project(points[None].float(), _one(batch, index))
+    panels = [("labels", render(known, colors))]
+    logits = outputs.binary_logits[index]
+    factors = [a // b for a, b in zip(grid.shape, logits.shape)]
+    found = _numpy(logits > 0).repeat(factors[0], 0).repeat(factors[1], 1).repeat(factors[2], 2)
+    panels.append(("binary prediction (colour: height)", render(found & valid, height_colors(grid.shape))))
+    if has_semantic and outputs.semantic_logits is not None:
+        classes = _numpy(classify(outputs.semantic_logits[index : index + 1], kind)[0])
+        shown = (classes != taxonomy.free_id) & valid & (truth != IGNORE)
+        panels.append(("semantic prediction", render(shown, class_colors(classes, taxonomy))))
+
+    views, columns = len(cameras), (len(cameras) + 1) // 2 if len(cameras) > 4 else len(cameras)
+    rows = -(-views // columns)
+    aspect = batch.images.shape[-2] / batch.images.shape[-1]
+    width = 13.5
+    camera_height = width / columns * aspect * rows
+    panel_height = width / len(panels) * 420 / 640
+    figure = Figure(figsize=(width, camera_height + panel_height + 1.25), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[camera_height + 0.3 * rows, panel_height + 0.5])
+    for i, name in enumerate(cameras):
+        axes = top.add_subplot(rows, columns, i + 1)
+        image = _numpy(batch.images[index, i]).transpose(1, 2, 0)
+        dots = colors[tuple(cells.T)] if len(cells) else np.zeros((0, 3), np.uint8)
+        axes.imshow(overlay(image, _numpy(pixels[0, i]), _numpy(depth[0, i]), dots), interpolation="nearest")
+        axes.set_title(name, fontsize=8, pad=2)
+        axes.axis("off")
+    for i, (name, picture) in enumerate(panels):
+        axes = bottom.add_subplot(1, len(panels), i + 1)
+        axes.imshow(picture)
+        axes.set_title(name, fontsize=10, pad=3)
+        axes.axis("off")
+    if has_semantic:
+        present = [k for k in range(taxonomy.num_classes) if (truth == k).any()]
+        handles = [Patch(color=np.array(taxonomy.colors[k]) / 255, label=taxonomy.classes[k]) for k in present]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(9, max(1, len(handles))), fontsize=8, frameon=False)
+    figure.suptitle(title or batch.keys[index], fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _one(batch: OccBatch, index: int) -> OccBatch:
+    names = ("images", "intrinsics", "camera_to_ego", "post_rot", "post_tran", "bda", "binary", "binary_valid")
+    parts = {name: getattr(batch, name)[index : index + 1] for name in names}
+    return OccBatch(**parts, semantic=batch.semantic[:0], num_semantic=0)
+
+
+def _surface(solid: np.ndarray) -> np.ndarray:
+    """Occupied voxels with a free neighbour (or at the border)."""
+    padded = np.pad(solid, 1)
+    inner = solid.copy()
+    for axis in range(3):
+        for shift in (-1, 1):
+            inner &= np.roll(padded, shift, axis)[1:-1, 1:-1, 1:-1]
+    return solid & ~inner
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()

@@ -1,0 +1,96 @@
+"""Image encoders: transformers' ResNets by name, with our FPN (SPEC A.3, J.5)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import ResNetBackbone, ResNetConfig
+
+from occstream.models.layers import use_sync_batch_norm
+
+_DEPTHS = {
+    "resnet18": ("basic", (2, 2, 2, 2)),
+    "resnet34": ("basic", (3, 4, 6, 3)),
+    "resnet50": ("bottleneck", (3, 4, 6, 3)),
+    "resnet101": ("bottleneck", (3, 4, 23, 3)),
+}
+STRIDES = (4, 8, 16, 32)
+
+
+class ImageEncoder(nn.Module):
+    """ResNet + FPN: all levels from ``stride`` to 32 are merged top-down, one level is emitted.
+
+    Args:
+        name: resnet18, resnet34, resnet50 or resnet101.
+        width: channels of the stem; 64 is the published network, less is a narrow one for the CPU.
+        channels: of the emitted level.
+        stride: of the emitted level: 8, 16 (the paper's) or 32.
+        weights: "" for random, a path (``.safetensors``, or ``.pt`` with plain tensors), or a hub id such as
+            ``microsoft/resnet-50``. All backbone tensors must be there.
+        checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        ValueError: unknown name or stride, or weights that lack a tensor.
+    """
+
+    def __init__(
+        self, name: str, width: int = 64, channels: int = 256, stride: int = 16, weights: str = "", checkpointing: bool = False
+    ):
+        super().__init__()
+        if name not in _DEPTHS:
+            raise ValueError(f"unknown backbone {name!r}; known: {', '.join(_DEPTHS)}")
+        if stride not in STRIDES[1:]:
+            raise ValueError(f"feature stride is {stride}, must be 8, 16 or 32")
+        kind, depths = _DEPTHS[name]
+        expand = 4 if kind == "bottleneck" else 1
+        first = STRIDES.index(stride) + 1
+        config = ResNetConfig(
+            embedding_size=width,
+            hidden_sizes=[width * expand * 2**i for i in range(4)],
+            depths=list(depths),
+            layer_type=kind,
+            out_features=[f"stage{i}" for i in range(first, 5)],
+        )
+        self.body = use_sync_batch_norm(ResNetBackbone(config))
+        if weights:
+            _load(self.body, weights)
+        self.checkpointing = checkpointing
+        self.lateral = nn.ModuleList(nn.Conv2d(config.hidden_sizes[i - 1], channels, 1) for i in range(first, 5))
+        self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) normalised -> (N, channels, ceil(H / stride), ceil(W / stride))."""
+        if self.checkpointing and self.training:
+            levels = torch.utils.checkpoint.checkpoint(lambda x: self.body(x).feature_maps, images, use_reentrant=False)
+        else:
+            levels = self.body(images).feature_maps
+        merged = None
+        for conv, level in zip(reversed(self.lateral), reversed(levels)):
+            own = conv(level)
+            merged = own if merged is None else own + F.interpolate(merged, own.shape[-2:], mode="nearest")
+        return self.smooth(merged)
+
+
+def _load(body: nn.Module, weights: str) -> None:
+    path = Path(weights)
+    if not path.exists() and not path.suffix and weights.count("/") == 1:
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(weights, "model.safetensors"))
+    if not path.is_file():
+        raise ValueError(f"backbone weights {weights!r}: no such file, and not a hub id such as microsoft/resnet-50")
+    values = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    # Whole classifiers keep the same tensors below "resnet.".
+    values = {k.removeprefix("resnet."): v for k, v in values.items()}
+    own = body.state_dict()
+    missing = [k for k in own if k not in values or values[k].shape != own[k].shape]
+    if missing:
+        raise ValueError(
+            f"backbone weights {weights!r}: {len(missing)} of {len(own)} tensors are missing or have another shape "
+            f"({', '.join(missing[:4])}…); they belong to another backbone or width"
+        )
+    body.load_state_dict({k: values[k] for k in own})

@@ -1,0 +1,148 @@
+"""Blocks that more than one paper uses. Shape legend: see ``batch``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over ranks; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class SyncBatchNorm(nn.Module):
+    """Batch norm over the joint batch of all ranks, for (N, C, …) of any rank, on CPU and CUDA.
+
+    ``torch.nn.SyncBatchNorm`` refuses CPU tensors (OPERATIONS 15). Same ``state_dict`` keys as ``nn.BatchNorm2d``.
+    Statistics are fp32; ranks may hold different numbers of samples.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked += 1
+        if not self.training or world_size() == 1:
+            mean, var = self.running_mean, self.running_var
+            return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
+        dims = [0, *range(2, x.ndim)]
+        wide = x.float()
+        count = wide.new_tensor([x.numel() / x.shape[1]])
+        sums = _AllReduce.apply(torch.cat([wide.sum(dims), (wide * wide).sum(dims), count]))
+        total = sums[-1]
+        mean, square = sums[:-1].chunk(2)
+        mean, square = mean / total, square / total
+        var = (square - mean * mean).clamp_min(0)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * total / (total - 1).clamp_min(1), self.momentum)
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (wide * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
+
+
+def use_sync_batch_norm(module: nn.Module) -> nn.Module:
+    """Replaces every torch batch norm below ``module`` by ours, values kept."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            ours = SyncBatchNorm(child.num_features, child.eps, child.momentum)
+            ours.load_state_dict(child.state_dict())
+            setattr(module, name, ours)
+        else:
+            use_sync_batch_norm(child)
+    return module
+
+
+def conv_bn(dims: int, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+    """Convolution, batch norm, ReLU in 2 or 3 dimensions, size kept at stride 1."""
+    conv = nn.Conv2d if dims == 2 else nn.Conv3d
+    padding = dilation * (kernel // 2)
+    return nn.Sequential(
+        conv(inputs, outputs, kernel, stride, padding, dilation, bias=False), SyncBatchNorm(outputs), nn.ReLU(inplace=True)
+    )
+
+
+class ResidualBlock(nn.Module):
+    """Two 3-convolutions with batch norm and a shortcut, in 2 or 3 dimensions."""
+
+    def __init__(self, dims: int, inputs: int, outputs: int, stride: int = 1):
+        super().__init__()
+        conv = nn.Conv2d if dims == 2 else nn.Conv3d
+        self.first = conv_bn(dims, inputs, outputs, 3, stride)
+        self.second = nn.Sequential(conv(outputs, outputs, 3, 1, 1, bias=False), SyncBatchNorm(outputs))
+        self.shortcut = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(conv(inputs, outputs, 1, stride, bias=False), SyncBatchNorm(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.second(self.first(x)) + self.shortcut(x))
+
+
+class VolumeEncoder(nn.Module):
+    """3-D residual network whose levels are resized to one shape and merged (SPEC A.4, as COTR).
+
+    Args:
+        inputs: channels of the volume.
+        channels, blocks, strides: per level.
+        outputs: channels of the merged volume.
+    """
+
+    def __init__(self, inputs: int, channels: Sequence[int], blocks: Sequence[int], strides: Sequence[int], outputs: int):
+        super().__init__()
+        self.levels = nn.ModuleList()
+        for width, count, stride in zip(channels, blocks, strides, strict=True):
+            layers = [ResidualBlock(3, inputs if i == 0 else width, width, stride if i == 0 else 1) for i in range(count)]
+            self.levels.append(nn.Sequential(*layers))
+            inputs = width
+        self.merge = nn.Conv3d(sum(channels), outputs, 1)
+
+    def forward(self, x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """(B, C, X, Y, Z) -> (B, outputs, *shape)."""
+        found = []
+        for level in self.levels:
+            x = level(x)
+            resized = x if x.shape[2:] == shape else F.interpolate(x, shape, mode="trilinear", align_corners=False)
+            found.append(resized)
+        return self.merge(torch.cat(found, 1))
+
+
+class AxialEmbedding(nn.Module):
+    """Learned position embedding of a voxel: one table per axis, concatenated (SPEC A.5: 96 + 96 + 64 of 256)."""
+
+    def __init__(self, shape: tuple[int, int, int], channels: int):
+        super().__init__()
+        plane = channels * 3 // 8
+        widths = (plane, plane, channels - 2 * plane)
+        self.axes = nn.ModuleList(nn.Embedding(n, width) for n, width in zip(shape, widths))
+        for table in self.axes:
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """(…, 3) integer voxel index -> (…, channels)."""
+        return torch.cat([table(index[..., axis]) for axis, table in enumerate(self.axes)], -1)

@@ -1,0 +1,220 @@
+"""Lift-Splat: image features to a voxel volume by predicted depth (SPEC A.4, J.1, J.7; after BEVDet and BEVDepth)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from occstream.models.batch import OccBatch
+from occstream.models.layers import ResidualBlock, SyncBatchNorm, conv_bn
+from occstream.sharding.grid import VoxelGrid
+
+CHUNK = 1 << 18  # points at a time: bounds the memory of pooling
+
+
+def frustum(image_size: tuple[int, int], feature_size: tuple[int, int], depths: Tensor) -> Tensor:
+    """Pixels and depths of the lifted points: (D, h, w, 3) of (u, v, depth), pixels of the network's input.
+
+    Pixels are spread over the feature map from 0 to W-1 and 0 to H-1, ends included (SPEC A.4).
+    """
+    (height, width), (h, w) = image_size, feature_size
+    d, v, u = torch.meshgrid(
+        depths, torch.linspace(0, height - 1, h), torch.linspace(0, width - 1, w), indexing="ij"
+    )
+    return torch.stack([u, v, d], -1)
+
+
+def unproject(points: Tensor, batch: OccBatch) -> Tensor:
+    """Augmented pixels with depth -> augmented ego frame (SPEC J.1).
+
+    Args:
+        points: (…, 3) of (u, v, depth), the same for all cameras.
+
+    Returns:
+        (B, V, …, 3) metres, fp32.
+    """
+    p = points.reshape(-1, 3).to(batch.bda.device) - batch.post_tran.float().unsqueeze(2)
+    p = p @ torch.linalg.inv(batch.post_rot.float()).mT
+    rays = torch.cat([p[..., :2] * p[..., 2:], p[..., 2:]], -1)
+    bda, to_ego = batch.bda.float().unsqueeze(1), batch.camera_to_ego.float()
+    matrix = bda @ to_ego[..., :3, :3] @ torch.linalg.inv(batch.intrinsics.float())
+    found = rays @ matrix.mT + (bda @ to_ego[..., :3, 3:]).mT
+    return found.view(*found.shape[:2], *points.shape)
+
+
+def project(points: Tensor, batch: OccBatch) -> tuple[Tensor, Tensor]:
+    """Augmented ego frame -> augmented pixels (SPEC J.2), inverse of ``unproject``.
+
+    Args:
+        points: (B, N, 3) metres.
+
+    Returns:
+        pixels: (B, V, N, 2) of (u, v).
+        depth: (B, V, N) metres along the camera's axis; pixels mean something only where it is positive.
+    """
+    raw = points.float() @ torch.linalg.inv(batch.bda.float()).mT  # (B, N, 3)
+    to_camera = torch.linalg.inv(batch.camera_to_ego.float())
+    camera = raw.unsqueeze(1) @ to_camera[..., :3, :3].mT + to_camera[..., None, :3, 3]
+    image = camera @ batch.intrinsics.float().mT
+    depth = image[..., 2]
+    pixel = torch.cat([image[..., :2] / depth.clamp_min(1e-5).unsqueeze(-1), depth.unsqueeze(-1)], -1)
+    return (pixel @ batch.post_rot.float().mT + batch.post_tran.float().unsqueeze(2))[..., :2], depth
+
+
+class _Pool(torch.autograd.Function):
+    """out[voxel[p]] += weight[p] * context[pixel[p]] without keeping the products."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, context: Tensor, pixel: Tensor, voxel: Tensor, size: int) -> Tensor:
+        out = context.new_zeros(size, context.shape[1])
+        for part in _chunks(len(pixel)):
+            out.index_add_(0, voxel[part], context[pixel[part]] * weight[part].unsqueeze(1))
+        ctx.save_for_backward(weight, context, pixel, voxel)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        weight, context, pixel, voxel = ctx.saved_tensors
+        to_weight, to_context = torch.empty_like(weight), torch.zeros_like(context)
+        for part in _chunks(len(pixel)):
+            g = grad[voxel[part]]
+            to_weight[part] = (g * context[pixel[part]]).sum(1)
+            to_context.index_add_(0, pixel[part], g * weight[part].unsqueeze(1))
+        return to_weight, to_context, None, None, None
+
+
+def _chunks(count: int) -> list[slice]:
+    return [slice(i, i + CHUNK) for i in range(0, count, CHUNK)]
+
+
+def voxel_pool(depth: Tensor, context: Tensor, points: Tensor, grid: VoxelGrid) -> Tensor:
+    """Weighted sum of context features per voxel; points outside the grid are dropped (SPEC A.4).
+
+    Args:
+        depth: (B, V, D, h, w) weights.
+        context: (B, V, C, h, w).
+        points: (B, V, D, h, w, 3) metres in the grid's frame.
+
+    Returns:
+        (B, C, X, Y, Z) fp32.
+    """
+    batch, views, bins, h, w = depth.shape
+    x, y, z = grid.shape
+    lower, size = points.new_tensor(grid.lower), points.new_tensor(grid.voxel)
+    index = ((points - lower) / size).floor().long()
+    inside = ((index >= 0) & (index < index.new_tensor(grid.shape))).all(-1)
+    voxel = (index[..., 0] * y + index[..., 1]) * z + index[..., 2]
+    voxel = voxel + torch.arange(batch, device=voxel.device).view(-1, 1, 1, 1, 1) * (x * y * z)
+    keep = inside.reshape(-1).nonzero().squeeze(1)
+    # Number of the image feature behind each point: (b, v, h, w), whatever its depth bin.
+    cell = torch.arange(batch * views * h * w, device=voxel.device).view(batch, views, 1, h, w)
+    pixel = cell.expand(batch, views, bins, h, w).reshape(-1)[keep]
+    features = context.float().permute(0, 1, 3, 4, 2).reshape(batch * views * h * w, -1)
+    out = _Pool.apply(depth.float().reshape(-1)[keep], features, pixel, voxel.reshape(-1)[keep], batch * x * y * z)
+    return out.view(batch, x, y, z, -1).permute(0, 4, 1, 2, 3)
+
+
+def camera_vector(batch: OccBatch) -> Tensor:
+    """(B, V, 27) numbers that tell the depth net how the camera sits (SPEC J.7)."""
+    k, rot, tran = batch.intrinsics, batch.post_rot, batch.post_tran
+    bda = batch.bda.unsqueeze(1).expand(-1, k.shape[1], 3, 3)
+    parts = [
+        k[..., 0, 0], k[..., 1, 1], k[..., 0, 2], k[..., 1, 2],
+        rot[..., 0, 0], rot[..., 0, 1], tran[..., 0], rot[..., 1, 0], rot[..., 1, 1], tran[..., 1],
+        bda[..., 0, 0], bda[..., 0, 1], bda[..., 1, 0], bda[..., 1, 1], bda[..., 2, 2],
+    ]  # fmt: skip
+    return torch.cat([torch.stack(parts, -1), batch.camera_to_ego[..., :3, :].flatten(-2)], -1).float()
+
+
+class _Gate(nn.Module):
+    """Squeeze and excitation by the camera vector."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(27, channels), nn.ReLU(), nn.Linear(channels, channels))
+        self.gate = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels), nn.Sigmoid())
+
+    def forward(self, features: Tensor, cameras: Tensor) -> Tensor:
+        return features * self.gate(self.mlp(cameras))[..., None, None]
+
+
+class _Aspp(nn.Module):
+    """Atrous spatial pyramid: dilations 1, 6, 12, 18 and a global branch."""
+
+    def __init__(self, channels: int, mid: int):
+        super().__init__()
+        self.branches = nn.ModuleList(conv_bn(2, channels, mid, 1 if d == 1 else 3, 1, d) for d in (1, 6, 12, 18))
+        # One value per image and channel: batch norm works over the batch alone here.
+        self.overall = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn(2, channels, mid, 1))
+        self.merge = nn.Sequential(*conv_bn(2, 5 * mid, channels, 1), nn.Dropout(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        overall = self.overall(x).expand(-1, -1, *x.shape[-2:])
+        return self.merge(torch.cat([*(branch(x) for branch in self.branches), overall], 1))
+
+
+class DepthNet(nn.Module):
+    """Camera-aware depth distribution and context (SPEC A.4).
+
+    Args:
+        channels: of the image features.
+        context: channels to lift.
+        bins: depth bins.
+        blocks: residual blocks of the depth branch (3 in the paper's base).
+        aspp: with the pyramid (96 channels a branch).
+    """
+
+    def __init__(self, channels: int, context: int, bins: int, blocks: int = 3, aspp: bool = True):
+        super().__init__()
+        self.reduce = conv_bn(2, channels, channels)
+        self.standardise = SyncBatchNorm(27)
+        self.context_gate, self.depth_gate = _Gate(channels), _Gate(channels)
+        self.context = nn.Conv2d(channels, context, 1)
+        layers: list[nn.Module] = [ResidualBlock(2, channels, channels) for _ in range(blocks)]
+        if aspp:
+            layers.append(_Aspp(channels, 96))
+        self.depth = nn.Sequential(*layers, nn.Conv2d(channels, bins, 1))
+
+    def forward(self, features: Tensor, cameras: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, C, h, w) and camera vectors (N, 27) -> depth (N, D, h, w) summing to 1 over D, context (N, c, h, w)."""
+        x = self.reduce(features)
+        cameras = self.standardise(cameras)
+        context = self.context(self.context_gate(x, cameras))
+        depth = self.depth(self.depth_gate(x, cameras))
+        return depth.float().softmax(1), context
+
+
+class LiftSplat(nn.Module):
+    """Image features -> full-resolution volume (B, context, X, Y, Z).
+
+    Args:
+        channels: of the image features.
+        context: channels to lift.
+        depth: (first, end, step) in metres; bin i is at first + i * step.
+        grid: of the volume, ego frame.
+        image_size: (H, W) of the network's input.
+        blocks, aspp: see ``DepthNet``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        context: int,
+        depth: tuple[float, float, float],
+        grid: VoxelGrid,
+        image_size: tuple[int, int],
+        blocks: int,
+        aspp: bool,
+    ):
+        super().__init__()
+        self.grid, self.image_size = grid, image_size
+        self.depths = torch.arange(*depth)
+        if len(self.depths) < 2:
+            raise ValueError(f"depth {depth}: first, end and step give fewer than two bins")
+        self.net = DepthNet(channels, context, len(self.depths), blocks, aspp)
+
+    def forward(self, features: Tensor, batch: OccBatch) -> Tensor:
+        b, v, _, h, w = features.shape
+        depth, context = self.net(features.flatten(0, 1), camera_vector(batch).flatten(0, 1))
+        points = unproject(frustum(self.image_size, (h, w), self.depths), batch)
+        return voxel_pool(depth.unflatten(0, (b, v)), context.unflatten(0, (b, v)), points, self.grid)

@@ -1,0 +1,236 @@
+"""Image and scene augmentation (SPEC A.11, after BEVDet), and the step from a ``Frame`` to the arrays of a sample.
+
+Every draw is keyed by (seed, epoch, frame key): threads, order, restarts and world size do not change it. Geometry is
+exact for our pixel convention (the centre of the top-left pixel is (0, 0)).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from occstream.sharding.codec import CorruptSample
+from occstream.sharding.grid import VoxelGrid
+from occstream.sharding.order import generator
+from occstream.sharding.schema import IGNORE, Frame, Labels, Taxonomy, camera_to_key_ego
+
+cv2.setNumThreads(1)  # the stream's threads are the parallelism; OpenCV's own would fight them
+
+
+@dataclass
+class AugmentConfig:
+    """What may vary in training; evaluation uses the centre of everything."""
+
+    image_size: tuple[int, int] = (256, 704)
+    """(H, W) of the network's input, pixels."""
+    resize: tuple[float, float] = (-0.136, 0.25)
+    """Range of the change of the resize factor, relative to W / W_source (BEVDet: -0.06..0.11 at factor 0.44)."""
+    rotate: float = 5.4
+    """Largest image rotation, degrees."""
+    flip: bool = True
+    """Mirror each image with probability 1/2."""
+    flip_x: bool = True
+    """Mirror the scene front to back with probability 1/2."""
+    flip_y: bool = True
+    """Mirror the scene left to right with probability 1/2."""
+    enabled: bool = True
+    """False: train without any augmentation (for overfitting checks)."""
+
+    def __post_init__(self):
+        if min(self.image_size) < 16:
+            raise ValueError(f"image_size is {self.image_size}, must be at least 16 x 16 (H, W)")
+        if self.resize[0] > self.resize[1] or self.resize[0] <= -1:
+            raise ValueError(f"resize is {self.resize}, must be a range above -1, low end first")
+
+
+def image_affine(
+    rng: np.random.Generator | None, source: tuple[int, int], config: AugmentConfig
+) -> np.ndarray:
+    """Map from source pixels to pixels of the network's input.
+
+    Args:
+        rng: None for evaluation: no jitter, centred crop.
+        source: (width, height) of the image.
+        config: ranges.
+
+    Returns:
+        (2, 3) float64: resize, crop (bottom-aligned, random or centred across), mirror, rotation about the centre.
+    """
+    (height, width), (w, h) = config.image_size, source
+    factor = width / w
+    if rng is not None:
+        factor *= 1 + rng.uniform(*config.resize)
+    new_w, new_h = round(w * factor), round(h * factor)
+    spare = max(0, new_w - width)
+    left = rng.uniform(0, spare) if rng is not None else spare / 2
+    sx, sy = new_w / w, new_h / h
+    # Pixel centres: x' = (x + 1/2) s - 1/2.
+    affine = np.array([[sx, 0, (sx - 1) / 2 - left], [0, sy, (sy - 1) / 2 - (new_h - height)], [0, 0, 1]])
+    if rng is None:
+        return affine[:2]
+    if config.flip and rng.random() < 0.5:
+        affine = np.array([[-1, 0, width - 1], [0, 1, 0], [0, 0, 1]]) @ affine
+    angle = math.radians(rng.uniform(-config.rotate, config.rotate))
+    c, s, cx, cy = math.cos(angle), math.sin(angle), (width - 1) / 2, (height - 1) / 2
+    return (np.array([[c, -s, cx - c * cx + s * cy], [s, c, cy - s * cx - c * cy], [0, 0, 1]]) @ affine)[:2]
+
+
+def warp_jpeg(jpeg: bytes, source: tuple[int, int], affine: np.ndarray, out: np.ndarray) -> None:
+    """Decodes and warps an image into ``out`` (3, H, W) uint8 RGB; black outside.
+
+    The decoder itself shrinks by 2, 4 or 8 where the affine shrinks as much, so one bilinear warp is enough.
+
+    Raises:
+        ValueError: the JPEG is damaged or has another size than ``source`` says.
+    """
+    w, h = source
+    shrink = math.sqrt(abs(np.linalg.det(affine[:, :2])))
+    need = {"min_width": math.ceil(w * shrink), "min_height": math.ceil(h * shrink)} if shrink < 0.5 else {}
+    # strict, because libjpeg fills what a truncated file lacks with grey.
+    image = simplejpeg.decode_jpeg(jpeg, "RGB", strict=True, **need)
+    factor = round(w / image.shape[1])
+    if (math.ceil(h / factor), math.ceil(w / factor)) != image.shape[:2]:
+        raise ValueError(f"image has {image.shape[1]}x{image.shape[0]} pixels (at 1/{factor}), its record says {w}x{h}")
+    to_source = np.array([[factor, 0, (factor - 1) / 2], [0, factor, (factor - 1) / 2], [0, 0, 1.0]])
+    size = (out.shape[2], out.shape[1])
+    warped = cv2.warpAffine(image, affine @ to_source, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+    out[...] = warped.transpose(2, 0, 1)
+
+
+def scene_flips(rng: np.random.Generator | None, config: AugmentConfig) -> tuple[bool, bool]:
+    """Whether to mirror the scene along x and along y."""
+    if rng is None:
+        return False, False
+    draws = rng.random(2) < 0.5
+    return bool(draws[0] and config.flip_x), bool(draws[1] and config.flip_y)
+
+
+def flip_matrix(flips: tuple[bool, bool]) -> np.ndarray:
+    """(3, 3) float32 ``bda`` of the mirrored scene: x' = bda x."""
+    return np.diag([-1.0 if flips[0] else 1.0, -1.0 if flips[1] else 1.0, 1.0]).astype(np.float32)
+
+
+def flip_voxels(array: np.ndarray, flips: tuple[bool, bool]) -> np.ndarray:
+    """View of a voxel array (X, Y, Z) of the mirrored scene."""
+    return array[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1]
+
+
+class FrameFiller:
+    """Writes one frame as one sample of an ``OccBatch``; stateless, so threads may share it.
+
+    Args:
+        config: augmentation and image size.
+        cameras: names in order; all must be there.
+        grid: of the labels.
+        taxonomy: of the labels.
+        seed: of the run.
+        train: False: no augmentation.
+        mask: voxels outside this visibility mask become invalid.
+        semantic: also write semantic labels.
+        binary_from: binary target from the binary labels, or from the semantic ones (B*, SPEC A.12).
+
+    Raises:
+        ValueError: flips are asked for on a grid that is not symmetric.
+    """
+
+    def __init__(
+        self,
+        config: AugmentConfig,
+        cameras: tuple[str, ...],
+        grid: VoxelGrid,
+        taxonomy: Taxonomy,
+        seed: int,
+        train: bool,
+        mask: Literal["none", "lidar", "camera"] = "none",
+        semantic: bool = True,
+        binary_from: Literal["labels", "semantic"] = "labels",
+    ):
+        self.config, self.cameras, self.grid, self.taxonomy = config, cameras, grid, taxonomy
+        self.seed, self.train, self.mask, self.semantic, self.binary_from = seed, train, mask, semantic, binary_from
+        for axis, wanted in enumerate((config.flip_x, config.flip_y)):
+            if train and config.enabled and wanted and not math.isclose(grid.lower[axis], -grid.upper[axis], abs_tol=1e-6):
+                name = "xy"[axis]
+                raise ValueError(
+                    f"grid {grid.name!r} is not symmetric in {name} ({grid.lower[axis]}..{grid.upper[axis]} m), so the "
+                    f"scene cannot be mirrored exactly; set augment.flip_{name}=false"
+                )
+
+    def fields(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of each array of one sample."""
+        v, (h, w) = len(self.cameras), self.config.image_size
+        shapes = {
+            "images": ((v, 3, h, w), "uint8"),
+            "intrinsics": ((v, 3, 3), "float32"),
+            "camera_to_ego": ((v, 4, 4), "float32"),
+            "post_rot": ((v, 3, 3), "float32"),
+            "post_tran": ((v, 3), "float32"),
+            "bda": ((3, 3), "float32"),
+            "binary": (self.grid.shape, "bool"),
+            "binary_valid": (self.grid.shape, "bool"),
+        }
+        return shapes | ({"semantic": (self.grid.shape, "uint8")} if self.semantic else {})
+
+    def __call__(self, frame: Frame, epoch: int, views: dict[str, np.ndarray]) -> None:
+        """Fills the views of one sample.
+
+        Raises:
+            CorruptSample: an image cannot be decoded.
+            ValueError: the frame lacks a camera, labels or a mask, or has another grid.
+        """
+        vary = self.train and self.config.enabled
+        rng = generator(self.seed, epoch, frame.key) if vary else None
+        for i, name in enumerate(self.cameras):
+            camera = frame.cameras.get(name)
+            if camera is None:
+                have = ", ".join(frame.cameras) or "none"
+                raise ValueError(f"frame {frame.key}: camera {name} is missing (has {have}); set data.cameras")
+            affine = image_affine(rng, (camera.width, camera.height), self.config)
+            try:
+                warp_jpeg(camera.jpeg, (camera.width, camera.height), affine, views["images"][i])
+            except ValueError as error:
+                raise CorruptSample(f"frame {frame.key}, {name}: broken JPEG ({error}); pack its scene again") from None
+            views["intrinsics"][i] = camera.intrinsics
+            views["camera_to_ego"][i] = camera_to_key_ego(frame, camera)
+            views["post_rot"][i] = np.eye(3)
+            views["post_rot"][i, :2, :2] = affine[:, :2]
+            views["post_tran"][i] = (*affine[:, 2], 0)
+        flips = scene_flips(rng, self.config)
+        views["bda"][...] = flip_matrix(flips)
+        self._labels(frame, flips, views)
+
+    def _labels(self, frame: Frame, flips: tuple[bool, bool], views: dict[str, np.ndarray]) -> None:
+        labels = frame.labels
+        if labels is None:
+            raise ValueError(f"frame {frame.key} has no labels; pack the labels group")
+        if labels.binary.shape != self.grid.shape:
+            raise ValueError(f"frame {frame.key}: labels are {labels.binary.shape}, grid {self.grid.name!r} is {self.grid.shape}")
+        valid = self._valid(frame, labels)
+        if valid is None:
+            views["binary_valid"][...] = True
+        else:
+            views["binary_valid"][...] = flip_voxels(valid, flips)
+        if (self.semantic or self.binary_from == "semantic") and labels.semantic is None:
+            raise ValueError(f"frame {frame.key} has no semantic labels; fine-tune on data that has them")
+        if self.binary_from == "semantic":
+            known = flip_voxels(labels.semantic, flips)
+            views["binary"][...] = (known != self.taxonomy.free_id) & (known != IGNORE)
+            views["binary_valid"][...] &= known != IGNORE
+        else:
+            views["binary"][...] = flip_voxels(labels.binary, flips)
+        if self.semantic:
+            views["semantic"][...] = flip_voxels(labels.semantic, flips)
+            if valid is not None:
+                views["semantic"][~views["binary_valid"]] = IGNORE
+
+    def _valid(self, frame: Frame, labels: Labels) -> np.ndarray | None:
+        if self.mask == "none":
+            return None
+        valid = labels.mask_camera if self.mask == "camera" else labels.mask_lidar
+        if valid is None:
+            raise ValueError(f"frame {frame.key} has no {self.mask} mask; set mask=none or pack labels that have it")
+        return valid

@@ -1,0 +1,246 @@
+"""Streams of a run: the data it trains on, the replayed pre-training frames, and what it is evaluated on.
+
+A step is one S batch plus one B batch, concatenated (DESIGN "Replay"). Each has its own order and position; both
+positions go into the checkpoint and know nothing of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from occstream.models import OccBatch, concat
+from occstream.pretrain.augment import FrameFiller
+from occstream.pretrain.config import Config
+from occstream.pretrain.engine import World
+from occstream.sharding import storage
+from occstream.sharding.manifest import Manifest
+from occstream.sharding.order import Order, evaluation_batches, share, training_batches
+from occstream.sharding.stream import Field, ShardReader, Stream, StreamBatch
+
+GROUPS = ("cameras", "labels")
+
+
+class TrainData:
+    """Batches of one run for one rank.
+
+    Attributes:
+        epoch_samples: S frames of one pass.
+        frames_per_step: S and B frames of all ranks in one optimizer step.
+        fingerprint, fingerprints: of the S manifest; of all.
+        cameras: names in order.
+    """
+
+    def __init__(self, config: Config, world: World):
+        self.config, self.world = config, world
+        data, cfg = config.data, config.train
+        semantic = config.stage == "finetune"
+        manifest = _load(config, data.url)
+        scenes = manifest.subset(data.scenes, data.subset_seed, data.holdout)
+        self.manifest = manifest
+        self.cameras = data.cameras or _cameras(manifest, scenes[0])
+        order = Order(manifest.fingerprint, scenes, [manifest.scenes[i].frames for i in scenes], cfg.seed)
+        self.epoch_samples = order.epoch(0).size
+        filler = FrameFiller(
+            config.augment,
+            self.cameras,
+            config.voxel_grid,
+            config.classes,
+            cfg.seed,
+            True,
+            data.mask,
+            semantic,
+            data.binary_from,
+        )
+        micro = cfg.batch // cfg.accumulate
+        self._main = _Feed(manifest, order, filler, micro, config, world)
+        self.fingerprints = {"data": manifest.fingerprint}
+        self.frames_per_step, self._replay = cfg.batch, None
+        replay = config.replay
+        if replay.url and semantic:
+            pool = _load(config, replay.url)
+            chosen = pool.subset(replay.scenes, replay.subset_seed, replay.holdout)
+            # SPEC A.12: as many B scenes each pass as there are S scenes.
+            draw = min(replay.draw or len(scenes), len(chosen))
+            order = Order(pool.fingerprint, chosen, [pool.scenes[i].frames for i in chosen], cfg.seed, draw)
+            filler = FrameFiller(
+                config.augment, self.cameras, config.voxel_grid, config.classes, cfg.seed, True, replay.mask, False
+            )
+            total = cfg.batch if replay.batch is None else replay.batch
+            if total % cfg.accumulate:
+                raise ValueError(f"replay.batch {total} does not divide by train.accumulate {cfg.accumulate}")
+            self._replay = _Feed(pool, order, filler, total // cfg.accumulate, config, world)
+            self.fingerprints["replay"] = pool.fingerprint
+            self.frames_per_step += total
+        smallest = min(share(micro, r, world.size)[1] - share(micro, r, world.size)[0] for r in range(world.size))
+        b = self._replay.batch if self._replay else 0
+        if smallest == 0 and (not semantic or min(share(b, r, world.size)[1] - share(b, r, world.size)[0] for r in range(world.size)) == 0):
+            raise ValueError(
+                f"{world.size} processes share {micro} frames per micro-step: some would have none; "
+                f"raise train.batch to at least {world.size * cfg.accumulate} or use fewer processes"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        return self.fingerprints["data"]
+
+    def next(self) -> OccBatch:
+        """The next micro-batch of this rank, on its device. Its CPU buffers are valid until the next call."""
+        main = self._main.next()
+        return concat(main, self._replay.next()) if self._replay else main
+
+    @property
+    def _feeds(self) -> dict[str, _Feed]:
+        return {"main": self._main} | ({"replay": self._replay} if self._replay else {})
+
+    def state_dict(self) -> dict:
+        """Positions after the last batch taken: a handful of integers, the same on every rank."""
+        return {name: feed.state for name, feed in self._feeds.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues from positions; call before the first ``next``."""
+        for name, feed in self._feeds.items():
+            if name not in state:
+                raise ValueError(f"the checkpoint has no position of the {name} stream: it was made without replay")
+            feed.state = state[name]
+
+    @property
+    def waited(self) -> float:
+        """Seconds that ``next`` has waited for readers."""
+        return sum(f.stream.waited for f in self._feeds.values() if f.stream)
+
+    @property
+    def skipped(self) -> int:
+        """Corrupt samples replaced so far (this rank)."""
+        return sum(len(f.stream.skipped) for f in self._feeds.values() if f.stream)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(f.stream.bytes_read for f in self._feeds.values() if f.stream)
+
+    @property
+    def epoch_position(self) -> float:
+        state = self._main.state
+        return state["epoch"] + state["offset"] / self.epoch_samples
+
+    def close(self) -> None:
+        for feed in self._feeds.values():
+            feed.close()
+
+
+class _Feed:
+    """One stream, opened at its position when the first batch is asked for."""
+
+    def __init__(self, manifest: Manifest, order: Order, filler: FrameFiller, batch: int, config: Config, world: World):
+        self.manifest, self.order, self.filler, self.batch = manifest, order, filler, batch
+        self.config, self.world = config, world
+        self.state = {"epoch": 0, "offset": 0}
+        self.stream: Stream | None = None
+
+    def next(self) -> OccBatch:
+        if self.stream is None:
+            batches = training_batches(self.order, self.batch, self.world.rank, self.world.size, **self.state)
+            low, high = share(self.batch, self.world.rank, self.world.size)
+            self.stream = _open(self.manifest, batches, self.filler, high - low, self.config, self.world)
+        got = next(self.stream)
+        self.state = got.state
+        return to_occ_batch(got, self.world.device)
+
+    def close(self) -> None:
+        if self.stream:
+            self.stream.close()
+
+
+class EvalData:
+    """Every frame of the evaluation scenes once over all ranks; an iterable of ``OccBatch``."""
+
+    def __init__(self, config: Config, world: World, cameras: tuple[str, ...] | None = None):
+        self.world, self.total = world, 0
+        ev = config.eval
+        manifest = _load(config, ev.url or config.data.url)
+        if ev.url:
+            scenes = list(range(len(manifest.scenes)))
+        else:
+            scenes = manifest.held_out(config.data.holdout, config.data.subset_seed)
+        scenes = scenes[: ev.scenes]
+        if not scenes:
+            return
+        counts = [manifest.scenes[i].frames for i in scenes]
+        self.total = sum(counts)
+        self.cameras = cameras or config.data.cameras or _cameras(manifest, scenes[0])
+        semantic = config.stage == "finetune"
+        filler = FrameFiller(
+            config.augment, self.cameras, config.voxel_grid, config.classes, 0, False, ev.mask, semantic, config.data.binary_from
+        )
+        plan = evaluation_batches(scenes, counts, ev.batch, world.rank, world.size)
+        self._open = lambda: _open(manifest, plan, filler, ev.batch, config, world)
+
+    def __iter__(self) -> Iterator[OccBatch]:
+        with self._open() as stream:
+            for got in stream:
+                yield to_occ_batch(got, self.world.device)
+
+
+def to_occ_batch(got: StreamBatch, device: torch.device) -> OccBatch:
+    """Stream arrays as tensors; on the CPU they share memory with the ring."""
+    tensors = {name: torch.from_numpy(array) for name, array in got.arrays.items()}
+    semantic = tensors.pop("semantic", None)
+    count = 0 if semantic is None else len(semantic)
+    if semantic is None:
+        semantic = torch.zeros(0, *tensors["binary"].shape[1:], dtype=torch.uint8)
+    batch = OccBatch(**tensors, semantic=semantic, num_semantic=count, keys=list(got.keys))
+    if device.type == "cpu":
+        return batch
+    batch = batch.to(device)
+    torch.cuda.current_stream().synchronize()  # the ring's buffers go back to the readers at the next call
+    return batch
+
+
+def _open(manifest: Manifest, batches, filler: FrameFiller, capacity: int, config: Config, world: World) -> Stream:
+    allocate = None
+    if world.device.type == "cuda":
+        allocate = _pinned
+    return Stream(
+        ShardReader(manifest, GROUPS, _cache(manifest.url)),
+        batches,
+        {name: Field(shape, dtype) for name, (shape, dtype) in filler.fields().items()},
+        filler,
+        max(1, capacity),
+        config.train.threads,
+        allocate=allocate,
+    )
+
+
+def _pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return torch.zeros(shape, dtype=getattr(torch, dtype)).pin_memory().numpy()
+
+
+def _cache(url: str) -> storage.ShardCache | None:
+    """Node-local shard cache for remote data: ``OCCSTREAM_CACHE`` (default ~/.cache/occstream), 64 GiB or
+    ``OCCSTREAM_CACHE_GB``."""
+    if storage.is_local(url):
+        return None
+    folder = os.environ.get("OCCSTREAM_CACHE") or Path.home() / ".cache" / "occstream"
+    return storage.ShardCache(folder, int(float(os.environ.get("OCCSTREAM_CACHE_GB", "64")) * 2**30))
+
+
+def _load(config: Config, url: str) -> Manifest:
+    manifest = Manifest.load(url)
+    manifest.check(config.voxel_grid, config.taxonomy, GROUPS)
+    return manifest
+
+
+def _cameras(manifest: Manifest, scene: int) -> tuple[str, ...]:
+    """Camera names of the first frame of a scene."""
+    reader = ShardReader(manifest, ("cameras",), _cache(manifest.url))
+    try:
+        names = tuple(reader.frame(scene, 0).cameras)
+    finally:
+        reader.close()
+    if not names:
+        raise ValueError(f"{manifest.url}: scene {manifest.scenes[scene].name} has no cameras; this model trains on images")
+    return names
