@@ -183,8 +183,12 @@ def cast(origin, directions, solids, starts, items, bins, height, raster, limit)
                     best = b
                     what[r] = GROUND
                     gx, gy = ox + b * dx, oy + b * dy
-                    ux = ground_height(height, rx, ry, rc, gx + 0.3, gy) - ground_height(height, rx, ry, rc, gx - 0.3, gy)
-                    uy = ground_height(height, rx, ry, rc, gx, gy + 0.3) - ground_height(height, rx, ry, rc, gx, gy - 0.3)
+                    ux = ground_height(height, rx, ry, rc, gx + 0.3, gy) - ground_height(
+                        height, rx, ry, rc, gx - 0.3, gy
+                    )
+                    uy = ground_height(height, rx, ry, rc, gx, gy + 0.3) - ground_height(
+                        height, rx, ry, rc, gx, gy - 0.3
+                    )
                     norm = np.sqrt(ux * ux + uy * uy + 0.36)
                     normal[r, 0], normal[r, 1], normal[r, 2] = -ux / norm, -uy / norm, 0.6 / norm
                     local[r, 0], local[r, 1], local[r, 2] = gx, gy, oz + b * dz
@@ -269,7 +273,9 @@ def shade(directions, distance, what, normal, local, colors, textures, ground, r
                 gain = 0.75 + 0.5 * _noise(int(np.floor(x * 7)), int(np.floor(y * 7)), int(np.floor(z * 7)), seed)
             cr, cg, cb = cr * gain, cg * gain, cb * gain
         sun = max(0.0, normal[r, 0] * light[0] + normal[r, 1] * light[1] + normal[r, 2] * light[2])
-        facing = abs(normal[r, 0] * directions[r, 0] + normal[r, 1] * directions[r, 1] + normal[r, 2] * directions[r, 2])
+        facing = abs(
+            normal[r, 0] * directions[r, 0] + normal[r, 1] * directions[r, 1] + normal[r, 2] * directions[r, 2]
+        )
         d = distance[r]
         lit = light[4] * (0.8 + 0.2 * normal[r, 2]) + light[3] * sun + light[9] * facing / (1.0 + (d / 12.0) ** 2)
         clear = np.exp(-light[5] * d)
@@ -337,9 +343,24 @@ def voxelise(semantic, rank, to_world, to_grid, lower, voxel, solids, classes, p
                         point[0] = lower[0] + i * voxel[0] + (m % sub + 0.5) * spacing[0]
                         point[1] = lower[1] + j * voxel[1] + (m // sub % sub + 0.5) * spacing[1]
                         point[2] = lower[2] + k * voxel[2] + (m // sub // sub + 0.5) * spacing[2]
-                        x = to_world[0, 0] * point[0] + to_world[0, 1] * point[1] + to_world[0, 2] * point[2] + to_world[0, 3]
-                        y = to_world[1, 0] * point[0] + to_world[1, 1] * point[1] + to_world[1, 2] * point[2] + to_world[1, 3]
-                        z = to_world[2, 0] * point[0] + to_world[2, 1] * point[1] + to_world[2, 2] * point[2] + to_world[2, 3]
+                        x = (
+                            to_world[0, 0] * point[0]
+                            + to_world[0, 1] * point[1]
+                            + to_world[0, 2] * point[2]
+                            + to_world[0, 3]
+                        )
+                        y = (
+                            to_world[1, 0] * point[0]
+                            + to_world[1, 1] * point[1]
+                            + to_world[1, 2] * point[2]
+                            + to_world[1, 3]
+                        )
+                        z = (
+                            to_world[2, 0] * point[0]
+                            + to_world[2, 1] * point[1]
+                            + to_world[2, 2] * point[2]
+                            + to_world[2, 3]
+                        )
                         if _inside(s, x, y, z, margin):
                             found = True
                             break
@@ -348,7 +369,10 @@ def voxelise(semantic, rank, to_world, to_grid, lower, voxel, solids, classes, p
     for i in range(nx):
         for j in range(ny):
             for m in range(sub * sub):
-                gx, gy = lower[0] + i * voxel[0] + (m % sub + 0.5) * spacing[0], lower[1] + j * voxel[1] + (m // sub + 0.5) * spacing[1]
+                gx, gy = (
+                    lower[0] + i * voxel[0] + (m % sub + 0.5) * spacing[0],
+                    lower[1] + j * voxel[1] + (m // sub + 0.5) * spacing[1],
+                )
                 # The grid is nearly level: one step from the height under the cell's foot point is exact enough.
                 gz = 0.0
                 x = y = 0.0

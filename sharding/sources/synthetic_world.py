@@ -20,9 +20,11 @@ from occstream.sharding.sources.synthetic_rays import (
     ROUGH,
     STRIPES,
     VEHICLE,
+    ground_height,
 )
 
 ID = {name: i for i, name in enumerate(OCC3D.classes)}
+VERSION = 1  # of the generator: another number, other scenes
 CELL = 0.4  # metres of the ground raster
 MARGIN = 70.0  # metres around the drive
 SURFACES = ("driveable_surface", "other_flat", "sidewalk", "terrain")  # numbers in the ground raster; 4 is a marking
@@ -64,7 +66,7 @@ class Actor:
 class World:
     """A scene before any sensor looks at it."""
 
-    seed: int
+    number: int
     road: Road
     speed: float
     actors: list[Actor]
@@ -91,8 +93,6 @@ class World:
         return x, y, yaw + actor.yaw
 
     def elevation(self, x: float, y: float) -> float:
-        from occstream.sharding.sources.synthetic_rays import ground_height
-
         return float(ground_height(self.height, *self.raster, x, y))
 
     def _pose(self, x: float, y: float, yaw: float) -> np.ndarray:
@@ -155,7 +155,7 @@ def build_world(seed: int, number: int, duration: float, weather: str = "any", s
         weather: clear, overcast, rain, fog, night, or any.
         style: urban, suburb, rural, or any.
     """
-    rng = np.random.Generator(np.random.PCG64([1, seed, number]))  # 1: version of the generator
+    rng = np.random.Generator(np.random.PCG64([VERSION, seed, number]))
     picked = rng.choice(["clear", "overcast", "rain", "fog", "night"], p=[0.4, 0.25, 0.13, 0.1, 0.12])
     weather = str(picked) if weather == "any" else weather
     picked = rng.choice(["urban", "suburb", "rural"], p=[0.5, 0.35, 0.15])
@@ -164,7 +164,7 @@ def build_world(seed: int, number: int, duration: float, weather: str = "any", s
     length = 40.0 + speed * duration
     road = Road(rng, length)
     height, ground, raster = _ground(rng, road, length, style)
-    actors = _static(rng, road, length, style) + _traffic(rng, road, length, style)
+    actors = _static(rng, road, length, style) + _traffic(rng, road, length, style, speed)
     colors = np.array([[0.3, 0.3, 0.31], [0.42, 0.4, 0.38], [0.55, 0.53, 0.5], [0.33, 0.42, 0.2], [0.85, 0.85, 0.82]])
     colors *= rng.uniform(0.75, 1.2, (5, 1)) * rng.uniform(0.93, 1.07, (5, 3))
     if rng.random() < 0.2:
@@ -181,8 +181,8 @@ def build_world(seed: int, number: int, duration: float, weather: str = "any", s
     }[weather]
     if weather == "rain":
         colors[[0, 1, 2, 4]] *= 0.7
-    return World(
-        seed=number,
+    world = World(
+        number=number,
         road=road,
         speed=speed,
         actors=actors,
@@ -196,9 +196,39 @@ def build_world(seed: int, number: int, duration: float, weather: str = "any", s
         weather=weather,
         attributes={"weather": weather, "style": style, "speed_mps": round(speed, 2)},
     )
+    world.actors = [a for a in actors if not _blocks_road(world, a) and not _meets_ego(world, a, duration)]
+    return world
 
 
-def _ground(rng: np.random.Generator, road: Road, length: float, style: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _blocks_road(world: World, actor: Actor) -> bool:
+    """Whether a building or wall reaches into the carriageway: straight solids may, along a curved road."""
+    if actor.name != "manmade" or max(actor.parts[0].half[:2]) < 0.5:
+        return False
+    x, y, yaw = world.place(actor, 0.0)
+    (hx, hy, _), c, s = actor.parts[0].half, math.cos(yaw), math.sin(yaw)
+    u, v = np.meshgrid(np.arange(-hx, hx + 0.4, 0.4), np.arange(-hy, hy + 0.4, 0.4))
+    x0, y0, cell = world.raster
+    i = np.clip((x + c * u - s * v - x0) / cell, 0, world.ground.shape[0] - 1).astype(int)
+    j = np.clip((y + s * u + c * v - y0) / cell, 0, world.ground.shape[1] - 1).astype(int)
+    return bool(np.isin(world.ground[i, j], (0, 4)).any())
+
+
+def _meets_ego(world: World, actor: Actor, duration: float) -> bool:
+    """Whether the drive would lead through the actor."""
+    reach = 2.5 + (actor.size[0] / 2 if actor.size else 0.3)
+    for time in np.arange(-0.5, duration + 0.25, 0.25):
+        pose = world.ego(time)
+        x, y, _ = world.place(actor, time)
+        ahead, aside, _ = pose[:3, :3].T @ (x - pose[0, 3], y - pose[1, 3], 0.0)
+        # The vehicle's middle is 1.4 m before its rear axle.
+        if abs(ahead - 1.4) < reach + 0.5 and abs(aside) < min(reach, 2.2 if actor.size and actor.speed else 1.5):
+            return True
+    return False
+
+
+def _ground(
+    rng: np.random.Generator, road: Road, length: float, style: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     path = [road.at(s, 0.0)[:2] for s in np.arange(0.0, length, 5.0)]
     low, high = np.min(path, 0) - MARGIN, np.max(path, 0) + MARGIN
     shape = np.ceil((high - low) / CELL).astype(int)
@@ -206,7 +236,9 @@ def _ground(rng: np.random.Generator, road: Road, length: float, style: str) -> 
     height = np.zeros(x.shape)
     for _ in range(3):
         a = rng.uniform(0, 2 * math.pi)
-        height += rng.uniform(0, 0.7) * np.sin((x * math.cos(a) + y * math.sin(a)) / rng.uniform(14, 40) + rng.uniform(0, 6.3))
+        height += rng.uniform(0, 0.7) * np.sin(
+            (x * math.cos(a) + y * math.sin(a)) / rng.uniform(14, 40) + rng.uniform(0, 6.3)
+        )
     # Coarse coordinates are smooth enough to be interpolated, and the nearest-point search is what costs.
     s, l = (_upsample(v, x.shape) for v in road.coordinates(x[::4, ::4], y[::4, ::4]))
     across = np.abs(l)
@@ -233,7 +265,12 @@ def _ground(rng: np.random.Generator, road: Road, length: float, style: str) -> 
     if not math.isnan(road.crossing):
         near = np.abs(s - road.crossing)
         marks &= near > road.crossing_half + 3
-        marks |= (near > road.crossing_half + 0.5) & (near < road.crossing_half + 2.8) & (np.mod(l, 1.2) < 0.6) & (across < edge)
+        marks |= (
+            (near > road.crossing_half + 0.5)
+            & (near < road.crossing_half + 2.8)
+            & (np.mod(l, 1.2) < 0.6)
+            & (across < edge)
+        )
     kerb = np.isin(ground, (SURFACES.index("sidewalk"), SURFACES.index("other_flat")))
     height += 0.14 * kerb + 0.03 * (ground == SURFACES.index("terrain"))
     ground[marks] = 4
@@ -266,7 +303,9 @@ def _static(rng: np.random.Generator, road: Road, length: float, style: str) -> 
             if rng.random() < density and not road.near_crossing(s + wide / 2, wide / 2 + 2):
                 deep = rng.uniform(5, 10)
                 high = rng.uniform(6, 16) if style == "urban" else rng.uniform(3, 7)
-                color = _tint(rng, (0.7, 0.62, 0.5), (0.55, 0.35, 0.28), (0.62, 0.62, 0.6), (0.8, 0.78, 0.7), (0.4, 0.42, 0.45))
+                color = _tint(
+                    rng, (0.7, 0.62, 0.5), (0.55, 0.35, 0.28), (0.62, 0.62, 0.6), (0.8, 0.78, 0.7), (0.4, 0.42, 0.45)
+                )
                 gap = rng.uniform(0.3, 3.0 if style == "urban" else 9.0)
                 part = Part(BOX, (0, 0, high / 2 - 0.5), (wide / 2, deep / 2, high / 2 + 0.5), color, FACADE)
                 found.append(Actor("manmade", [part], s + wide / 2, side * (border + gap + deep / 2)))
@@ -287,14 +326,21 @@ def _static(rng: np.random.Generator, road: Road, length: float, style: str) -> 
                 found.append(_tree(rng, s, near if rng.random() < 0.5 else side * (border + rng.uniform(0.5, 12))))
             elif what < 0.6:
                 high = rng.uniform(4, 8)
-                part = Part(CYLINDER, (0, 0, high / 2), (rng.uniform(0.07, 0.16),) * 2 + (high / 2,), _tint(rng, (0.35, 0.36, 0.37)))
+                part = Part(
+                    CYLINDER,
+                    (0, 0, high / 2),
+                    (rng.uniform(0.07, 0.16),) * 2 + (high / 2,),
+                    _tint(rng, (0.35, 0.36, 0.37)),
+                )
                 found.append(Actor("manmade", [part], s, near))
             elif what < 0.72:
                 found.append(_sign(rng, s, near, side))
             elif what < 0.8:
                 half = (rng.uniform(0.25, 0.6), rng.uniform(0.2, 0.5), rng.uniform(0.3, 0.6))
                 color = _tint(rng, (0.2, 0.3, 0.2), (0.5, 0.2, 0.15), (0.3, 0.3, 0.33), (0.55, 0.45, 0.3))
-                found.append(Actor("others", [Part(BOX, (0, 0, half[2]), half, color, ROUGH)], s, near, rng.uniform(0, 3)))
+                found.append(
+                    Actor("others", [Part(BOX, (0, 0, half[2]), half, color, ROUGH)], s, near, rng.uniform(0, 3))
+                )
             else:
                 radius = rng.uniform(0.5, 1.3)
                 part = Part(ELLIPSOID, (0, 0, radius * 0.5), (radius, radius, radius * 0.8), _green(rng), FOLIAGE)
@@ -311,19 +357,45 @@ def _green(rng: np.random.Generator) -> tuple[float, float, float]:
 def _tree(rng: np.random.Generator, s: float, l: float) -> Actor:
     trunk, radius = rng.uniform(1.2, 3.0), rng.uniform(0.9, 2.4)
     color = _green(rng)
-    parts = [Part(CYLINDER, (0, 0, trunk / 2), (rng.uniform(0.1, 0.3),) * 2 + (trunk / 2,), _tint(rng, (0.3, 0.22, 0.15)), ROUGH)]
+    parts = [
+        Part(
+            CYLINDER,
+            (0, 0, trunk / 2),
+            (rng.uniform(0.1, 0.3),) * 2 + (trunk / 2,),
+            _tint(rng, (0.3, 0.22, 0.15)),
+            ROUGH,
+        )
+    ]
     for _ in range(int(rng.integers(1, 4))):
         x, y, z = rng.normal(0, 0.3 * radius, 3)
-        parts.append(Part(ELLIPSOID, (x, y, trunk + radius * 0.7 + z), (radius, radius, radius * rng.uniform(0.7, 1.3)), color, FOLIAGE))
+        parts.append(
+            Part(
+                ELLIPSOID,
+                (x, y, trunk + radius * 0.7 + z),
+                (radius, radius, radius * rng.uniform(0.7, 1.3)),
+                color,
+                FOLIAGE,
+            )
+        )
     return Actor("vegetation", parts, s, l)
 
 
 def _sign(rng: np.random.Generator, s: float, l: float, side: int, name: str = "manmade") -> Actor:
     high = rng.uniform(1.8, 2.6)
-    color = _tint(rng, (0.8, 0.1, 0.1), (0.1, 0.25, 0.7), (0.85, 0.75, 0.1)) if name == "manmade" else _tint(rng, (0.95, 0.5, 0.05))
+    color = (
+        _tint(rng, (0.8, 0.1, 0.1), (0.1, 0.25, 0.7), (0.85, 0.75, 0.1))
+        if name == "manmade"
+        else _tint(rng, (0.95, 0.5, 0.05))
+    )
     parts = [
         Part(CYLINDER, (0, 0, high / 2), (0.05, 0.05, high / 2), (0.5, 0.5, 0.5)),
-        Part(BOX, (0, 0, high), (0.05, rng.uniform(0.3, 0.5), rng.uniform(0.3, 0.5)), color, PLAIN if name == "manmade" else STRIPES),
+        Part(
+            BOX,
+            (0, 0, high),
+            (0.05, rng.uniform(0.3, 0.5), rng.uniform(0.3, 0.5)),
+            color,
+            PLAIN if name == "manmade" else STRIPES,
+        ),
     ]
     return Actor(name, parts, s, l, 0.0 if side < 0 else math.pi)
 
@@ -355,7 +427,15 @@ def _roadworks(rng: np.random.Generator, road: Road, length: float) -> list[Acto
 
 
 def _car(rng: np.random.Generator) -> tuple[str, list[Part], tuple[float, float, float]]:
-    color = _tint(rng, (0.8, 0.8, 0.8), (0.12, 0.12, 0.13), (0.45, 0.46, 0.48), (0.6, 0.1, 0.1), (0.12, 0.2, 0.5), (0.85, 0.8, 0.6))
+    color = _tint(
+        rng,
+        (0.8, 0.8, 0.8),
+        (0.12, 0.12, 0.13),
+        (0.45, 0.46, 0.48),
+        (0.6, 0.1, 0.1),
+        (0.12, 0.2, 0.5),
+        (0.85, 0.8, 0.6),
+    )
     dark = (0.06, 0.06, 0.07)
     pick = rng.random()
     if pick < 0.72:
@@ -363,7 +443,13 @@ def _car(rng: np.random.Generator) -> tuple[str, list[Part], tuple[float, float,
         parts = [
             Part(BOX, (0, 0, 0.18), (l / 2 * 0.8, w / 2 * 0.95, 0.18), dark),
             Part(BOX, (0, 0, 0.62), (l / 2, w / 2, 0.32), color),
-            Part(BOX, (-0.1 * l, 0, (0.94 + h) / 2), (l * rng.uniform(0.24, 0.36), w / 2 * 0.88, (h - 0.94) / 2), color, VEHICLE),
+            Part(
+                BOX,
+                (-0.1 * l, 0, (0.94 + h) / 2),
+                (l * rng.uniform(0.24, 0.36), w / 2 * 0.88, (h - 0.94) / 2),
+                color,
+                VEHICLE,
+            ),
         ]
         return "car", parts, (l, w, h)
     if pick < 0.84:
@@ -371,20 +457,33 @@ def _car(rng: np.random.Generator) -> tuple[str, list[Part], tuple[float, float,
         parts = [
             Part(BOX, (0, 0, 0.4), (l / 2, w / 2 * 0.9, 0.3), dark),
             Part(BOX, (l / 2 - 0.9, 0, 1.4), (0.9, w / 2, 0.9), color, VEHICLE),
-            Part(BOX, (-0.9, 0, (0.7 + h) / 2), (l / 2 - 0.95, w / 2, (h - 0.7) / 2), _tint(rng, (0.85, 0.85, 0.83), (0.3, 0.4, 0.3))),
+            Part(
+                BOX,
+                (-0.9, 0, (0.7 + h) / 2),
+                (l / 2 - 0.95, w / 2, (h - 0.7) / 2),
+                _tint(rng, (0.85, 0.85, 0.83), (0.3, 0.4, 0.3)),
+            ),
         ]
         return "truck", parts, (l, w, h)
     if pick < 0.91:
         l, w, h = rng.uniform(9, 12), 2.5, rng.uniform(3.0, 3.4)
         parts = [
-            Part(BOX, (0, 0, 0.9), (l / 2, w / 2, 0.7), _tint(rng, (0.8, 0.15, 0.1), (0.85, 0.8, 0.2), (0.15, 0.4, 0.3))),
+            Part(
+                BOX, (0, 0, 0.9), (l / 2, w / 2, 0.7), _tint(rng, (0.8, 0.15, 0.1), (0.85, 0.8, 0.2), (0.15, 0.4, 0.3))
+            ),
             Part(BOX, (0, 0, (1.6 + h) / 2), (l / 2, w / 2, (h - 1.6) / 2), (0.6, 0.6, 0.58), VEHICLE),
         ]
         return "bus", parts, (l, w, h)
     if pick < 0.95:
         l, w, h = rng.uniform(4, 8), 2.3, rng.uniform(2.2, 3.2)
         parts = [
-            Part(BOX, (0, 0, (0.6 + h) / 2), (l / 2, w / 2, (h - 0.6) / 2), _tint(rng, (0.7, 0.7, 0.72), (0.3, 0.35, 0.5)), ROUGH),
+            Part(
+                BOX,
+                (0, 0, (0.6 + h) / 2),
+                (l / 2, w / 2, (h - 0.6) / 2),
+                _tint(rng, (0.7, 0.7, 0.72), (0.3, 0.35, 0.5)),
+                ROUGH,
+            ),
             Part(BOX, (-0.2 * l, 0, 0.35), (0.8, w / 2, 0.3), dark),
         ]
         return "trailer", parts, (l, w, h)
@@ -413,7 +512,7 @@ def _pedestrian(rng: np.random.Generator) -> tuple[str, list[Part], tuple[float,
     return "pedestrian", parts, (0.6, 0.7, high)
 
 
-def _traffic(rng: np.random.Generator, road: Road, length: float, style: str) -> list[Actor]:
+def _traffic(rng: np.random.Generator, road: Road, length: float, style: str, speed: float) -> list[Actor]:
     """Parked and moving road users."""
     found: list[Actor] = []
     busy = {"urban": 1.0, "suburb": 0.7, "rural": 0.35}[style]
@@ -427,14 +526,13 @@ def _traffic(rng: np.random.Generator, road: Road, length: float, style: str) ->
                 found.append(Actor(name, parts, s, l, (0.0 if side < 0 else math.pi) + rng.normal(0, 0.03), 0.0, size))
     for direction, l in ((1, -1.75), (-1, 1.75)):
         s = -60.0
-        while s < length + 90:  # moving in both lanes
+        pace = speed if direction > 0 else rng.uniform(2, 12)  # a lane drives together
+        while s < length + 90:
             s += rng.uniform(14, 55) / busy
-            if direction > 0 and abs(s - 20.0) < 11:
-                continue  # that is where we are
             if rng.random() < 0.8:
                 name, parts, size = _car(rng)
-                speed = rng.uniform(3, 12) if direction < 0 else rng.uniform(0.0, 8.0)
-                found.append(Actor(name, parts, s, l, 0.0 if direction > 0 else math.pi, speed, size))
+                yaw = 0.0 if direction > 0 else math.pi
+                found.append(Actor(name, parts, s, l, yaw, pace * rng.uniform(0.85, 1.1), size))
     for _ in range(int(rng.poisson(5 * busy))):
         side = int(rng.choice([-1, 1]))
         l = side * (road.half_width + road.verge + rng.uniform(0.2, max(0.4, road.walk)))
@@ -449,5 +547,7 @@ def _traffic(rng: np.random.Generator, road: Road, length: float, style: str) ->
         moving = len(parts) > 1
         l = side * (road.half_width - 0.6) if moving else side * (road.half_width + road.verge + 0.3)
         yaw = 0.0 if side < 0 else math.pi
-        found.append(Actor(name, parts, rng.uniform(0, length + 40), l, yaw, rng.uniform(2, 6) if moving else 0.0, size))
+        found.append(
+            Actor(name, parts, rng.uniform(0, length + 40), l, yaw, rng.uniform(2, 6) if moving else 0.0, size)
+        )
     return found
