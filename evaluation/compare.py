@@ -178,11 +178,15 @@ def _class_table(rows: list[Row], classes: list[str]) -> str:
 
 def _align(table: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    lines = ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) for line in table]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) for line in table
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def _markdown(rows: list[Row], columns: list[tuple[str, str]]) -> str:
     lines = ["| | seeds | " + " | ".join(label for _, label in columns) + " |", "|---|---|" + "---|" * len(columns)]
-    lines += [f"| {r.name} | {', '.join(r.seeds)} | " + " | ".join(_cell(r, k) for k, _ in columns) + " |" for r in rows]
+    lines += [
+        f"| {r.name} | {', '.join(r.seeds)} | " + " | ".join(_cell(r, k) for k, _ in columns) + " |" for r in rows
+    ]
     return "\n".join(lines)

@@ -88,11 +88,11 @@ def evaluate(
     threshold: float = 0.25,
     watch: Callable[[OccBatch, OccOutputs], None] | None = None,
 ) -> EvalResult:
-    """Runs the model over a finite stream and counts (collective: every rank calls it, also one without frames).
+    """Runs the model over a finite stream and counts (collective).
 
     Args:
         model: returns ``OccOutputs``; its mode is restored afterwards.
-        batches: this rank's share; masks are already in the labels.
+        batches: this rank's share, at least one; masks are already in the labels.
         taxonomy: of the labels.
         convention: "occ3d" (mean over all classes, SPEC F.1) or "openscene" (over its 8 live classes, F.2); with our
             taxonomies both are the mean over all classes of the taxonomy, NaN skipped.
@@ -131,7 +131,11 @@ def evaluate(
     frames = sum_over_ranks(frames, device)
     semantic = bool(sum_over_ranks(torch.tensor([int(semantic)]), device).item())
     result = EvalResult(
-        frames=int(frames), binary_iou=100 * binary.iou(), seconds=time.perf_counter() - began, mask=mask, convention=convention
+        frames=int(frames),
+        binary_iou=100 * binary.iou(),
+        seconds=time.perf_counter() - began,
+        mask=mask,
+        convention=convention,
     )
     if semantic:
         per_class = 100 * confusion.class_iou()[: taxonomy.num_classes]
@@ -151,8 +155,7 @@ def _in_step(batches: Iterable[OccBatch]) -> Iterator[tuple[OccBatch, bool]]:
         yield batch, True
         last = batch
     while several and _any_left(False, last.images.device if last is not None else torch.device("cpu")):
-        if last is None:
-            raise ValueError("evaluation has fewer frames than processes; evaluate on more frames or fewer processes")
+        assert last is not None, "a rank without frames"  # the caller has seen to it
         yield last, False
 
 

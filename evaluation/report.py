@@ -155,7 +155,9 @@ def prediction_picture(
     if has_semantic:
         present = [k for k in range(taxonomy.num_classes) if (truth == k).any()]
         handles = [Patch(color=np.array(taxonomy.colors[k]) / 255, label=taxonomy.classes[k]) for k in present]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(9, max(1, len(handles))), fontsize=8, frameon=False)
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=min(9, max(1, len(handles))), fontsize=8, frameon=False
+        )
     figure.suptitle(title or batch.keys[index], fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

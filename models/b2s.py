@@ -149,7 +149,9 @@ class SemanticPart(nn.Module):
         self.c, self.image_size = c, image_size
         coarse = grid.coarsen((c.binary_factor, c.binary_factor, 1))
         self.shape = coarse.shape
-        self.register_buffer("centers", torch.tensor(coarse.centers().reshape(-1, 3), dtype=torch.float32), persistent=False)
+        self.register_buffer(
+            "centers", torch.tensor(coarse.centers().reshape(-1, 3), dtype=torch.float32), persistent=False
+        )
         self.into = nn.Linear(c.binary_channels, c.attention_channels)
         self.volume = nn.Conv3d(c.binary_channels, c.attention_channels, 1)
         self.position = AxialEmbedding(coarse.shape, c.attention_channels)
@@ -244,9 +246,13 @@ class B2S(nn.Module):
         super().__init__()
         x, y, z = grid.shape
         if x % c.compact_factor or y % c.compact_factor:
-            raise ValueError(f"grid {grid.name!r} {grid.shape} does not divide by compact_factor {c.compact_factor} in x and y")
+            raise ValueError(
+                f"grid {grid.name!r} {grid.shape} does not divide by compact_factor {c.compact_factor} in x and y"
+            )
         if grid.frame != "ego":
-            raise ValueError(f"grid {grid.name!r} is in the {grid.frame} frame; camera models need labels in the ego frame")
+            raise ValueError(
+                f"grid {grid.name!r} is in the {grid.frame} frame; camera models need labels in the ego frame"
+            )
         self.compact_shape = (x // c.compact_factor, y // c.compact_factor, z)
         self.register_buffer("pixel_mean", torch.tensor(c.pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(c.pixel_std).view(3, 1, 1), persistent=False)
@@ -300,10 +306,14 @@ class B2S(nn.Module):
 def _first(batch: OccBatch, frames: slice) -> OccBatch:
     """Geometry and labels of the first frames (images are not needed again)."""
     names = ("images", "intrinsics", "camera_to_ego", "post_rot", "post_tran", "bda", "binary", "binary_valid")
-    return OccBatch(**{n: getattr(batch, n)[frames] for n in names}, semantic=batch.semantic, num_semantic=batch.num_semantic)
+    return OccBatch(
+        **{n: getattr(batch, n)[frames] for n in names}, semantic=batch.semantic, num_semantic=batch.num_semantic
+    )
 
 
 @register(B2SConfig)
-def b2s_ls(config: B2SConfig, *, grid: VoxelGrid, num_classes: int, image_size: tuple[int, int], semantic: bool) -> nn.Module:
+def b2s_ls(
+    config: B2SConfig, *, grid: VoxelGrid, num_classes: int, image_size: tuple[int, int], semantic: bool
+) -> nn.Module:
     """LS-based B2S (SPEC A.4)."""
     return B2S(config, grid, num_classes, image_size, semantic)

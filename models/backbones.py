@@ -38,7 +38,13 @@ class ImageEncoder(nn.Module):
     """
 
     def __init__(
-        self, name: str, width: int = 64, channels: int = 256, stride: int = 16, weights: str = "", checkpointing: bool = False
+        self,
+        name: str,
+        width: int = 64,
+        channels: int = 256,
+        stride: int = 16,
+        weights: str = "",
+        checkpointing: bool = False,
     ):
         super().__init__()
         if name not in _DEPTHS:
@@ -83,7 +89,9 @@ def _load(body: nn.Module, weights: str) -> None:
         path = Path(hf_hub_download(weights, "model.safetensors"))
     if not path.is_file():
         raise ValueError(f"backbone weights {weights!r}: no such file, and not a hub id such as microsoft/resnet-50")
-    values = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    values = (
+        load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    )
     # Whole classifiers keep the same tensors below "resnet.".
     values = {k.removeprefix("resnet."): v for k, v in values.items()}
     own = body.state_dict()

@@ -84,7 +84,9 @@ def conv_bn(dims: int, inputs: int, outputs: int, kernel: int = 3, stride: int =
     conv = nn.Conv2d if dims == 2 else nn.Conv3d
     padding = dilation * (kernel // 2)
     return nn.Sequential(
-        conv(inputs, outputs, kernel, stride, padding, dilation, bias=False), SyncBatchNorm(outputs), nn.ReLU(inplace=True)
+        conv(inputs, outputs, kernel, stride, padding, dilation, bias=False),
+        SyncBatchNorm(outputs),
+        nn.ReLU(inplace=True),
     )
 
 
@@ -113,11 +115,15 @@ class VolumeEncoder(nn.Module):
         outputs: channels of the merged volume.
     """
 
-    def __init__(self, inputs: int, channels: Sequence[int], blocks: Sequence[int], strides: Sequence[int], outputs: int):
+    def __init__(
+        self, inputs: int, channels: Sequence[int], blocks: Sequence[int], strides: Sequence[int], outputs: int
+    ):
         super().__init__()
         self.levels = nn.ModuleList()
         for width, count, stride in zip(channels, blocks, strides, strict=True):
-            layers = [ResidualBlock(3, inputs if i == 0 else width, width, stride if i == 0 else 1) for i in range(count)]
+            layers = [
+                ResidualBlock(3, inputs if i == 0 else width, width, stride if i == 0 else 1) for i in range(count)
+            ]
             self.levels.append(nn.Sequential(*layers))
             inputs = width
         self.merge = nn.Conv3d(sum(channels), outputs, 1)

@@ -18,9 +18,7 @@ def frustum(image_size: tuple[int, int], feature_size: tuple[int, int], depths: 
     Pixels are spread over the feature map from 0 to W-1 and 0 to H-1, ends included (SPEC A.4).
     """
     (height, width), (h, w) = image_size, feature_size
-    d, v, u = torch.meshgrid(
-        depths, torch.linspace(0, height - 1, h), torch.linspace(0, width - 1, w), indexing="ij"
-    )
+    d, v, u = torch.meshgrid(depths, torch.linspace(0, height - 1, h), torch.linspace(0, width - 1, w), indexing="ij")
     return torch.stack([u, v, d], -1)
 
 

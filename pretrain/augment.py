@@ -48,9 +48,7 @@ class AugmentConfig:
             raise ValueError(f"resize is {self.resize}, must be a range above -1, low end first")
 
 
-def image_affine(
-    rng: np.random.Generator | None, source: tuple[int, int], config: AugmentConfig
-) -> np.ndarray:
+def image_affine(rng: np.random.Generator | None, source: tuple[int, int], config: AugmentConfig) -> np.ndarray:
     """Map from source pixels to pixels of the network's input.
 
     Args:
@@ -153,7 +151,12 @@ class FrameFiller:
         self.config, self.cameras, self.grid, self.taxonomy = config, cameras, grid, taxonomy
         self.seed, self.train, self.mask, self.semantic, self.binary_from = seed, train, mask, semantic, binary_from
         for axis, wanted in enumerate((config.flip_x, config.flip_y)):
-            if train and config.enabled and wanted and not math.isclose(grid.lower[axis], -grid.upper[axis], abs_tol=1e-6):
+            if (
+                train
+                and config.enabled
+                and wanted
+                and not math.isclose(grid.lower[axis], -grid.upper[axis], abs_tol=1e-6)
+            ):
                 name = "xy"[axis]
                 raise ValueError(
                     f"grid {grid.name!r} is not symmetric in {name} ({grid.lower[axis]}..{grid.upper[axis]} m), so the "
@@ -208,7 +211,9 @@ class FrameFiller:
         if labels is None:
             raise ValueError(f"frame {frame.key} has no labels; pack the labels group")
         if labels.binary.shape != self.grid.shape:
-            raise ValueError(f"frame {frame.key}: labels are {labels.binary.shape}, grid {self.grid.name!r} is {self.grid.shape}")
+            raise ValueError(
+                f"frame {frame.key}: labels are {labels.binary.shape}, grid {self.grid.name!r} is {self.grid.shape}"
+            )
         valid = self._valid(frame, labels)
         if valid is None:
             views["binary_valid"][...] = True

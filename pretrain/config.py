@@ -41,6 +41,8 @@ class DataConfig:
     """Root of a packed data set (holds ``manifest.json``): a folder, ``file://`` or ``s3://``."""
     scenes: int | None = None
     """Train on the first n scenes of the seeded permutation; subsets are nested. None: all that are not held out."""
+    scene_names: tuple[str, ...] | None = None
+    """Train on exactly these scenes instead of a subset."""
     subset_seed: int = 0
     """Seed of the permutation that subsets are cut from. Keep it fixed over a study."""
     holdout: int = 0
@@ -85,6 +87,8 @@ class EvalConfig:
     """Data set to evaluate on. Empty: the held-out scenes of ``data.url``; none held out: no evaluation."""
     scenes: int | None = None
     """At most so many scenes of it. None: all."""
+    scene_names: tuple[str, ...] | None = None
+    """Evaluate on exactly these scenes of ``url``, or of ``data.url``."""
     every: int = 0
     """Steps between evaluations; 0: at the end only."""
     batch: int = 8

@@ -40,8 +40,10 @@ class TrainData:
         data, cfg = config.data, config.train
         semantic = config.stage == "finetune"
         manifest = _load(config, data.url)
-        scenes = manifest.subset(data.scenes, data.subset_seed, data.holdout)
-        self.manifest = manifest
+        if data.scene_names:
+            scenes = manifest.named(data.scene_names)
+        else:
+            scenes = manifest.subset(data.scenes, data.subset_seed, data.holdout)
         self.cameras = data.cameras or _cameras(manifest, scenes[0])
         order = Order(manifest.fingerprint, scenes, [manifest.scenes[i].frames for i in scenes], cfg.seed)
         self.epoch_samples = order.epoch(0).size
@@ -76,9 +78,7 @@ class TrainData:
             self._replay = _Feed(pool, order, filler, total // cfg.accumulate, config, world)
             self.fingerprints["replay"] = pool.fingerprint
             self.frames_per_step += total
-        smallest = min(share(micro, r, world.size)[1] - share(micro, r, world.size)[0] for r in range(world.size))
-        b = self._replay.batch if self._replay else 0
-        if smallest == 0 and (not semantic or min(share(b, r, world.size)[1] - share(b, r, world.size)[0] for r in range(world.size)) == 0):
+        if micro // world.size == 0 and (self._replay is None or self._replay.batch // world.size == 0):
             raise ValueError(
                 f"{world.size} processes share {micro} frames per micro-step: some would have none; "
                 f"raise train.batch to at least {world.size * cfg.accumulate} or use fewer processes"
@@ -162,7 +162,9 @@ class EvalData:
         self.world, self.total = world, 0
         ev = config.eval
         manifest = _load(config, ev.url or config.data.url)
-        if ev.url:
+        if ev.scene_names:
+            scenes = manifest.named(ev.scene_names)
+        elif ev.url:
             scenes = list(range(len(manifest.scenes)))
         else:
             scenes = manifest.held_out(config.data.holdout, config.data.subset_seed)
@@ -171,10 +173,22 @@ class EvalData:
             return
         counts = [manifest.scenes[i].frames for i in scenes]
         self.total = sum(counts)
+        if self.total < world.size:
+            raise ValueError(
+                f"{self.total} frames to evaluate on, but {world.size} processes: evaluate on more, or use fewer processes"
+            )
         self.cameras = cameras or config.data.cameras or _cameras(manifest, scenes[0])
         semantic = config.stage == "finetune"
         filler = FrameFiller(
-            config.augment, self.cameras, config.voxel_grid, config.classes, 0, False, ev.mask, semantic, config.data.binary_from
+            config.augment,
+            self.cameras,
+            config.voxel_grid,
+            config.classes,
+            0,
+            False,
+            ev.mask,
+            semantic,
+            config.data.binary_from,
         )
         plan = evaluation_batches(scenes, counts, ev.batch, world.rank, world.size)
         self._open = lambda: _open(manifest, plan, filler, ev.batch, config, world)
@@ -242,5 +256,7 @@ def _cameras(manifest: Manifest, scene: int) -> tuple[str, ...]:
     finally:
         reader.close()
     if not names:
-        raise ValueError(f"{manifest.url}: scene {manifest.scenes[scene].name} has no cameras; this model trains on images")
+        raise ValueError(
+            f"{manifest.url}: scene {manifest.scenes[scene].name} has no cameras; this model trains on images"
+        )
     return names

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor, nn
 
-from occstream.evaluation.evaluate import EvalResult
-from occstream.models import OccBatch, build_model
+from occstream.evaluation.evaluate import EvalResult, evaluate
+from occstream.evaluation.report import prediction_picture
+from occstream.models import OccBatch, OccOutputs, build_model
 from occstream.pretrain import checkpoint
-from occstream.pretrain.config import Config
+from occstream.pretrain.config import Config, merge, parse_config, parse_overrides
 from occstream.pretrain.engine import (
     Ema,
     World,
@@ -33,13 +37,17 @@ from occstream.pretrain.engine import (
 )
 from occstream.pretrain.losses import occupancy_loss
 from occstream.pretrain.replay import EvalData, TrainData
-from occstream.pretrain.tracking import Tracker
+from occstream.pretrain.tracking import Tracker, flatten
 
-# Settings that a resumed run may change: none of them changes what is learnt.
-_FREE = {
+# Settings that a resumed run may change: none of them changes what the same step learns. Data is compared by
+# fingerprint, so it may move.
+_FREE = (
     "output",
-    "track",
-    "eval",
+    "track.",
+    "eval.",
+    "data.url",
+    "replay.url",
+    "train.init",
     "train.steps",
     "train.epochs",
     "train.zero_stage",
@@ -48,7 +56,7 @@ _FREE = {
     "train.log_every",
     "train.threads",
     "train.timeout_minutes",
-}
+)
 
 
 @dataclass
@@ -86,6 +94,7 @@ def train(config: Config, world: World) -> Result:
     """
     run, cfg = Path(config.output), config.train
     data = TrainData(config, world)
+    held_out = EvalData(config, world, data.cameras)
     total_samples = cfg.steps * cfg.batch if cfg.steps else round(cfg.epochs * data.epoch_samples)
     total = math.ceil(total_samples / cfg.batch)
 
@@ -100,6 +109,7 @@ def train(config: Config, world: World) -> Result:
         fresh = checkpoint.load_declared(model, weights, model.transfer_keys(), cfg.init)
         _say(world, f"started from {cfg.init}: all {len(weights)} declared tensors loaded, {len(fresh)} new")
 
+    parameters = sum(p.numel() for p in model.parameters())
     engine = build_engine(model, cfg, world)
     ema = Ema(engine.module, cfg) if cfg.ema else None
     step, run_state = 0, {}
@@ -121,9 +131,17 @@ def train(config: Config, world: World) -> Result:
         config.track.experiment,
         name=run.name,
         tags={"stage": config.stage, "seed": str(cfg.seed), "data_fingerprint": data.fingerprint, **config.track.tags},
-        params={**config.to_dict(), "data_fingerprint": data.fingerprint, "world_size": world.size},
+        params={
+            **config.to_dict(),
+            **{f"{name}_fingerprint": value for name, value in data.fingerprints.items()},
+            "world_size": world.size,
+            "parameters": parameters,
+        },
         active=world.is_main,
     )
+    if world.is_main and not saved:
+        (run / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        tracker.artifact(run / "config.yaml")
     guard = FiniteGuard(engine.module, run, world)
     meter = Meter(step, total, cfg.batch, data, world)
     status, last, evaluation, path = "FAILED", {}, None, saved.path if saved else None
@@ -134,40 +152,38 @@ def train(config: Config, world: World) -> Result:
             rate = learning_rate(step * cfg.batch, total * cfg.batch, cfg)
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
-            loss, parts, keys = torch.zeros((), device=world.device), {}, []
+            log_now = (step + 1) % cfg.log_every == 0 or step + 1 == total
+            parts: dict[str, Tensor | float] = {}
             for _ in range(cfg.accumulate):
                 batch: OccBatch = data.next()
-                keys += batch.keys
                 outputs = engine(batch)
-                micro_loss, micro_parts = occupancy_loss(outputs, batch, config.loss)
-                engine.backward(micro_loss)
-                loss += micro_loss.detach() / cfg.accumulate
-                for name, value in micro_parts.items():
+                loss, values = occupancy_loss(outputs, batch, config.loss)
+                engine.backward(loss)
+                guard.check(loss, step, batch.keys)
+                for name, value in {"loss": loss.detach(), **values}.items():
                     parts[name] = parts.get(name, 0.0) + value / cfg.accumulate
-                guard.check(micro_loss, step, keys)
+                norm = gradient_norm(engine) if log_now and engine.is_gradient_accumulation_boundary() else None
                 engine.step()
             if ema:
                 ema.update(engine.module)
             step += 1
             meter.step()
 
-            if step % cfg.log_every == 0 or step == total:
-                last = {"train/loss": _mean(loss, world)}
-                last |= {f"train/{name}": _mean(value, world) for name, value in parts.items()}
-                norm = engine.get_global_grad_norm()
-                last |= {"opt/lr": rate} | ({"opt/grad_norm": float(norm)} if norm is not None else {})
+            if log_now:
+                last = {f"train/{name}": value for name, value in _mean_over_ranks(parts, world).items()}
+                last["opt/lr"] = rate
+                last["opt/grad_norm"] = norm if norm is not None else float(engine.get_global_grad_norm())
                 last |= meter.metrics()
                 tracker.log(step, last)
                 if world.is_main:
                     meter.show(step, last)
             if (cfg.save_every and step % cfg.save_every == 0) or step == total:
-                path = _save(config, data, engine, ema, step, tracker, world)
+                with meter.paused():
+                    path = _save(config, data, engine, ema, step, tracker, world)
             if config.eval.every and step % config.eval.every == 0 and step < total:
                 with meter.paused():
-                    _evaluate(config, engine, ema, data, tracker, step, world)
-
-        with meter.paused():
-            evaluation = _evaluate(config, engine, ema, data, tracker, step, world, pictures=config.eval.pictures)
+                    _evaluate(config, engine, ema, held_out, tracker, step, world)
+        evaluation = _evaluate(config, engine, ema, held_out, tracker, step, world, config.eval.pictures)
         status = "FINISHED"
     finally:
         data.close()
@@ -288,18 +304,126 @@ class _Pause:
         self.meter.mark, self.meter.waited = time.perf_counter(), self.meter.data.waited
 
 
-def _evaluate(config, engine, ema, data, tracker, step, world, pictures: int = 0) -> EvalResult | None:
-    with EvalData(config, data, world) as frames:
-        if not frames.total:
-            return None
-        averaged = ema.applied(engine.module) if ema else _nothing()
-        with averaged:
-            result = evaluate_config(config, engine, frames)
-            if pictures and world.size >= 1:
-                _pictures(config, engine, frames, tracker, step, world, pictures)
+def _evaluate(config, engine, ema, frames: EvalData, tracker, step, world, pictures: int = 0) -> EvalResult | None:
+    if not frames.total:
+        return None
+    with ema.applied(engine.module) if ema else contextlib.nullcontext():
+        drawer = Drawer(
+            config, frames.cameras, pictures if world.is_main else 0, Path(config.output) / "pictures", step
+        )
+        result = evaluate_on(config, engine, frames, drawer)
     tracker.log_result(step, result.metrics())
-    _say(world, f"evaluated {result.frames} held-out frames: {result.summary()}")
+    for picture in drawer.done:
+        tracker.artifact(picture)
+    _say(world, f"step {step}: evaluated {result.frames} frames: {result.summary()}")
     return result
+
+
+def evaluate_on(config: Config, model: nn.Module, frames: EvalData, drawer: Drawer | None = None) -> EvalResult:
+    """Evaluates by the recipe's conventions (collective)."""
+    return evaluate(
+        model,
+        frames,
+        taxonomy=config.classes,
+        convention=config.eval.convention,
+        mask=config.eval.mask,
+        kind=config.loss.kind,
+        watch=drawer,
+    )
+
+
+def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), picture: Path | None = None) -> EvalResult:
+    """Evaluates a checkpoint in this process alone, by the recipe it was trained with.
+
+    Args:
+        path: a run's folder or one of its checkpoints.
+        overrides: of the recipe, for example ``eval.url=…``.
+        picture: folder for pictures of ``eval.pictures`` scenes.
+
+    Raises:
+        ValueError: no complete checkpoint, data that does not fit, or nothing to evaluate on.
+    """
+    saved = checkpoint.Checkpoint(path)
+    config = parse_config(merge(saved.state["config"], parse_overrides(overrides)))
+    world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    frames = EvalData(config, world, tuple(saved.state["cameras"]))
+    if not frames.total:
+        raise ValueError("nothing to evaluate on: the recipe holds no scenes out; give --data or eval.scene_names=[…]")
+    model = create_model(config)
+    checkpoint.load_declared(model, saved.weights(), model.state_dict(), str(saved.path))
+    drawer = Drawer(config, frames.cameras, config.eval.pictures, picture, saved.state["step"]) if picture else None
+    return evaluate_on(config, model.to(world.device), frames, drawer)
+
+
+class Drawer:
+    """Draws the first frame of each of the first scenes of an evaluation.
+
+    Attributes:
+        done: files written.
+    """
+
+    def __init__(self, config: Config, cameras: tuple[str, ...], scenes: int, folder: Path, step: int):
+        self.config, self.cameras, self.scenes, self.folder, self.step = config, cameras, scenes, folder, step
+        self.done: list[Path] = []
+        self._seen: set[str] = set()
+
+    def __call__(self, batch: OccBatch, outputs: OccOutputs) -> None:
+        for index, key in enumerate(batch.keys):
+            scene = key.rpartition("-")[0]
+            if len(self.done) == self.scenes or scene in self._seen:
+                continue
+            self._seen.add(scene)
+            path = self.folder / f"{key}-step-{self.step:08d}.png"
+            prediction_picture(
+                path,
+                batch,
+                outputs,
+                index=index,
+                grid=self.config.voxel_grid,
+                taxonomy=self.config.classes,
+                cameras=self.cameras,
+                kind=self.config.loss.kind,
+                title=f"{key}, {self.config.stage} step {self.step}",
+            )
+            self.done.append(path)
+
+
+def gradient_norm(engine) -> float | None:
+    """L2 norm of all gradients before clipping at stage 0, where DeepSpeed keeps none; None at other stages."""
+    if engine.zero_optimization_stage():
+        return None
+    return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+
+
+def _mean_over_ranks(parts: Mapping[str, Tensor], world: World) -> dict[str, float]:
+    values = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=world.device) for v in parts.values()])
+    if world.size > 1:
+        dist.all_reduce(values)
+        values /= world.size
+    return dict(zip(parts, values.tolist()))
+
+
+def _check_same_run(config: Config, data: TrainData, saved: checkpoint.Checkpoint) -> None:
+    """Raises ValueError if the folder holds another run than the one that is asked for."""
+    old, new = flatten(saved.state["config"]), flatten(config.to_dict())
+    changed = [k for k in new if old.get(k) != new[k] and not k.startswith(_FREE)]
+    if changed:
+        first = changed[0]
+        raise ValueError(
+            f"{saved.path} was trained with {first}={old.get(first)}, this run has {first}={new[first]}"
+            f"{f' (and {len(changed) - 1} more differ)' if changed[1:] else ''}; "
+            "choose another output= for a new run, or the old settings to resume"
+        )
+    if saved.state["fingerprints"] != data.fingerprints:
+        raise ValueError(
+            f"{saved.path} was trained on other data ({saved.state['fingerprints']}, now {data.fingerprints}); "
+            "choose another output= for a new run"
+        )
+
+
+def _say(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, flush=True)
 
 
 def _save(config: Config, data: TrainData, engine, ema, step: int, tracker: Tracker, world: World) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -155,6 +157,18 @@ class Manifest:
     def held_out(self, holdout: int, seed: int = 0) -> list[int]:
         """Scene numbers that ``subset`` with the same arguments never returns."""
         return self._permutation(seed)[len(self.scenes) - holdout :] if holdout else []
+
+    def named(self, names: Iterable[str]) -> list[int]:
+        """Scene numbers by name. Raises ValueError that names the nearest."""
+        numbers = {s.name: i for i, s in enumerate(self.scenes)}
+        found = []
+        for name in names:
+            if name not in numbers:
+                near = difflib.get_close_matches(name, numbers, 1, 0.3)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{self.url}: has no scene {name!r}{hint} `occstream inspect` lists them")
+            found.append(numbers[name])
+        return found
 
     def _permutation(self, seed: int) -> list[int]:
         # By name, not by number: the subset of a scene list does not depend on how it was sharded.

@@ -11,7 +11,9 @@ from occstream.sharding.grid import VoxelGrid
 SMALL = VoxelGrid("small", (-8, -8, -1), (8, 8, 3), (1, 1, 1))
 
 
-def make_batch(size=2, semantic=1, views=3, image_size=(32, 64), grid=SMALL, classes=17, seed=0, augment=True) -> OccBatch:
+def make_batch(
+    size=2, semantic=1, views=3, image_size=(32, 64), grid=SMALL, classes=17, seed=0, augment=True
+) -> OccBatch:
     g = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.rand(*shape, generator=g)  # noqa: E731
     height, width = image_size
