@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import zstandard
 
 from occstream.sharding.schema import Boxes, Camera, Frame, Labels, LidarSweep
@@ -30,7 +31,7 @@ def encode(frame: Frame, group: str) -> list[tuple[str, bytes]]:
     """Members of one frame in one group: names and contents, in order.
 
     Raises:
-        ValueError: unknown group, or the frame lacks what the group holds.
+        ValueError: unknown group, the frame lacks what the group holds, or an image is damaged.
     """
     head: dict[str, Any] = {
         "scene": frame.scene,
@@ -54,6 +55,7 @@ def encode(frame: Frame, group: str) -> list[tuple[str, bytes]]:
                 "timestamp": camera.timestamp,
                 "distortion": list(camera.distortion) if camera.distortion is not None else None,
             }
+            _check_jpeg(frame.key, name, camera)
             members.append((f"{name.lower()}.jpg", camera.jpeg))
     elif group == "lidar":
         if frame.lidar is not None:
@@ -81,6 +83,20 @@ def encode(frame: Frame, group: str) -> list[tuple[str, bytes]]:
         head["arrays"] = arrays
     first = ("frame.json", canonical_json(head))
     return [(f"{frame.key}.{name}", data) for name, data in [first, *members]]
+
+
+def _check_jpeg(key: str, name: str, camera: Camera) -> None:
+    """Cheap check of what gets published: header and size, and that the end is there (a truncated file lacks it)."""
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(camera.jpeg)
+    except ValueError as error:
+        raise ValueError(f"frame {key}, {name}: not a JPEG ({error}); fetch the image again") from None
+    if (width, height) != (camera.width, camera.height):
+        raise ValueError(
+            f"frame {key}, {name}: image has {width}x{height} pixels, its record says {camera.width}x{camera.height}"
+        )
+    if b"\xff\xd9" not in camera.jpeg[-1024:]:
+        raise ValueError(f"frame {key}, {name}: JPEG is truncated ({len(camera.jpeg)} bytes); fetch the image again")
 
 
 def decode(groups: Iterable[dict[str, bytes]]) -> Frame:

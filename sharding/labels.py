@@ -182,7 +182,7 @@ def _voxel_labels(
     for sweep in sweeps:
         pose = to_grid @ sweep.ego_to_global @ sweep.sensor_to_ego
         ends = (_apply(pose, sweep.xyz.astype(np.float64)) - lower) / voxel
-        mark_free(passed, np.broadcast_to((pose[:3, 3] - lower) / voxel, ends.shape).copy(), ends)
+        mark_free(passed, np.broadcast_to((pose[:3, 3] - lower) / voxel, ends.shape), ends)
     observed = occupied | (passed > 0)
 
     semantic = None

@@ -162,14 +162,26 @@ def _build_all(job: Job, plan: list[list[str]], workers: int) -> Iterator[tuple[
         return
     # Not fork: the parent may hold threads (fsspec's event loop, numba).
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(plan)), mp_context=context) as pool:
-        futures = {pool.submit(_build, job, number, scenes): number for number, scenes in enumerate(plan)}
+    with ProcessPoolExecutor(min(workers, len(plan)), context, _adopt, (job,)) as pool:
+        futures = {pool.submit(_build_adopted, number, scenes): number for number, scenes in enumerate(plan)}
         try:
             for future, number in futures.items():
                 yield number, future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+_adopted: Job  # of a worker process: a source may be large, so it is sent once, not with every shard
+
+
+def _adopt(job: Job) -> None:
+    global _adopted
+    _adopted = job
+
+
+def _build_adopted(number: int, names: Sequence[str]) -> list[dict]:
+    return _build(_adopted, number, names)
 
 
 def _build(job: Job, number: int, names: Sequence[str]) -> list[dict]:

@@ -31,7 +31,7 @@ from occstream.sharding.schema import (
 )
 from occstream.sharding.sources import synthetic_rays as rays
 from occstream.sharding.sources.synthetic_world import SURFACES, VERSION, World, build_world
-from occstream.sharding.voxelrays import visible_from
+from occstream.sharding.voxelrays import mark_free
 
 PERIOD = 0.5  # seconds between key-frames
 START = 1_500_000_000_000_000  # microseconds
@@ -346,11 +346,15 @@ class Synthetic:
         binary = semantic != taxonomy.free_id
 
         def seen(views: list[tuple]) -> np.ndarray:
-            mask = np.zeros(grid.shape, bool)
+            """Voxels that a ray passes, and those it ends in: where it grazes something solid it still sees it."""
+            passed = np.zeros(grid.shape, np.uint16)
             for origin, points in views:
                 ends = (points @ to_grid[:3, :3].T + to_grid[:3, 3] - lower) / voxel
-                visible_from(binary, mask, (to_grid[:3, :3] @ origin + to_grid[:3, 3] - lower) / voxel, ends)
-            return mask
+                start = (to_grid[:3, :3] @ origin + to_grid[:3, 3] - lower) / voxel
+                mark_free(passed, np.broadcast_to(start, ends.shape), ends)
+                last = np.floor(ends).astype(np.int64)
+                passed[tuple(last[((last >= 0) & (last < grid.shape)).all(1)].T)] = 1
+            return passed > 0
 
         return Labels(binary, semantic, seen([returns]) if returns else None, seen(looks))
 

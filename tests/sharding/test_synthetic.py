@@ -1,0 +1,147 @@
+"""The synthetic source: pure scenes whose sensors and labels agree with each other."""
+
+import numpy as np
+import pytest
+import simplejpeg
+from occstream.sharding.grid import get_grid
+from occstream.sharding.schema import OCC3D, camera_to_key_ego, sweep_to_key_ego
+from occstream.sharding.sources import open_source
+
+SMALL = {"frames": 2, "image_size": (64, 176)}
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    source = open_source("synthetic", {**SMALL, "scenes": 6})
+    return [source.load(name) for name in source.scene_names()]
+
+
+def test_a_scene_is_a_function_of_seed_and_number(scenes):
+    again = open_source("synthetic", {**SMALL, "scenes": 2, "first": 3})
+    scene = again.load("synthetic-v1-s0-000003")
+    for a, b in zip(scenes[3].frames, scene.frames, strict=True):
+        assert [c.jpeg for c in a.cameras.values()] == [c.jpeg for c in b.cameras.values()]
+        np.testing.assert_array_equal(a.lidar.xyz, b.lidar.xyz)
+        np.testing.assert_array_equal(a.labels.semantic, b.labels.semantic)
+        assert a.boxes.track_ids == b.boxes.track_ids
+    other = open_source("synthetic", {**SMALL, "seed": 1, "first": 3, "scenes": 1})
+    assert (
+        other.load("synthetic-v1-s1-000003").frames[0].cameras["CAM_FRONT"].jpeg
+        != scene.frames[0].cameras["CAM_FRONT"].jpeg
+    )
+    with pytest.raises(ValueError, match="no scene"):
+        again.load("synthetic-v1-s0-000009")
+
+
+def test_lidar_returns_lie_in_occupied_voxels_of_their_class(scenes):
+    grid = get_grid("occ3d")
+    for frame in (f for s in scenes for f in s.frames):
+        pose = sweep_to_key_ego(frame, frame.lidar)
+        index, inside = grid.to_index(frame.lidar.xyz @ pose[:3, :3].T + pose[:3, 3])
+        labels = frame.labels.semantic[tuple(index[inside].T)]
+        assert (labels != OCC3D.free_id).mean() > 0.95
+        # A voxel that several classes touch takes the rarer one, so not all agree.
+        assert (labels == frame.lidar.classes[inside]).mean() > 0.9
+        seen = frame.labels.mask_lidar[tuple(index[inside].T)]
+        assert seen.mean() > 0.9  # noise carries some returns across a voxel's border
+
+
+def test_cameras_see_what_the_labels_say(scenes):
+    """Pixels of sky look through free voxels, whatever the camera's own ego pose."""
+    grid, rays, blocked = get_grid("occ3d"), 0, 0
+    frame = next(s for s in scenes if s.attributes["weather"] == "clear").frames[1]
+    for name, camera in frame.cameras.items():
+        image = simplejpeg.decode_jpeg(camera.jpeg)
+        assert image.shape == (64, 176, 3), name
+        # Clear sky is the only blue and bright thing; stay away from JPEG's edges.
+        sky = (image[..., 2] > 150) & (image[..., 2] > image[..., 0].astype(int) + 40)
+        sky[1:-1, 1:-1] &= sky[:-2, 1:-1] & sky[2:, 1:-1] & sky[1:-1, :-2] & sky[1:-1, 2:]
+        v, u = np.nonzero(sky)
+        pose = camera_to_key_ego(frame, camera)
+        directions = np.linalg.inv(camera.intrinsics) @ np.stack([u, v, np.ones_like(u)])
+        directions = pose[:3, :3] @ (directions / np.linalg.norm(directions, axis=0))
+        for distance in np.arange(2, 40, 0.5):
+            index, inside = grid.to_index((pose[:3, 3:] + distance * directions).T)
+            hit = frame.labels.binary[tuple(index[inside].T)]
+            rays, blocked = rays + len(hit), blocked + hit.sum()
+    assert rays > 10_000
+    assert blocked / rays < 0.03
+
+
+def test_boxes_hold_points_of_their_class_and_move_with_their_track(scenes):
+    matched = moved = 0
+    for scene in scenes:
+        first, second = scene.frames
+        for frame in scene.frames:
+            pose = sweep_to_key_ego(frame, frame.lidar)
+            points = frame.lidar.xyz @ pose[:3, :3].T + pose[:3, 3]
+            for (x, y, z, *size, yaw), name in zip(frame.boxes.boxes, frame.boxes.names):
+                c, s = np.cos(yaw), np.sin(yaw)
+                local = (points - (x, y, z)) @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+                inside = (np.abs(local) < np.array(size) / 2 - 0.05).all(1)
+                if inside.sum() >= 5:
+                    share = (frame.lidar.classes[inside] == OCC3D.id(name)).mean()
+                    assert share > 0.6, (frame.key, name, share)
+                    matched += 1
+        shift = np.linalg.inv(second.ego_to_global) @ first.ego_to_global
+        for i, track in enumerate(first.boxes.track_ids):
+            if track in second.boxes.track_ids:
+                j = second.boxes.track_ids.index(track)
+                expected = first.boxes.boxes[i, :3] + 0.5 * np.array([*first.boxes.velocity[i], 0])
+                expected = shift[:3, :3] @ expected + shift[:3, 3]
+                # Roads bend and slope between two key-frames.
+                assert np.abs(expected - second.boxes.boxes[j, :3]).max() < 1.0
+                moved += np.hypot(*first.boxes.velocity[i]) > 1
+    assert matched > 20
+    assert moved > 5
+
+
+def test_each_camera_has_its_own_ego_pose(scenes):
+    frame = max(scenes, key=lambda s: s.attributes["speed_mps"]).frames[1]
+    poses = {c.ego_to_global.tobytes() for c in frame.cameras.values()}
+    assert len(poses) == 6
+    assert frame.ego_to_global.tobytes() not in poses
+
+
+def test_other_rig_grid_and_taxonomy():
+    source = open_source(
+        "synthetic",
+        {
+            "scenes": 8,
+            "frames": 1,
+            "rig": "nuplan",
+            "image_size": [32, 88],
+            "grid": "openscene",
+            "taxonomy": "openscene",
+        },
+    )
+    seen: set[int] = set()
+    for name in source.scene_names():
+        frame = source.load(name).frames[0]
+        assert len(frame.cameras) == 8
+        assert frame.labels.semantic.shape == (200, 200, 16)
+        seen |= set(np.unique(frame.labels.semantic).tolist())
+    assert seen == set(range(9)), "all eight classes and free occur in eight scenes"
+
+
+def test_every_class_of_occ3d_occurs(scenes):
+    source = open_source("synthetic", {"scenes": 40, "frames": 1, "image_size": [16, 44], "lidar": False})
+    found = set()
+    for name in source.scene_names():
+        found |= set(np.unique(source.load(name).frames[0].labels.semantic).tolist())
+    assert found == set(range(18))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rigg": "nuplan"}, "did you mean 'rig'"),
+        ({"beams": 16}, "must be 32 or 64"),
+        ({"scenes": 0}, "at least 1"),
+        ({"grid": "semantickitti"}, "LiDAR frame"),
+        ({"weather": "snow"}, "weather='snow'"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        open_source("synthetic", options)
