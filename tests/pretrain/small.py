@@ -1,0 +1,65 @@
+"""A data set, a recipe and runs that take seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from occstream.pretrain.tracking import read_events
+from occstream.sharding.grid import get_grid
+from occstream.sharding.pack import pack
+from occstream.sharding.sources import open_source
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RECIPE = str(HERE / "small.yaml")
+
+
+def pack_small(url: str, scenes: int = 5, grid: str = "tiny", **options) -> None:
+    """Scenes of three frames with six small images and labels."""
+    options = {"scenes": scenes, "frames": 3, "image_size": (32, 88), "lidar": False, "grid": grid, **options}
+    source = open_source("synthetic", options)
+    pack(source, url, groups=("cameras", "labels"), grid=get_grid(grid), scenes_per_shard=2)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """One thread per process, and no rank of an outer launcher."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return {**env, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "DS_ACCELERATOR": "cpu", **extra}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_jobs(jobs: list[dict], ranks: int, folder: Path) -> None:
+    """Runs jobs (recipe, stage, overrides) in one group of processes; raises if a rank fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    port = str(free_port())
+    processes = []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
+        command = [sys.executable, str(HERE / "worker.py"), str(folder / "jobs.json")]
+        log = (folder / f"rank{rank}.log").open("w")
+        env = environment(MASTER_ADDR="127.0.0.1", **place)
+        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    codes = [p.wait(240) for p in processes]
+    logs = "\n".join((folder / f"rank{r}.log").read_text()[-3000:] for r in range(ranks))
+    assert codes == [0] * ranks, logs
+
+
+def losses(run: Path | str) -> dict[int, dict[str, float]]:
+    """Loss, its parts and the gradient norm by step."""
+    out = {}
+    for event in read_events(Path(run) / "metrics.jsonl"):
+        parts = {k: v for k, v in event.get("metrics", {}).items() if k.startswith(("train/", "opt/grad"))}
+        if parts:
+            out[event["step"]] = parts
+    return out

@@ -1,0 +1,131 @@
+"""The nuScenes layout: a folder written here, and the real samples where they are present."""
+
+import json
+
+import numpy as np
+import pytest
+from occstream.sharding.grid import get_grid
+from occstream.sharding.labels import Labeler
+from occstream.sharding.schema import IGNORE, OCC3D, camera_to_key_ego, sweep_to_key_ego
+from occstream.sharding.sources import open_source
+
+from tests.sharding import toy_nuscenes
+
+
+@pytest.fixture
+def toy(tmp_path):
+    toy_nuscenes.write(tmp_path / "toy", scenes=2)
+    return tmp_path / "toy"
+
+
+def test_tables_become_frames_with_every_sensor_at_its_own_time(toy):
+    source = open_source("nuscenes", {"root": str(toy), "sweeps": True})
+    assert source.scene_names() == ["scene-0000", "scene-0001"]
+    first, second = source.load("scene-0001").frames
+    assert [s.timestamp for s in second.sweeps] == [second.timestamp - 250_000]
+    assert first.sweeps == []
+    assert second.boxes.names == ["car"]
+    np.testing.assert_allclose(second.boxes.boxes[0], [10, 0, 0.8, 4.2, 1.8, 1.6, 0], atol=1e-5)
+    np.testing.assert_allclose(second.boxes.velocity[0], [4, 0])
+    camera = second.cameras["CAM_FRONT"]
+    # The vehicle was 0.1 m further back when the picture was taken; the camera sits at x = 1 m.
+    np.testing.assert_allclose(camera_to_key_ego(second, camera)[:3, 3], [0.9, 0, 1.5])
+    np.testing.assert_allclose(sweep_to_key_ego(second, second.sweeps[0])[:3, 3], [-1, 0, 1.8])
+    assert source.load("scene-0000").attributes["location"] == "toy-town"
+
+
+def test_scenes_and_sweeps_can_be_chosen(toy):
+    source = open_source("nuscenes", {"root": str(toy), "scenes": ["scene-0001"]})
+    assert source.scene_names() == ["scene-0001"]
+    assert source.load("scene-0001").frames[1].sweeps == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda r: (r / "v1.0-toy/ego_pose.json").unlink(), r"ego_pose\.json: table is missing"),
+        (lambda r: (r / "v1.0-toy/sample.json").write_text("[{"), r"sample\.json: not readable as JSON"),
+        (lambda r: (r / "v1.0-other").mkdir(), "choose one with version="),
+        (lambda r: next((r / "samples/LIDAR_TOP").iterdir()).write_bytes(b"123"), "3 bytes are not a whole number"),
+        (lambda r: [p.unlink() for p in (r / "samples/CAM_FRONT").iterdir()], "it is not there; complete the download"),
+    ],
+)
+def test_damage_is_named(toy, damage, message):
+    damage(toy)
+    with pytest.raises(ValueError, match=message):
+        source = open_source("nuscenes", {"root": str(toy)})
+        for name in source.scene_names():
+            source.load(name)
+
+
+def test_unknown_scene_names_the_nearest(toy):
+    with pytest.raises(ValueError, match="did you mean 'scene-0001'"):
+        open_source("nuscenes", {"root": str(toy), "scenes": ["scene-001"]})
+
+
+def test_lidarseg_needs_the_indexed_categories(toy):
+    (toy / "v1.0-toy/lidarseg.json").write_text(json.dumps([{"sample_data_token": "ls0-0", "filename": "x.bin"}]))
+    with pytest.raises(ValueError, match="no 'index' values"):
+        open_source("nuscenes", {"root": str(toy)})
+
+
+@pytest.fixture(scope="module")
+def real(shared_data):
+    return open_source("nuscenes", {"root": str(shared_data / "nuscenes")})
+
+
+def test_real_points_in_boxes_carry_the_boxes_class(real):
+    hits = points_in = 0
+    for frame in real.load("scene-9001").frames:
+        pose = sweep_to_key_ego(frame, frame.lidar)
+        points = frame.lidar.xyz @ pose[:3, :3].T + pose[:3, 3]
+        for (x, y, z, *size, yaw), name in zip(frame.boxes.boxes, frame.boxes.names):
+            if name not in OCC3D.classes:
+                continue
+            c, s = np.cos(yaw), np.sin(yaw)
+            local = (points - (x, y, z)) @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+            inside = (np.abs(local) < np.array(size) / 2).all(1) & (frame.lidar.classes != IGNORE)
+            hits += (frame.lidar.classes[inside] == OCC3D.id(name)).sum()
+            points_in += inside.sum()
+    assert points_in > 5000
+    assert hits / points_in > 0.9
+
+
+def test_real_classes_are_those_of_the_reference_mapping(real, shared_data):
+    for frame in real.load("scene-9001").frames:
+        [row] = [s["lidar"] for s in real.records["scene-9001"]["samples"] if s["token"] == frame.token]
+        token = row["lidarseg"].split("/")[-1].removesuffix("_lidarseg.bin")
+        truth = np.fromfile(shared_data / "nuscenes" / "lidarseg16" / f"{token}_lidarseg16.bin", np.uint8)
+        np.testing.assert_array_equal(frame.lidar.classes, np.where(truth == 0, IGNORE, truth))
+
+
+def test_real_camera_frame_gives_labels_that_its_cameras_see(real):
+    frame = Labeler(get_grid("occ3d"), "occ3d")(real.load("scene-0061")).frames[0]
+    labels = frame.labels
+    assert len(frame.cameras) == 6
+    assert len({c.timestamp for c in frame.cameras.values()}) == 6
+    assert labels.semantic is None
+    assert 4_000 < labels.binary.sum() < 10_000
+    assert 0.5 < labels.mask_camera[labels.binary].mean() < 1
+
+
+def test_real_scene_labels_predict_the_sweep_that_was_left_out(real):
+    """Labels from seven key-frames hold the static returns of the eighth, and are denser than any one of them."""
+    scene = real.load("scene-9001")
+    grid, labeler = get_grid("occ3d"), Labeler(get_grid("occ3d"), "occ3d")
+    left_out = scene.frames[4]
+    scene.frames = [f for f in scene.frames if f is not left_out]
+    labels = labeler(scene).frames[3].labels
+    before = scene.frames[3]
+    to_before = np.linalg.inv(before.ego_to_global) @ left_out.ego_to_global @ left_out.lidar.sensor_to_ego
+    static = ~np.isin(left_out.lidar.classes, [OCC3D.id(c) for c in OCC3D.things] + [IGNORE])
+    points = left_out.lidar.xyz[static] @ to_before[:3, :3].T + to_before[:3, 3]
+    index, inside = grid.to_index(points)
+    near = np.linalg.norm(points[inside][:, :2], axis=1) < 20
+    occupied = labels.binary[tuple(index[inside][near].T)]
+    classes = labels.semantic[tuple(index[inside][near].T)]
+    alone = labeler(type(scene)("alone", [before])).frames[0].labels
+    assert occupied.mean() > 0.65
+    assert occupied.mean() > alone.binary[tuple(index[inside][near].T)].mean() + 0.1
+    same = classes == left_out.lidar.classes[static][inside][near]
+    assert same[occupied & (classes != IGNORE)].mean() > 0.85
