@@ -12,7 +12,14 @@ from occstream.launch.run import guarded
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 1 a check failed, 2 wrong input, 3 training failed, 130 interrupted."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes positionals in one place only; key=value may stand anywhere.
+    words = getattr(args, "settings", None)
+    if rest and (words is None or any(word.startswith("-") or "=" not in word for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        words += rest
     return guarded(lambda: args.work(args))
 
 
@@ -32,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         "Options of the source are given as key=value; see them with --options. Rerunning skips what is published.",
     )
     p.add_argument("source", help="name of a source: synthetic, nuscenes")
-    p.add_argument("options", nargs="*", metavar="key=value", help="options of the source")
+    p.add_argument("settings", nargs="*", metavar="key=value", help="options of the source")
     p.add_argument(
         "--options", action="store_true", dest="list_options", help="list the options of the source and stop"
     )
@@ -62,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("checkpoint", help="a run's folder or one of its step-… folders")
     p.add_argument("--data", default="", help="data set to evaluate on (default: as in training)")
     p.add_argument("--picture", default="", help="also write a picture of the first frame here")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe, e.g. eval.mask=camera")
+    p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. eval.mask=camera")
 
     p = command("compare", _compare, "compare the runs of an MLflow experiment in one table")
     p.add_argument("--uri", default="sqlite:///runs/mlflow.db", help="MLflow tracking URI")
@@ -96,7 +103,7 @@ def _shard(args) -> int:
         return 0
     if not args.out:
         raise ValueError("where to? give --out FOLDER, file://… or s3://…")
-    options = parse_overrides(args.options)
+    options = parse_overrides(args.settings)
     given = {"root": args.root, "grid": args.grid, "taxonomy": args.taxonomy}
     options |= {k: v for k, v in given.items() if k in known and v is not None and k not in options}
     source = open_source(args.source, options)
@@ -158,7 +165,7 @@ def _verify(args) -> int:
 def _evaluate(args) -> int:
     from occstream.pretrain.trainer import evaluate_checkpoint
 
-    overrides = [*args.overrides, *([f"eval.url={args.data}"] if args.data else [])]
+    overrides = [*args.settings, *([f"eval.url={args.data}"] if args.data else [])]
     result = evaluate_checkpoint(args.checkpoint, overrides, picture=Path(args.picture) if args.picture else None)
     print(result.table())
     return 0
@@ -177,7 +184,11 @@ def _sync(args) -> int:
     if not (Path(args.run) / STATE).exists():
         raise ValueError(f"{args.run}: not a run that was tracked with MLflow (no {STATE})")
     sender = Sender(Path(args.run))
-    sender.send()
+    try:
+        sender.send()
+    except Exception as error:  # whatever MLflow raises: the numbers stay where they are
+        reason = redact(" ".join(str(error).split()))[:200]
+        raise ConnectionError(f"MLflow at {redact(sender.uri)} does not answer ({reason}); try again later") from error
     print(f"{args.run}: everything is at {redact(sender.uri)}, run {sender.run_id}")
     return 0
 

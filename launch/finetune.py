@@ -1,4 +1,4 @@
-"""Semantic fine-tuning with replay: ``deepspeed launch/finetune.py --recipe NAME [key=value …]`` (also ``python launch/finetune.py``)."""
+"""Semantic fine-tuning with replay: ``deepspeed launch/finetune.py --recipe NAME [key=value …]`` ."""
 
 try:
     from occstream.launch.run import main

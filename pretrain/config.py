@@ -7,6 +7,7 @@ a bad value says value, limit and remedy. The ``model`` section takes the fields
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import typing
@@ -334,10 +335,8 @@ def parse_overrides(words: Iterable[str]) -> dict:
             value = text
         if isinstance(value, str):
             # YAML 1.1 reads 1e-4 as a string.
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value) if value.lower() not in ("nan", "inf", "-inf", "infinity") else value
-            except ValueError:
-                pass
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+
 from occstream.models.batch import OccBatch
 from occstream.sharding.grid import VoxelGrid
 

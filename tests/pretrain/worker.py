@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 from occstream.pretrain.config import load_config
 from occstream.pretrain.engine import init_distributed
@@ -9,8 +10,8 @@ from occstream.pretrain.trainer import train
 
 if __name__ == "__main__":
     world = init_distributed(2.0)
-    for job in json.loads(open(sys.argv[1]).read()):
+    for job in json.loads(Path(sys.argv[1]).read_text()):
         config = load_config(job["recipe"], job["overrides"], stage=job["stage"])
         result = train(config, world)
         if world.is_main:
-            (open(f"{config.output}/result.json", "w")).write(json.dumps(result.evaluation.metrics()))
+            Path(config.output, "result.json").write_text(json.dumps(result.evaluation.metrics()))

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.labels import LabelConfig, Labeler, label_scene
 from occstream.sharding.schema import IGNORE, OCC3D, Boxes, Frame, LidarSweep, Scene

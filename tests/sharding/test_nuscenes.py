@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+
 from occstream.sharding.grid import get_grid
 from occstream.sharding.labels import Labeler
-from occstream.sharding.schema import IGNORE, OCC3D, camera_to_key_ego, sweep_to_key_ego
+from occstream.sharding.schema import IGNORE, OCC3D, camera_to_key_ego, iter_scenes, sweep_to_key_ego
 from occstream.sharding.sources import open_source
-
 from tests.sharding import toy_nuscenes
 
 
@@ -53,9 +53,7 @@ def test_scenes_and_sweeps_can_be_chosen(toy):
 def test_damage_is_named(toy, damage, message):
     damage(toy)
     with pytest.raises(ValueError, match=message):
-        source = open_source("nuscenes", {"root": str(toy)})
-        for name in source.scene_names():
-            source.load(name)
+        list(iter_scenes(open_source("nuscenes", {"root": str(toy)})))
 
 
 def test_unknown_scene_names_the_nearest(toy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import subprocess
 import tarfile
@@ -197,7 +198,7 @@ def test_subsets_are_nested_and_disjoint_from_what_is_held_out(tmp_path):
     manifest = pack(ToySource(counts=(1,) * 20), str(tmp_path), grid=GRID, scenes_per_shard=20)
     for seed in range(5):
         sets = [set(manifest.subset(n, seed, holdout=5)) for n in range(1, 16)]
-        assert all(a < b for a, b in zip(sets, sets[1:]))
+        assert all(a < b for a, b in itertools.pairwise(sets))
         assert set(manifest.held_out(5, seed)) == set(range(20)) - sets[-1]
     assert manifest.subset(5, 0) != manifest.subset(5, 1)
     with pytest.raises(ValueError, match="16 scenes asked for, but it has 20, 5 of them held out"):

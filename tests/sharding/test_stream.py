@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_world_size_and_restarts_do_not_change_the_sequence(frames, world, batch
     order = make_order(frames)
     want = list(islice(order.samples(0, 0), batch * 10))
     state = {"epoch": 0, "offset": 0}
-    for _, state in islice(training_batches(make_order(frames), batch, 0, 1), skip):
+    for _, state in islice(training_batches(make_order(frames), batch, 0, 1), skip):  # noqa: B007
         pass
     ranks = [training_batches(make_order(frames), batch, r, world, **state) for r in range(world)]
     got = []
@@ -101,7 +101,7 @@ def test_shares_cover_exactly(total, world):
     parts = [share(total, r, world) for r in range(world)]
     assert parts[0][0] == 0
     assert parts[-1][1] == total
-    assert all(a[1] == b[0] for a, b in zip(parts, parts[1:]))
+    assert all(a[1] == b[0] for a, b in pairwise(parts))
     assert max(b - a for a, b in parts) - min(b - a for a, b in parts) <= 1
 
 
@@ -187,7 +187,7 @@ def test_corrupt_samples_are_replaced_counted_and_named(data):
     assert set(stream.skipped) == {"toy-1-0002: bad JPEG"}
     with (
         make_stream(data, picky, max_skipped=1, warn=said.append) as stream,
-        pytest.raises(ValueError, match="more than 1.*toy-1-0002"),
+        pytest.raises(ValueError, match=r"more than 1.*toy-1-0002"),
     ):
         list(islice(stream, 100))
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import simplejpeg
+
 from occstream.sharding.grid import get_grid
 from occstream.sharding.schema import OCC3D, camera_to_key_ego, sweep_to_key_ego
 from occstream.sharding.sources import open_source
