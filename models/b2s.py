@@ -33,7 +33,7 @@ class B2SConfig:
     backbone: str = "resnet50"
     """Image backbone: resnet18, 34, 50 or 101."""
     backbone_width: int = 64
-    """Channels of its stem; 64 is the published network."""
+    """Channels of its stem; 64 is the published network. A multiple of 16."""
     backbone_weights: str = ""
     """Initial weights: a path or a hub id (SPEC A.3: ImageNet; the paper gives none)."""
     checkpointing: bool = False
@@ -104,6 +104,10 @@ class B2SConfig:
     """RGB standard deviation of the input."""
 
     def __post_init__(self):
+        if self.backbone_width % 16 or self.backbone_width < 16:
+            # Not a matter of taste: oneDNN's gradient of a strided 1x1 convolution writes out of bounds at 8 channels
+            # (torch 2.13, CPU with AVX-512; found as a crash of the test recipe).
+            raise ValueError(f"backbone_width is {self.backbone_width}, must be a multiple of 16")
         if not 1 <= self.floor <= self.cap:
             raise ValueError(f"floor is {self.floor} and cap {self.cap}; need 1 <= floor <= cap")
         if self.compact_factor not in (self.binary_factor, 2 * self.binary_factor):

@@ -112,9 +112,6 @@ def build_engine(model: nn.Module, config: TrainConfig, world: World):
     if config.precision == "bf16":
         # No "safe modules": gradients are reduced in fp32, whatever the forward computed in.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-        if world.device.type == "cpu":
-            # oneDNN's bf16 convolutions corrupt memory (torch 2.13, CPU with avx512_bf16: SIGSEGV in the backward pass).
-            torch.backends.mkldnn.enabled = False
     with _quiet(world):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
