@@ -94,8 +94,8 @@ def evaluate(
         model: returns ``OccOutputs``; its mode is restored afterwards.
         batches: this rank's share, at least one; masks are already in the labels.
         taxonomy: of the labels.
-        convention: "occ3d" (mean over all classes, SPEC F.1) or "openscene" (over its 8 live classes, F.2); with our
-            taxonomies both are the mean over all classes of the taxonomy, NaN skipped.
+        convention: what a class counts that neither labels nor prediction have: nothing for "occ3d" (SPEC F.1), zero for
+            "openscene" (F.2).
         mask: which mask the labels were made with; only reported.
         kind, threshold: how logits become classes.
         watch: gets each batch and its outputs (for pictures).
@@ -139,7 +139,9 @@ def evaluate(
     )
     if semantic:
         per_class = 100 * confusion.class_iou()[: taxonomy.num_classes]
-        result.iou, result.miou = 100 * confusion.iou(), 100 * confusion.miou()
+        if convention == "openscene":
+            per_class = per_class.nan_to_num(0.0)
+        result.iou, result.miou = 100 * confusion.iou(), float(per_class.nanmean())
         result.per_class = {name: float(v) for name, v in zip(taxonomy.classes, per_class)}
     return result
 

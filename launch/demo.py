@@ -24,6 +24,10 @@ EXPERIMENT = "demo"
 SCENES = ("scenes=96", "frames=6", "image_size=[64, 176]", "lidar=false")
 
 
+# What the launcher says of itself, and that there is neither GPU nor hostfile: not news here.
+_NOISE = ("[launch.py:", "[runner.py:", "[real_accelerator.py:")
+
+
 def demo(out: Path, seeds: int) -> int:
     """Runs the demo in a folder. Rerunning resumes what was interrupted.
 
@@ -87,7 +91,7 @@ def _run(command: Sequence[str], env: Mapping[str, str], tag: str = "") -> None:
     print(f"{prefix}$ {' '.join(shown)}", flush=True)
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
-        if not any(noise in line for noise in ("[INFO] [launch.py", "[INFO] [runner.py", "real_accelerator.py")):
+        if not any(noise in line for noise in _NOISE):
             print(f"{prefix}{line}", end="", flush=True)
     if process.wait():
         raise subprocess.CalledProcessError(process.returncode, shown)

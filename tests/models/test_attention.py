@@ -1,6 +1,7 @@
 """Index identity on a non-cubic grid (SPEC A.6, I.2), and compaction per image."""
 
 import torch
+
 from occstream.models.attention import ImageAttention, VolumeAttention, sample_images, sample_volume
 
 SHAPE = (5, 7, 3)

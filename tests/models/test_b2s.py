@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from occstream.models import build_model, model_entry
 from occstream.models.b2s import B2SConfig
 from occstream.models.backbones import ImageEncoder
@@ -11,8 +13,6 @@ from occstream.models.batch import concat, pool_binary
 from occstream.models.registry import MODELS
 from occstream.pretrain.config import load_config
 from occstream.pretrain.losses import LossConfig, occupancy_loss
-from safetensors.torch import save_file
-
 from tests.models.helpers import SMALL, make_batch
 from tests.pretrain.small import RECIPE
 
@@ -85,7 +85,9 @@ def test_selection_by_labels_and_by_both():
     assert (union.eval()._scores(logits, batch) > 0.5).sum() == 1, "no labels outside training"
 
 
-@pytest.mark.parametrize("settings", [{"query": "dense"}, {"binary_factor": 2, "compact_factor": 2}, {"sparse_layers": 2}])
+@pytest.mark.parametrize(
+    "settings", [{"query": "dense"}, {"binary_factor": 2, "compact_factor": 2}, {"sparse_layers": 2}]
+)
 def test_switches_run(settings):
     batch = make_batch(2, 1)
     outputs = build(**settings)(batch)

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+
 from occstream.models.lift import camera_vector, frustum, project, unproject, voxel_pool
 from occstream.sharding.grid import VoxelGrid
-
 from tests.models.helpers import make_batch
 
 ODD = VoxelGrid("odd", (-5, -7, -1), (5, 7, 2), (2, 2, 1))  # 5 x 7 x 3

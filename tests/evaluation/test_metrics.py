@@ -1,0 +1,110 @@
+"""Worked numbers of SPEC F, a brute-force check, and evaluation of a model that is known."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from occstream.evaluation.evaluate import classify, evaluate
+from occstream.evaluation.metrics import BinaryCounts, ConfusionMatrix
+from occstream.models import OccOutputs
+from occstream.sharding.schema import OCC3D, OPENSCENE
+from tests.models.helpers import make_batch
+
+
+def test_occ3d_example():
+    truth = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 1, 0, 2])
+    found = torch.tensor([0, 0, 1, 1, 2, 2, 0, 2, 2, 1, 2, 2])
+    valid = torch.arange(12) < 10
+    matrix = ConfusionMatrix(2)
+    matrix.update(found, truth, valid)
+    assert matrix.counts.tolist() == [[2, 1, 0], [0, 2, 1], [1, 0, 3]]
+    torch.testing.assert_close(matrix.class_iou(), torch.tensor([0.5, 0.5, 0.6], dtype=torch.float64))
+    assert matrix.miou() == pytest.approx(0.5, abs=1e-6)
+    assert matrix.iou() == pytest.approx(0.714286, abs=1e-6)
+
+
+def test_semantickitti_example():
+    """There class 0 is free; our free comes last."""
+    matrix = ConfusionMatrix(2)
+    theirs = torch.tensor([[5, 1, 0], [1, 2, 0], [0, 1, 3]])
+    order = [1, 2, 0]
+    matrix.counts = theirs[order][:, order]
+    assert matrix.iou() == pytest.approx(0.75)
+    assert matrix.class_iou()[:2].tolist() == pytest.approx([0.4, 0.75])
+    assert matrix.miou() == pytest.approx(0.575, abs=1e-6)
+
+
+def test_counts_equal_a_loop_and_ignore_255():
+    g = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, 6, (3, 4, 5, 2), generator=g).to(torch.uint8)
+    truth[truth == 5] = 255
+    found = torch.randint(0, 5, truth.shape, generator=g).to(torch.uint8)
+    matrix = ConfusionMatrix(4)
+    for i in range(3):
+        matrix.update(found[i : i + 1], truth[i : i + 1])
+    slow = torch.zeros(5, 5, dtype=torch.int64)
+    for t, f in zip(truth.flatten().tolist(), found.flatten().tolist()):
+        if t != 255:
+            slow[t, f] += 1
+    assert matrix.counts.tolist() == slow.tolist()
+
+
+def test_binary_iou():
+    counts = BinaryCounts()
+    found, truth = torch.tensor([1, 1, 0, 0, 1]).bool(), torch.tensor([1, 0, 1, 0, 1]).bool()
+    counts.update(found, truth, torch.tensor([1, 1, 1, 1, 0]).bool())
+    assert counts.iou() == pytest.approx(1 / 3)
+    assert math.isnan(BinaryCounts().iou())
+
+
+def test_decision_at_a_quarter():
+    """The best class if its probability is above 0.25 (logit -1.0986), else free (SPEC A.9, F.2)."""
+    logits = torch.tensor([[-1.09, -3.0], [-1.11, -3.0], [0.0, 2.0]]).T.reshape(1, 2, 3, 1, 1)
+    assert classify(logits).flatten().tolist() == [0, 2, 1]
+    assert classify(logits, "softmax_focal").flatten().tolist() == [2, 2, 1]
+
+
+class Oracle(nn.Module):
+    """Answers with the labels, but calls class 3 class 4."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.classes, self.seen = classes, []
+
+    def forward(self, batch):
+        self.seen.append(self.training)
+        answer = torch.where(batch.semantic == 3, 4, batch.semantic.long())
+        logits = nn.functional.one_hot(answer, self.classes + 1)[..., :-1].movedim(-1, 1) * 20.0 - 10
+        return OccOutputs(batch.binary.float() * 2 - 1, logits if batch.num_semantic else None)
+
+
+@pytest.mark.parametrize("convention", ["occ3d", "openscene"])
+def test_evaluation_of_a_known_model(convention):
+    taxonomy = OPENSCENE
+    batches = [make_batch(2, 2, classes=6, seed=i) for i in range(3)]
+    for batch in batches:
+        batch.semantic[batch.semantic == 6] = taxonomy.free_id  # classes 6 and 7 never occur
+    model, watched = Oracle(taxonomy.num_classes).train(), []
+    result = evaluate(
+        model, batches, taxonomy=taxonomy, convention=convention, watch=lambda b, o: watched.extend(b.keys)
+    )
+    assert result.frames == len(watched) == 6
+    assert model.training
+    assert model.seen == [False] * 3
+    assert result.iou == result.binary_iou == 100
+    assert result.per_class["generic_object"] == 0
+    assert result.per_class["vehicle"] == 100
+    three, four = (sum(int((b.semantic == k).sum()) for b in batches) for k in (3, 4))
+    assert result.per_class["pedestrian"] == pytest.approx(100 * four / (three + four))
+    total = 100 * 4 + result.per_class["pedestrian"]
+    # Absent classes are left out by Occ3D's script and count as zero in OpenScene's.
+    assert result.miou == pytest.approx(total / (6 if convention == "occ3d" else 8))
+    assert "mIoU" in result.summary()
+
+
+def test_binary_model_has_no_semantic_scores():
+    result = evaluate(Oracle(17), [make_batch(2, 0)], taxonomy=OCC3D)
+    assert result.miou is None
+    assert set(result.metrics()) == {"eval/binary_iou", "eval/frames"}

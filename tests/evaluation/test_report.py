@@ -1,0 +1,96 @@
+"""Pictures show what the arrays say; the comparison says what the runs say."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from occstream.evaluation.compare import Row, Run, compare, gain, mean_and_spread, rows_by
+from occstream.evaluation.report import height_colors, overlay, prediction_picture, render
+from occstream.launch import cli
+from occstream.models import OccOutputs
+from occstream.pretrain.tracking import Tracker
+from occstream.sharding.schema import OCC3D
+from tests.models.helpers import SMALL, make_batch
+
+
+def test_rendering_shows_left_on_the_left_and_far_at_the_top():
+    solid = np.zeros((20, 20, 4), bool)
+    solid[15, 16, 0] = True  # far ahead, to the left (y points left)
+    picture = render(solid, height_colors(solid.shape), (200, 300))
+    rows, columns = np.nonzero((picture < 200).any(-1))
+    assert len(rows) > 5
+    assert columns.mean() < 140
+    solid[:] = False
+    solid[3, 16, 0] = True
+    near = np.nonzero((render(solid, height_colors(solid.shape), (200, 300)) < 200).any(-1))[0]
+    assert near.mean() > rows.mean()
+
+
+def test_overlay_draws_near_points_over_far_ones_and_skips_those_behind():
+    image = np.zeros((40, 60, 3), np.uint8)
+    pixels = np.array([[30, 20], [30, 20], [10, 10]])
+    out = overlay(
+        image, pixels, np.array([2.0, 20.0, -5.0]), np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+    )
+    assert out[20, 30, 0] > out[20, 30, 1]
+    assert out[10, 10].max() == 0
+
+
+def test_prediction_picture_is_written(tmp_path):
+    batch = make_batch(2, 1)
+    logits = batch.binary.float()[:, ::2, ::2] * 4 - 2
+    semantic = np.zeros((1, 17, *SMALL.shape), np.float32)
+
+    outputs = OccOutputs(logits, torch.from_numpy(semantic))
+    for index in (0, 1):
+        path = tmp_path / "deep" / f"{index}.png"
+        prediction_picture(path, batch, outputs, index=index, grid=SMALL, taxonomy=OCC3D, cameras=("A", "B", "C"))
+        with Image.open(path) as image:
+            assert min(image.size) > 400
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 200
+
+
+def runs(arm, seed, miou):
+    return Run(f"{arm}-{seed}", {"arm": arm, "seed": str(seed)}, {"eval/miou": miou, "eval/iou": 2 * miou})
+
+
+def test_gain_is_only_claimed_beyond_the_spread():
+    rows = rows_by(
+        [runs("a", 0, 10.0), runs("a", 1, 11.0), runs("b", 0, 12.0), runs("b", 1, 12.5), runs("c", 0, 11.0)], "arm"
+    )
+    a, b, c = rows
+    assert a.seeds == ["0", "1"]
+    assert mean_and_spread([10.0, 11.0, float("nan")]) == pytest.approx((10.5, 0.70710678))
+    assert "+1.75 mIoU, more than the largest difference between seeds of one row (1.00)" in gain(a, b)
+    assert "NOT more than" in gain(a, Row("d", ["0", "1"], {"eval/miou": [11.0, 11.2]}))
+    assert "nothing is known about the spread" in gain(a, c)
+
+
+def test_compare_reads_finished_runs_from_mlflow(tmp_path, capsys):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for arm, values in {"scratch": [10.0, 10.4], "replay": [12.0, 12.2]}.items():
+        for seed, miou in enumerate(values):
+            folder = tmp_path / f"{arm}-{seed}"
+            tracker = Tracker(
+                folder, uri, "study", folder.name, {"arm": arm, "seed": str(seed)}, {"train": {"lr": 0.1}}
+            )
+            tracker.log(1, {"perf/samples_per_s": 5.0})
+            tracker.log_result(
+                1, {"eval/miou": miou, "eval/iou": 30.0, "eval/class/car": miou / 2, "eval/class/bus": float("nan")}
+            )
+            tracker.close()
+    Tracker(tmp_path / "failed", uri, "study", "failed", {"arm": "scratch", "seed": "9"}, {}).close("FAILED")
+    text = compare(uri, "study", out=tmp_path / "out")
+    assert "10.20 ± 0.28" in text
+    assert "12.10 ± 0.14" in text
+    assert "replay against scratch: +1.90 mIoU, more than" in text
+    assert "| scratch | 0, 1 |" in (tmp_path / "out" / "comparison.md").read_text()
+    assert (
+        (tmp_path / "out" / "comparison.csv").read_text().splitlines()[2].startswith("replay,0 1,30.0000,0.0000,12.1")
+    )
+    assert cli.main(["compare", "--uri", uri, "--experiment", "studdy"]) == 2
+    assert "it has: study" in capsys.readouterr().err
+    assert json.loads((tmp_path / "replay-0" / "tracking.json").read_text())["run_id"]

@@ -1,0 +1,111 @@
+"""Augmentation: pixels and matrices tell the same story, and draws depend on nothing but their keys."""
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+
+from occstream.pretrain.augment import AugmentConfig, FrameFiller, flip_matrix, flip_voxels, image_affine, warp_jpeg
+from occstream.sharding.grid import VoxelGrid, get_grid
+from occstream.sharding.order import generator
+from occstream.sharding.schema import OCC3D
+from occstream.sharding.sources import open_source
+
+CONFIG = AugmentConfig(image_size=(64, 176))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("source", [(352, 198), (1408, 792)])
+def test_a_blob_lands_where_the_affine_says(seed, source):
+    """Also where the decoder shrinks first (4 times for the large image)."""
+    width, height = source
+    rng = np.random.default_rng(seed)
+    affine = image_affine(rng, source, CONFIG)
+    inverse = np.linalg.inv(np.vstack([affine, [0, 0, 1]]))
+    target = np.array([88 + rng.uniform(-40, 40), 32 + rng.uniform(-15, 15)])
+    x, y = (inverse @ [*target, 1])[:2]
+    image = np.zeros((height, width), np.float32)
+    yy, xx = np.mgrid[:height, :width]
+    sigma = 3.0 * width / 176
+    image = 250 * np.exp(-((xx - x) ** 2 + (yy - y) ** 2) / (2 * sigma**2))
+    jpeg = simplejpeg.encode_jpeg(np.repeat(image[..., None], 3, 2).astype(np.uint8), quality=98)
+    out = np.zeros((3, 64, 176), np.uint8)
+    warp_jpeg(jpeg, source, affine, out)
+    weight = out[0].astype(float)
+    vv, uu = np.mgrid[:64, :176]
+    found = np.array([(uu * weight).sum(), (vv * weight).sum()]) / weight.sum()
+    assert np.abs(found - target).max() < 0.15
+
+
+def test_evaluation_takes_the_centre_without_jitter():
+    affine = image_affine(None, (352, 198), CONFIG)
+    # Scaled by one half, bottom kept: the last source row maps to the last row.
+    np.testing.assert_allclose(affine @ [351.5 - 1, 197.5 - 1, 1], [175 - 0.25 - 0.0, 63 - 0.25], atol=0.3)
+    assert np.allclose(affine, image_affine(None, (352, 198), CONFIG))
+
+
+def test_draws_depend_on_seed_epoch_and_key_only():
+    def draw(*keys):
+        return image_affine(generator(*keys), (352, 198), CONFIG)
+
+    assert np.array_equal(draw(0, 3, "a-0001"), draw(0, 3, "a-0001"))
+    for other in ((1, 3, "a-0001"), (0, 4, "a-0001"), (0, 3, "a-0002")):
+        assert not np.array_equal(draw(0, 3, "a-0001"), draw(*other))
+
+
+def test_flips_reverse_labels_and_geometry_alike():
+    labels = np.arange(2 * 3 * 4).reshape(2, 3, 4)
+    grid = VoxelGrid("g", (-1, -1.5, 0), (1, 1.5, 4), (1, 1, 1))
+    for flips in ((True, False), (False, True), (True, True)):
+        mirrored = flip_voxels(labels, flips)
+        centers = grid.centers() @ flip_matrix(flips).T.astype(float)
+        index, inside = grid.to_index(centers)
+        assert inside.all()
+        # What was at voxel v is now where bda takes the centre of v.
+        assert (mirrored[tuple(index.reshape(-1, 3).T)] == labels.reshape(-1)).all()
+
+
+@pytest.fixture(scope="module")
+def frame():
+    source = open_source("synthetic", {"scenes": 1, "frames": 1, "image_size": (64, 176), "grid": "tiny"})
+    return source.load(source.scene_names()[0]).frames[0]
+
+
+def views_of(filler):
+    return {name: np.zeros(shape, dtype) for name, (shape, dtype) in filler.fields().items()}
+
+
+def filler_for(frame, **settings):
+    options = {"mask": "camera", **settings}
+    return FrameFiller(CONFIG, tuple(frame.cameras), get_grid("tiny"), OCC3D, 0, **{"train": True, **options})
+
+
+def test_filler_masks_labels_and_is_the_same_every_time(frame):
+    filler = filler_for(frame)
+    a, b = views_of(filler), views_of(filler)
+    filler(frame, 2, a)
+    filler(frame, 2, b)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+    assert (a["semantic"][~a["binary_valid"]] == 255).all()
+    assert a["binary_valid"].mean() == pytest.approx(frame.labels.mask_camera.mean())
+    filler(frame, 3, b)
+    assert not np.array_equal(a["images"], b["images"])
+
+
+def test_binary_target_from_semantic_labels(frame):
+    from_semantic, plain = filler_for(frame, binary_from="semantic", train=False), filler_for(frame, train=False)
+    a, b = views_of(from_semantic), views_of(plain)
+    from_semantic(frame, 0, a)
+    plain(frame, 0, b)
+    np.testing.assert_array_equal(a["binary"], b["binary"])
+
+
+def test_missing_parts_are_named(frame):
+    filler = FrameFiller(CONFIG, ("CAM_TOP",), get_grid("tiny"), OCC3D, 0, True)
+    with pytest.raises(ValueError, match="camera CAM_TOP is missing"):
+        filler(frame, 0, views_of(filler))
+    lopsided = VoxelGrid("lopsided", (0, -8, -1), (16, 8, 3), (1, 1, 1))
+    with pytest.raises(ValueError, match=r"set augment\.flip_x=false"):
+        FrameFiller(CONFIG, ("CAM_FRONT",), lopsided, OCC3D, 0, True)
+    assert cv2.getNumThreads() == 1

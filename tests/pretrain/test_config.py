@@ -1,0 +1,79 @@
+"""Recipes: strict, complete, and the same after a round trip."""
+
+import importlib.resources
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from occstream.launch import recipes
+from occstream.pretrain.config import load_config, merge, parse_config, parse_overrides, read_recipe
+from occstream.pretrain.engine import learning_rate
+
+PACKAGED = sorted(
+    p.name.removesuffix(".yaml") for p in importlib.resources.files(recipes).iterdir() if p.name.endswith(".yaml")
+)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_packaged_recipes_are_valid_and_survive_a_round_trip(name):
+    config = load_config(name)
+    assert parse_config(config.to_dict()).to_dict() == config.to_dict()
+
+
+def test_recipe_base_and_overrides_are_merged_in_order(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: demo-scratch\ntrain: {lr: 0.5}\n")
+    config = load_config(str(tmp_path / "mine.yaml"), ["train.batch=6", "track.tags.note=x y"], stage="finetune")
+    assert (config.train.lr, config.train.batch, config.train.epochs, config.data.scenes) == (0.5, 6, 30, 6)
+    assert config.track.tags == {"study": "demo", "arm": "scratch", "note": "x y"}
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("train.lr=1e-4", 1e-4),
+        ("a=[1, 2]", [1, 2]),
+        ("a=s3://b/c", "s3://b/c"),
+        ("a=true", True),
+        ("a=", ""),
+        ("a=null", None),
+    ],
+)
+def test_override_values(word, value):
+    tree = parse_overrides([word])
+    while isinstance(tree, dict):
+        [tree] = tree.values()
+    assert tree == value
+
+
+TREES = st.dictionaries(
+    st.sampled_from("abc"),
+    st.recursive(st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3), max_leaves=8),
+)
+
+
+@given(TREES)
+def test_merging_nothing_changes_nothing(tree):
+    assert merge(tree, {}) == tree
+    assert merge({}, tree) == tree
+    assert merge(tree, tree) == tree
+
+
+def test_broken_yaml_and_wrong_shapes_are_named(tmp_path):
+    (tmp_path / "bad.yaml").write_text("train: {lr: [1")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        read_recipe(str(tmp_path / "bad.yaml"))
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="sections of keys"):
+        read_recipe(str(tmp_path / "list.yaml"))
+    with pytest.raises(ValueError, match="train: expected a section"):
+        parse_config({"train": 3})
+
+
+def test_learning_rate_is_a_function_of_samples():
+    config = load_config("demo", ["train.batch=4", "train.warmup=10", "train.lr=1.0", "train.schedule=cosine"]).train
+    assert learning_rate(0, 400, config) == pytest.approx(0.001)
+    assert learning_rate(20, 400, config) == pytest.approx(0.5005)
+    assert learning_rate(40, 400, config) == pytest.approx(1.0)
+    assert learning_rate(220, 400, config) == pytest.approx(0.5005)
+    assert learning_rate(400, 400, config) == pytest.approx(0.001)

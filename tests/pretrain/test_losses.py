@@ -1,0 +1,76 @@
+"""Check values of SPEC A.9, and losses whose mean over ranks is that of the joint batch."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from occstream.models import OccOutputs
+from occstream.pretrain.losses import LossConfig, occupancy_loss, sigmoid_focal, softmax_focal
+from tests.models.helpers import make_batch
+
+
+def test_sigmoid_focal_check_values():
+    one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    assert sigmoid_focal(torch.tensor(0.0), one, 2.0, 0.25).item() == pytest.approx(0.04332, abs=5e-6)
+    assert sigmoid_focal(torch.tensor(0.0), zero, 2.0, 0.25).item() == pytest.approx(0.12997, abs=5e-6)
+    assert sigmoid_focal(torch.tensor(2.0), one, 2.0, 0.25).item() == pytest.approx(0.000451, abs=5e-7)
+
+
+def test_sigmoid_focal_without_focusing_is_cross_entropy():
+    logits, target = torch.randn(50) * 3, (torch.rand(50) > 0.5).float()
+    want = 0.5 * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    torch.testing.assert_close(sigmoid_focal(logits, target, 0.0, 0.5), want)
+
+
+def test_softmax_focal_stays_finite_when_it_is_sure():
+    logits = torch.tensor([[60.0], [-60.0]]).T.reshape(1, 2, 1).requires_grad_()
+    loss = softmax_focal(logits, torch.tensor([[0]]), 2.0)
+    loss.sum().backward()
+    assert loss.item() == 0
+    assert torch.isfinite(logits.grad).all()
+
+
+def outputs_for(batch, classes=17):
+    g = torch.Generator().manual_seed(1)
+    binary = torch.randn(batch.size, 8, 8, 4, generator=g, requires_grad=True)
+    semantic = torch.randn(batch.num_semantic, classes, *batch.binary.shape[1:], generator=g, requires_grad=True)
+    return OccOutputs(binary, semantic, torch.full((batch.num_semantic,), 7))
+
+
+@pytest.mark.parametrize("kind", ["sigmoid_focal", "softmax_focal"])
+def test_ignored_and_masked_voxels_have_no_gradient_and_no_weight(kind):
+    batch = make_batch(3, 2)
+    batch.semantic[:, :4] = 255
+    batch.binary_valid[:, :4] = False
+    outputs = outputs_for(batch)
+    config = LossConfig(kind=kind)
+    loss, parts = occupancy_loss(outputs, batch, config)
+    loss.backward()
+    assert outputs.semantic_logits.grad[:, :, :4].abs().max() == 0
+    assert outputs.binary_logits.grad[:, :2].abs().max() == 0
+    assert outputs.semantic_logits.grad[:, :, 4:].abs().min() >= 0
+    # Whatever stands in ignored voxels changes nothing.
+    changed = dataclasses.replace(batch, binary=batch.binary.clone())
+    changed.binary[:, :4] = ~changed.binary[:, :4]
+    again, _ = occupancy_loss(outputs, changed, config)
+    assert again.item() == loss.item()
+    assert set(parts) == {"binary", "semantic", "selected"}
+
+
+def test_normalisers_differ_by_the_share_of_occupied_voxels():
+    batch = make_batch(2, 2)
+    outputs = outputs_for(batch)
+    by = {
+        n: occupancy_loss(outputs, batch, LossConfig(normaliser=n))[1]["semantic"].item() for n in ("occupied", "valid")
+    }
+    share = (batch.semantic < 17).float().mean().item()
+    assert by["valid"] == pytest.approx(by["occupied"] * share, rel=1e-5)
+
+
+def test_weights():
+    batch = make_batch(2, 1)
+    outputs = outputs_for(batch)
+    loss, parts = occupancy_loss(outputs, batch, LossConfig(binary_weight=2.0, semantic_weight=3.0))
+    assert loss.item() == pytest.approx(2 * parts["binary"].item() + 3 * parts["semantic"].item(), rel=1e-6)

@@ -1,0 +1,78 @@
+"""What is installed and what the code promises about itself."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from occstream.launch import cli
+
+FOLDERS = ("sharding", "models", "evaluation", "pretrain", "launch")
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
+
+
+def test_wheel_holds_every_module_recipe_and_page(tmp_path):
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "out"), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    [wheel] = (tmp_path / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    wanted = {f"occstream/{p.relative_to(ROOT)}" for p in FILES}
+    wanted |= {f"occstream/{p.relative_to(ROOT)}" for p in (ROOT / "launch" / "recipes").glob("*.yaml")}
+    wanted.add("occstream/sharding/FORMAT.md")
+    assert wanted - names == set()
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_go_one_way(folder):
+    """launch -> pretrain -> evaluation -> models -> sharding; models know only grid and schema of sharding."""
+    rank = {name: i for i, name in enumerate(FOLDERS)}
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("occstream."):
+                other = node.module.split(".")[1]
+                assert rank[other] <= rank[folder], f"{path}: imports {node.module}"
+                if folder == "models" and other == "sharding":
+                    assert node.module in ("occstream.sharding.grid", "occstream.sharding.schema"), path
+
+
+def test_no_pickle_from_outside():
+    for path in FILES:
+        text = path.read_text()
+        assert "extractall" not in text, path
+        assert "import pickle" not in text, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path
+
+
+def test_launch_scripts_say_how_to_install(tmp_path):
+    """Without the package they print the command that mends it."""
+    script = ROOT / "launch" / "pretrain.py"
+    done = subprocess.run(
+        [sys.executable, "-S", "-E", str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert done.returncode != 0
+    assert "pip install -e ." in done.stderr
+
+
+def test_doctor_names_what_the_machine_has(capsys):
+    code = cli.main(["doctor"])
+    out = capsys.readouterr().out
+    assert code in (0, 1)
+    for word in ("Python", "torch", "CUDA", "DeepSpeed", "spconv"):
+        assert word.lower() in out.lower()
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for command in ("shard", "inspect", "verify", "evaluate", "compare", "sync", "doctor", "demo"):
+        assert command in out
