@@ -29,6 +29,7 @@ def examine(url: str = "") -> list[Finding]:
         ),
         Finding("cpu cores", None, str(os.cpu_count())),
     ]
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # only looking: DeepSpeed need not search for a GPU and warn
     for package in ("torch", "deepspeed", "webdataset", "fsspec", "s3fs", "zstandard", "simplejpeg", "numba", "mlflow"):
         found.append(_package(package, "pip install -e ."))
     found += _accelerator()

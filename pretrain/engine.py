@@ -42,6 +42,8 @@ def init_distributed(timeout_minutes: float = 10.0) -> World:
     Returns:
         rank, world size and device. CUDA uses NCCL, CPU uses gloo.
     """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one, and warns
     import deepspeed
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator

@@ -160,3 +160,11 @@ def test_checkpoint_evaluates_by_command(data, tmp_path, capsys):
     )
     assert "3 frames: binary IoU" in capsys.readouterr().out
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
+
+
+def test_losses_that_are_not_finite_end_the_run_before_they_reach_the_weights(data, tmp_path):
+    run = tmp_path / "run"
+    error = trained(data, run, "train.lr=1e30", "train.warmup=1", "train.steps=9", "train.clip=1e30", code=3)
+    assert "no update was made" in error
+    [report] = run.glob("nonfinite-step-*.json")
+    assert len(json.loads(report.read_text())["keys"]) == 4

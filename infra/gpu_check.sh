@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call: correctness against the CPU, then speed. From the repository's root:
+#
+#   infra/gpu_check.sh                  on a machine with occstream installed
+#   WHEELS=wheels infra/gpu_check.sh    on a machine without network: installs from that folder first, and keeps the
+#                                       torch that is there
+#
+# Writes what it finds to $OUT (default gpu-check/): agree.txt, the runs' metrics.jsonl, pictures, summary.txt.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-gpu-check}
+STEPS=${STEPS:-60}
+BATCH=${BATCH:-8}
+mkdir -p "$OUT"
+if [ -n "${WHEELS:-}" ]; then
+  # torch and numpy as they are; everything else from the folder, without resolving against our exact torch pin.
+  python -m pip install --no-index --find-links "$WHEELS" --no-deps "$WHEELS"/*.whl
+  DS_BUILD_OPS=0 python -m pip install --no-index --no-deps --no-build-isolation -e .
+fi
+export PYTHONUNBUFFERED=1
+occstream doctor | tee "$OUT/doctor.txt" || true
+
+echo "== 1. the same network, weights and batch on CPU and GPU"
+python - <<'PY' | tee "$OUT/agree.txt"
+import torch
+from occstream.models import build_model
+from occstream.pretrain.config import load_config
+from occstream.pretrain.losses import LossConfig, occupancy_loss
+from tests.models.helpers import make_batch, SMALL
+
+assert torch.cuda.is_available(), "no CUDA device"
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+print("device", torch.cuda.get_device_name(0), "torch", torch.__version__)
+config = load_config("tests/pretrain/small.yaml", ["model.dropout=0.0"]).model
+worst = 0.0
+for seed in range(5):
+    torch.manual_seed(seed)
+    model = build_model("b2s_ls", config, grid=SMALL, num_classes=17, image_size=(32, 64), semantic=True)
+    batch, found = make_batch(3, 2, seed=seed), {}
+    for device in ("cpu", "cuda"):
+        model = model.to(device).train()
+        model.zero_grad()
+        moved = batch.to(device)
+        loss, _ = occupancy_loss(model(moved), moved, LossConfig())
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        found[device] = (loss.item(), norm.item())
+    gap = max(abs(a - b) / abs(a) for a, b in zip(found["cpu"], found["cuda"]))
+    worst = max(worst, gap)
+    print(f"seed {seed}: loss and gradient norm cpu {found['cpu']} cuda {found['cuda']} relative gap {gap:.1e}")
+assert worst < 1e-3, worst
+print("CPU and GPU agree, worst relative gap", worst)
+PY
+
+echo "== 2. shards"
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+occstream shard synthetic scenes=64 frames=4 'image_size=[256,704]' lidar=false --groups cameras,labels \
+  --scenes-per-shard 8 --workers "$(nproc)" --out "$WORK/shards"
+
+echo "== 3. r50: pre-training and fine-tuning with replay, fp32 and bf16"
+common=(data.url="$WORK/shards" data.holdout=4 eval.batch=2 track.uri= train.steps="$STEPS" train.batch="$BATCH"
+  train.log_every=10 train.threads=8 train.warmup=10)
+for precision in fp32 bf16; do
+  deepspeed --num_gpus 1 launch/pretrain.py --recipe r50 "${common[@]}" train.precision=$precision \
+    output="$OUT/pretrain-$precision"
+  deepspeed --num_gpus 1 launch/finetune.py --recipe r50 "${common[@]}" train.precision=$precision \
+    replay.url="$WORK/shards" replay.holdout=4 train.init="$OUT/pretrain-$precision" output="$OUT/finetune-$precision"
+done
+
+echo "== 4. summary"
+python - "$OUT" <<'PY' | tee "$OUT/summary.txt"
+import json, sys
+from pathlib import Path
+
+for file in sorted(Path(sys.argv[1]).glob("*/metrics.jsonl")):
+    last = {}
+    for line in file.read_text().splitlines():
+        last |= json.loads(line).get("metrics", {})
+    keys = ("train/loss", "perf/samples_per_s", "perf/step_s_p50", "perf/data_wait_frac", "mem/max_alloc_gib", "eval/binary_iou")
+    print(file.parent.name, " ".join(f"{k}={last[k]:.4g}" for k in keys if k in last))
+PY
+find "$OUT" -name '*.safetensors' -delete  # large, and not what this is about
