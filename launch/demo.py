@@ -61,8 +61,8 @@ def demo(out: Path, seeds: int) -> int:
     _heading("3. Compare on the held-out scenes")
     uri = _uri(out)
     print(compare(uri, EXPERIMENT, by="arm", out=out))
-    pictures = sorted(out.glob("*/pictures/*.png"))
-    print(f"\npictures:  {', '.join(map(str, pictures))}")
+    picture = min(out.glob("replay-*/pictures/*.png"), default="none")
+    print(f"\npictures:  {out}/*/pictures/, for example {picture}")
     print(f"MLflow:    mlflow ui --backend-store-uri {uri}")
     print(f"took       {time.perf_counter() - began:.0f} s")
     return 0
