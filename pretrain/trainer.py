@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -136,6 +138,7 @@ def train(config: Config, world: World) -> Result:
             **{f"{name}_fingerprint": value for name, value in data.fingerprints.items()},
             "world_size": world.size,
             "parameters": parameters,
+            "code": _code_version(),
         },
         active=world.is_main,
     )
@@ -419,6 +422,17 @@ def _check_same_run(config: Config, data: TrainData, saved: checkpoint.Checkpoin
             f"{saved.path} was trained on other data ({saved.state['fingerprints']}, now {data.fingerprints}); "
             "choose another output= for a new run"
         )
+
+
+def _code_version() -> str:
+    """Commit of the checkout this runs from ("+" if it has changes), else the version of the installed package."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return metadata.version("occstream")
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
+    return found.stdout.strip() + ("+" if changed else "")
 
 
 def _say(world: World, text: str) -> None:
