@@ -19,7 +19,7 @@ def runs(tmp_path_factory):
     def job(kind, ranks, stage):
         # A small learning rate: Adam turns the rounding of gradients that are zero into whole steps.
         overrides = [f"data.url={data}", f"output={root}/{kind}-{ranks}-{stage}", f"train.zero_stage={stage}"]
-        overrides += ["train.lr=5e-5", "train.warmup=20"]
+        overrides += ["train.lr=2e-5", "train.warmup=20"]
         if kind == "replay":
             # One S frame per step: rank 0 of two has none. Dropout differs between one and two processes.
             overrides += [f"replay.url={data}", "train.batch=1", "replay.batch=3", "data.scenes=2", "model.dropout=0.0"]
@@ -37,13 +37,25 @@ def test_one_process_and_two_agree_for_twenty_steps(runs, kind, stage):
     one, two = losses(runs / f"{kind}-1-0"), losses(runs / f"{kind}-2-{stage}")
     assert sorted(one) == sorted(two) == list(range(1, 21))
     for step in one:
-        for name in ("train/loss", "train/binary"):
-            assert two[step][name] == pytest.approx(one[step][name], abs=1e-5), (step, name)
         # Adam does not see the scale of gradients; their norm does.
-        if step <= 10:
-            assert two[step]["opt/grad_norm"] == pytest.approx(one[step]["opt/grad_norm"], rel=1e-3), step
+        a, b = (dict(run[step]) for run in (one, two))
+        assert b.pop("opt/grad_norm") == pytest.approx(a.pop("opt/grad_norm"), rel=1e-2), step
+        assert b == pytest.approx(a, abs=1e-5), step
     if kind == "replay":
         assert all(two[s]["train/semantic"] > 0 for s in two)
+
+
+GOLDEN = {
+    "pretrain": {1: 0.6772, 5: 0.6794, 10: 0.6809, 20: 0.6673},
+    "replay": {1: 1.8584, 5: 1.8478, 10: 1.8525, 20: 1.8357},
+}
+
+
+@pytest.mark.parametrize("kind", GOLDEN)
+def test_golden_curve(runs, kind):
+    """Losses as they were: a change of order, data, initialisation or loss shows, rounding on another CPU does not."""
+    curve = losses(runs / f"{kind}-1-0")
+    assert {step: curve[step]["train/loss"] for step in GOLDEN[kind]} == pytest.approx(GOLDEN[kind], abs=5e-4)
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "replay"])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from occstream.models import OccOutputs
-from occstream.pretrain.losses import LossConfig, occupancy_loss, sigmoid_focal, softmax_focal
+from occstream.pretrain.losses import LossConfig, occupancy_loss, sigmoid_focal, sigmoid_focal_sum, softmax_focal
 from tests.models.helpers import make_batch
 
 
@@ -24,9 +24,23 @@ def test_sigmoid_focal_without_focusing_is_cross_entropy():
     torch.testing.assert_close(sigmoid_focal(logits, target, 0.0, 0.5), want)
 
 
+@pytest.mark.parametrize("gamma", [2.0, 1.5, 0.0])
+def test_fast_sum_equals_the_reference_with_its_gradient(gamma):
+    g = torch.Generator().manual_seed(2)
+    logits = (torch.randn(300, 7, generator=g, dtype=torch.float64) * 6).requires_grad_()
+    labels = torch.randint(0, 8, (300,), generator=g)  # 7: free
+    target = F.one_hot(labels, 8)[:, :7].double()
+    slow = sigmoid_focal(logits, target, gamma, 0.25).sum()
+    fast = sigmoid_focal_sum(logits, labels, gamma, 0.25)
+    torch.testing.assert_close(fast, slow)
+    weight = torch.tensor(0.37, dtype=torch.float64)
+    a, b = (torch.autograd.grad(x * weight, logits)[0] for x in (fast, slow))
+    torch.testing.assert_close(a, b)
+
+
 def test_softmax_focal_stays_finite_when_it_is_sure():
-    logits = torch.tensor([[60.0], [-60.0]]).T.reshape(1, 2, 1).requires_grad_()
-    loss = softmax_focal(logits, torch.tensor([[0]]), 2.0)
+    logits = torch.tensor([[60.0, -60.0]]).requires_grad_()
+    loss = softmax_focal(logits, torch.tensor([0]), 2.0)
     loss.sum().backward()
     assert loss.item() == 0
     assert torch.isfinite(logits.grad).all()
