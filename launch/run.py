@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import warnings
@@ -38,9 +39,10 @@ def _run(stage: str, recipe: str, overrides: Sequence[str]) -> int:
     try:
         result = train(config, world)
         if world.is_main:
+            speed = f", {result.samples_per_s:.1f} samples/s" if math.isfinite(result.samples_per_s) else ""
             print(
-                f"done: {result.steps} steps, {result.samples} samples, loss {result.loss:.4f}, "
-                f"{result.samples_per_s:.1f} samples/s; checkpoint {result.checkpoint}",
+                f"done: {result.steps} steps, {result.samples} samples, loss {result.loss:.4f}{speed}; "
+                f"checkpoint {result.checkpoint}",
                 flush=True,
             )
     finally:

@@ -284,13 +284,13 @@ class Meter:
         parts = " ".join(
             f"{k.removeprefix('train/')} {v:.4f}" for k, v in metrics.items() if k in ("train/binary", "train/semantic")
         )
-        eta = metrics.get("prog/eta_s", float("nan"))
-        eta = f"{int(eta) // 60}:{int(eta) % 60:02d}" if math.isfinite(eta) else "-"
-        line = (
-            f"step {step}/{self.total} loss {metrics['train/loss']:.4f} ({parts}) lr {metrics['opt/lr']:.2e} "
-            f"{metrics.get('perf/samples_per_s', float('nan')):.1f} samples/s "
-            f"data wait {100 * metrics.get('perf/data_wait_frac', 0):.0f} % eta {eta}"
-        )
+        line = f"step {step}/{self.total} loss {metrics['train/loss']:.4f} ({parts}) lr {metrics['opt/lr']:.2e}"
+        if "perf/samples_per_s" in metrics:  # not in the first steps
+            eta = int(metrics["prog/eta_s"])
+            line += (
+                f" {metrics['perf/samples_per_s']:.1f} samples/s"
+                f" data wait {100 * metrics['perf/data_wait_frac']:.0f} % eta {eta // 60}:{eta % 60:02d}"
+            )
         terminal = sys.stdout.isatty()
         end = "\n" if step == self.total or not terminal else ""
         print(f"\r\033[K{line}" if terminal else line, end=end, flush=True)
