@@ -18,8 +18,8 @@ GROUPS = ("cameras", "lidar", "labels")
 LEVEL = 19  # grids decode faster from level 19 than from level 3, and are written once (STREAMING section 5)
 LIDAR_LEVEL = 9  # byte planes gain little beyond
 
-_LIDAR_ARRAYS = ("xyz", "intensity", "ring", "time_lag", "classes")
-_LABEL_ARRAYS = ("binary", "semantic", "mask_lidar", "mask_camera")
+_LIDAR_ARRAYS = ("xyz", "intensity", "ring", "time_lag", "classes", "moving")
+_LABEL_ARRAYS = ("binary", "semantic", "mask_lidar", "mask_camera", "flow")
 _local = threading.local()
 
 
@@ -214,12 +214,12 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _matrix(value: np.ndarray) -> list[list[float]]:
-    return np.asarray(value, np.float64).tolist()
+def _matrix(value: np.ndarray | None) -> list[list[float]] | None:
+    return None if value is None else np.asarray(value, np.float64).tolist()
 
 
-def _unmatrix(value: list) -> np.ndarray:
-    return np.array(value, np.float64)
+def _unmatrix(value: list | None) -> np.ndarray | None:
+    return None if value is None else np.array(value, np.float64)
 
 
 def _nullable(velocity: np.ndarray | None) -> list | None:

@@ -103,11 +103,13 @@ class VoxelGrid:
 
 
 _PRESETS = [
-    # Occ3D-nuScenes (SPEC E.2), OpenScene (E.1), OpenOccupancy (E.3), SemanticKITTI SSC (E.4)
+    # Occ3D-nuScenes and Occ3D-Waymo (SPEC E.2), OpenScene (E.1), OpenOccupancy (E.3), SemanticKITTI SSC (E.4)
     VoxelGrid("occ3d", (-40, -40, -1), (40, 40, 5.4), (0.4, 0.4, 0.4), "ego"),
     VoxelGrid("openscene", (-50, -50, -4), (50, 50, 4), (0.5, 0.5, 0.5), "ego"),
     VoxelGrid("openoccupancy", (-51.2, -51.2, -5), (51.2, 51.2, 3), (0.2, 0.2, 0.2), "lidar"),
+    VoxelGrid("surroundocc", (-50, -50, -5), (50, 50, 3), (0.5, 0.5, 0.5), "lidar"),
     VoxelGrid("semantickitti", (0, -25.6, -2), (51.2, 25.6, 4.4), (0.2, 0.2, 0.2), "lidar"),
+    VoxelGrid("waymo-fine", (-80, -80, -5), (80, 80, 7.8), (0.1, 0.1, 0.2), "ego"),
     # Ours: small enough to train on two CPU cores.
     VoxelGrid("tiny", (-19.2, -19.2, -1), (19.2, 19.2, 5.4), (0.8, 0.8, 0.8), "ego"),
 ]

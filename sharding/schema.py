@@ -79,7 +79,54 @@ OPENSCENE = Taxonomy(
     ),
 )  # fmt: skip
 
-TAXONOMIES: dict[str, Taxonomy] = {t.name: t for t in (OCC3D, OPENSCENE)}
+# SPEC E.4: the 19 classes of the semantic scene completion benchmark; ids are the learning map's minus one.
+SEMANTICKITTI = Taxonomy(
+    "semantickitti",
+    (
+        "car", "bicycle", "motorcycle", "truck", "other_vehicle", "person", "bicyclist", "motorcyclist", "road", "parking",
+        "sidewalk", "other_ground", "building", "fence", "vegetation", "trunk", "terrain", "pole", "traffic_sign",
+    ),
+    frozenset({
+        "car", "bicycle", "motorcycle", "truck", "other_vehicle", "person", "bicyclist", "motorcyclist",
+    }),
+    (
+        (100, 150, 245), (100, 230, 245), (30, 60, 150), (80, 30, 180), (0, 0, 255), (255, 30, 30), (255, 40, 200),
+        (150, 30, 90), (255, 0, 255), (255, 150, 255), (75, 0, 75), (175, 0, 75), (255, 200, 0), (255, 120, 50),
+        (0, 175, 0), (135, 60, 0), (150, 240, 80), (255, 240, 150), (255, 0, 0),
+    ),
+)  # fmt: skip
+
+# SSCBench-KITTI-360: 18 classes, ids are its learning map's minus one.
+KITTI360 = Taxonomy(
+    "kitti360",
+    (
+        "car", "bicycle", "motorcycle", "truck", "other_vehicle", "person", "road", "parking", "sidewalk", "other_ground",
+        "building", "fence", "vegetation", "terrain", "pole", "traffic_sign", "other_structure", "other_object",
+    ),
+    frozenset({"car", "bicycle", "motorcycle", "truck", "other_vehicle", "person"}),
+    (
+        (100, 150, 245), (100, 230, 245), (30, 60, 150), (80, 30, 180), (0, 0, 255), (255, 30, 30), (255, 0, 255),
+        (255, 150, 255), (75, 0, 75), (175, 0, 75), (255, 200, 0), (255, 120, 50), (0, 175, 0), (150, 240, 80),
+        (255, 240, 150), (255, 0, 0), (0, 150, 255), (255, 255, 50),
+    ),
+)  # fmt: skip
+
+# SPEC E.2: Occ3D-Waymo.
+WAYMO = Taxonomy(
+    "waymo",
+    (
+        "general_object", "vehicle", "pedestrian", "sign", "cyclist", "traffic_light", "pole", "construction_cone",
+        "bicycle", "motorcycle", "building", "vegetation", "trunk", "road", "walkable",
+    ),
+    frozenset({"vehicle", "pedestrian", "cyclist", "bicycle", "motorcycle"}),
+    (
+        (60, 60, 60), (0, 120, 230), (230, 0, 0), (255, 215, 0), (255, 105, 180), (255, 60, 0), (255, 240, 150),
+        (255, 150, 40), (100, 230, 245), (30, 60, 150), (205, 170, 125), (0, 150, 0), (135, 60, 0), (170, 165, 175),
+        (110, 80, 110),
+    ),
+)  # fmt: skip
+
+TAXONOMIES: dict[str, Taxonomy] = {t.name: t for t in (OCC3D, OPENSCENE, SEMANTICKITTI, KITTI360, WAYMO)}
 
 # Occ3D class name -> OpenScene class name, for sources whose native classes are Occ3D's.
 OCC3D_TO_OPENSCENE: Mapping[str, str] = {
@@ -132,6 +179,7 @@ class LidarSweep:
         ring: (N,) uint8 beam number, or None.
         time_lag: (N,) float32 seconds from the point to ``timestamp`` (>= 0: measured before), or None.
         classes: (N,) uint8 ids of the scene's taxonomy, ``IGNORE`` where unknown, or None.
+        moving: (N,) bool, True on what was moving when it was measured, or None.
         sensor_to_ego: LiDAR -> ego at ``timestamp``.
         ego_to_global: ego -> global at ``timestamp``.
         timestamp: microseconds.
@@ -145,6 +193,7 @@ class LidarSweep:
     ring: np.ndarray | None = None
     time_lag: np.ndarray | None = None
     classes: np.ndarray | None = None
+    moving: np.ndarray | None = None
 
 
 @dataclass
@@ -174,12 +223,14 @@ class Labels:
         semantic: uint8, class id, ``free_id`` or ``IGNORE``; or None.
         mask_lidar: bool, True = observed (a hit or a free ray passed). None: the data set declares everything known.
         mask_camera: bool, True = observed and in view of a camera; or None.
+        flow: (M, 2) float32 m/s in the axes of the grid, one row for each True of ``binary`` in C order; or None.
     """
 
     binary: np.ndarray
     semantic: np.ndarray | None = None
     mask_lidar: np.ndarray | None = None
     mask_camera: np.ndarray | None = None
+    flow: np.ndarray | None = None
 
 
 @dataclass
@@ -190,8 +241,8 @@ class Frame:
         scene: name of its scene.
         index: 0, 1, … in time order in the scene.
         token: the data set's own id.
-        timestamp: microseconds.
-        ego_to_global: ego -> global at ``timestamp`` (the LiDAR's time stamp where there is a LiDAR).
+        timestamp: microseconds; None where a data set of labels alone has none.
+        ego_to_global: ego -> global at ``timestamp`` (the LiDAR's time stamp where there is a LiDAR); None likewise.
         cameras: by the data set's camera name; empty if the frame has none or they were not asked for.
         lidar: the key sweep.
         sweeps: further sweeps since the previous key-frame, oldest first; used to make labels, not written to shards.
@@ -201,8 +252,8 @@ class Frame:
     scene: str
     index: int
     token: str
-    timestamp: int
-    ego_to_global: np.ndarray
+    timestamp: int | None
+    ego_to_global: np.ndarray | None
     cameras: dict[str, Camera] = field(default_factory=dict)
     lidar: LidarSweep | None = None
     sweeps: list[LidarSweep] = field(default_factory=list)

@@ -6,7 +6,6 @@ ego pose is the LiDAR's (the first camera's where a sample has no LiDAR).
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections import defaultdict
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
+from occstream.sharding.grid import VoxelGrid
+from occstream.sharding.rawfiles import choose, existing_folder, pose_of, read_file, read_points
 from occstream.sharding.schema import (
     IGNORE,
     OCC3D_TO_OPENSCENE,
@@ -28,6 +28,7 @@ from occstream.sharding.schema import (
     Taxonomy,
     get_taxonomy,
 )
+from occstream.sharding.sources.nuscenes_labels import LABEL_SETS
 
 LIDAR = "LIDAR_TOP"
 _TABLES = (
@@ -54,6 +55,8 @@ def open_source(
     scenes: tuple[str, ...] | None = None,
     sweeps: bool = False,
     taxonomy: Literal["occ3d", "openscene"] = "occ3d",
+    labels: Literal["occ3d", "openoccupancy", "surroundocc"] | None = None,
+    labels_root: str | None = None,
 ) -> Nuscenes:
     """A folder in the nuScenes layout.
 
@@ -63,38 +66,47 @@ def open_source(
         scenes: names of the scenes to read; None for all.
         sweeps: also read the LiDAR sweeps between key-frames (denser labels).
         taxonomy: of point classes and box names.
+        labels: a public label set to read with the frames; None: there are none, make them with ``--labels lidar``.
+        labels_root: its folder; None for ``gts``, ``nuScenes-Occupancy`` or ``nuscenes_occ/samples`` below ``root``.
 
     Raises:
         ValueError: a table is missing or damaged, or a scene is unknown.
     """
-    folder = Path(root)
-    if not folder.is_dir():
-        raise ValueError(f"{root}: no such folder; give the root of the data set, which holds v1.0-*/ and samples/")
+    folder = existing_folder(root, "v1.0-*/ and samples/")
+    if labels and taxonomy != "occ3d":
+        raise ValueError(f"label set {labels} has the classes of taxonomy occ3d, not {taxonomy}")
+    where = existing_folder(labels_root or folder / LABEL_SETS[labels].root, f"the {labels} labels") if labels else None
     versions = sorted(p.name for p in folder.glob("v1.0-*") if p.is_dir())
     if version is None and len(versions) != 1:
         raise ValueError(f"{root}: has {', '.join(versions) or 'no'} v1.0-* table folders; choose one with version=")
     tables = folder / (version or versions[0])
     if not tables.is_dir():
         raise ValueError(f"{tables}: no such table folder; there are {', '.join(versions) or 'none'}")
-    return Nuscenes(folder, tables.name, sweeps, get_taxonomy(taxonomy), _index(tables, scenes, sweeps))
+    records = _index(tables, scenes, sweeps)
+    return Nuscenes(folder, tables.name, sweeps, get_taxonomy(taxonomy), labels, where, records)
 
 
 @dataclass(frozen=True)
 class Nuscenes:
-    """See ``open_source``. A ``Source`` without labels of its own.
+    """See ``open_source``.
 
     Attributes:
         records: by scene name what the tables say, joined; small enough to be sent to worker processes.
     """
 
-    root: Path
+    root: Path = field(repr=False)  # ``repr`` goes into the digests of shards: what they hold, not where it came from
     version: str
     sweeps: bool
     taxonomy: Taxonomy
-    records: dict[str, dict] = field(repr=False)  # ``repr`` names the source in shards; the tables do not belong there
+    labels: str | None
+    labels_root: Path | None = field(repr=False)
+    records: dict[str, dict] = field(repr=False)
 
     name = "nuscenes"
-    grid = None
+
+    @property
+    def grid(self) -> VoxelGrid | None:
+        return LABEL_SETS[self.labels].grid if self.labels else None
 
     def scene_names(self) -> list[str]:
         return list(self.records)
@@ -104,14 +116,23 @@ class Nuscenes:
         if name not in self.records:
             raise ValueError(f"{self.root}: has no scene {name!r}")
         record = self.records[name]
-        frames = [self._frame(name, i, sample) for i, sample in enumerate(record["samples"])]
+        frames = [self._frame(name, i, sample, record["token"]) for i, sample in enumerate(record["samples"])]
         return Scene(name, frames, record["attributes"])
 
-    def _frame(self, scene: str, index: int, sample: dict) -> Frame:
+    def _frame(self, scene: str, index: int, sample: dict, scene_token: str) -> Frame:
         key = sample["lidar"] or next(iter(sample["cameras"].values()), None)
         if key is None:
             raise ValueError(f"{self.root}: sample {sample['token']} of {scene} has neither cameras nor LiDAR")
-        pose = _pose(*key["ego"])
+        pose = pose_of(*key["ego"])
+        labels = None
+        if self.labels:
+            kind, lidar = LABEL_SETS[self.labels], sample["lidar"]
+            if lidar is None and kind.grid.frame == "lidar":
+                raise ValueError(
+                    f"{self.root}: sample {sample['token']} of {scene} has no LiDAR, which {self.labels} needs"
+                )
+            names = (lidar["token"], Path(lidar["filename"]).name) if lidar else ("", "")
+            labels = kind.read(self.labels_root / kind.path(scene, scene_token, sample["token"], *names), kind.grid)
         return Frame(
             scene=scene,
             index=index,
@@ -122,30 +143,25 @@ class Nuscenes:
             lidar=self._sweep(sample["lidar"]) if sample["lidar"] else None,
             sweeps=[self._sweep(row) for row in sample["sweeps"]],
             boxes=self._boxes(sample["boxes"], np.linalg.inv(pose)),
+            labels=labels,
         )
 
     def _camera(self, row: dict) -> Camera:
         return Camera(
-            jpeg=self._read(row["filename"]),
+            jpeg=read_file(self.root / row["filename"], "the tables name it"),
             width=row["width"],
             height=row["height"],
             intrinsics=np.array(row["intrinsics"], np.float64),
-            sensor_to_ego=_pose(*row["sensor"]),
-            ego_to_global=_pose(*row["ego"]),
+            sensor_to_ego=pose_of(*row["sensor"]),
+            ego_to_global=pose_of(*row["ego"]),
             timestamp=row["timestamp"],
         )
 
     def _sweep(self, row: dict) -> LidarSweep:
-        data = self._read(row["filename"])
-        if not data or len(data) % 20:
-            raise ValueError(
-                f"{self.root / row['filename']}: {len(data)} bytes are not a whole number of 5 x float32 points; "
-                "it is damaged, fetch it again"
-            )
-        points = np.frombuffer(data, np.float32).reshape(-1, 5)
+        points = read_points(self.root / row["filename"], 5)
         classes = None
         if row.get("lidarseg"):
-            raw = np.frombuffer(self._read(row["lidarseg"]), np.uint8)
+            raw = np.frombuffer(read_file(self.root / row["lidarseg"]), np.uint8)
             if len(raw) != len(points):
                 raise ValueError(
                     f"{self.root / row['lidarseg']}: has {len(raw)} labels for the {len(points)} points of {row['filename']}"
@@ -154,8 +170,8 @@ class Nuscenes:
             classes = self._ids()[classes]
         return LidarSweep(
             xyz=points[:, :3].copy(),
-            sensor_to_ego=_pose(*row["sensor"]),
-            ego_to_global=_pose(*row["ego"]),
+            sensor_to_ego=pose_of(*row["sensor"]),
+            ego_to_global=pose_of(*row["ego"]),
             timestamp=row["timestamp"],
             intensity=points[:, 3].copy(),
             ring=points[:, 4].astype(np.uint8),
@@ -176,7 +192,7 @@ class Nuscenes:
         boxes = np.zeros((len(rows), 7), np.float32)
         velocity = np.full((len(rows), 2), np.nan, np.float32)
         for i, row in enumerate(rows):
-            pose = to_ego @ _pose(row["translation"], row["rotation"])
+            pose = to_ego @ pose_of(row["translation"], row["rotation"])
             width, length, height = row["size"]
             boxes[i] = (*pose[:3, 3], length, width, height, math.atan2(pose[1, 0], pose[0, 0]))
             if row["velocity"] is not None:
@@ -185,27 +201,13 @@ class Nuscenes:
         names = [self._class_name(c) if c else row["category"] for c, row in zip(classes, rows)]
         return Boxes(boxes, names, [row["track"] for row in rows], velocity)
 
-    def _read(self, filename: str) -> bytes:
-        try:
-            return (self.root / filename).read_bytes()
-        except FileNotFoundError:
-            raise ValueError(
-                f"{self.root / filename}: the tables name this file but it is not there; complete the download, or "
-                "choose scenes that are complete with scenes=[…]"
-            ) from None
-
 
 def _index(tables: Path, scenes: tuple[str, ...] | None, with_sweeps: bool) -> dict[str, dict]:
     """Joins the tables into one record per scene, and drops the rest (the full tables take gigabytes)."""
     found = {name: _table(tables, name) for name in _TABLES}
     rows = {name: {row["token"]: row for row in found[name]} for name in _TABLES if name != "sample_data"}
     wanted = {row["name"]: row for row in found["scene"]}
-    if scenes is not None:
-        for name in scenes:
-            if name not in wanted:
-                near = difflib.get_close_matches(name, wanted, 1, 0.5)
-                raise ValueError(f"{tables}: has no scene {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
-        wanted = {name: wanted[name] for name in scenes}
+    wanted = {name: wanted[name] for name in choose(scenes, list(wanted), tables)}
     scene_tokens = {row["token"] for row in wanted.values()}
     samples = {t: row for t, row in rows["sample"].items() if row["scene_token"] in scene_tokens}
 
@@ -229,6 +231,7 @@ def _index(tables: Path, scenes: tuple[str, ...] | None, with_sweeps: bool) -> d
             rows["ego_pose"][row["ego_pose_token"]],
         )
         return {
+            "token": row["token"],
             "filename": row["filename"],
             "timestamp": row["timestamp"],
             "width": row.get("width"),
@@ -281,7 +284,7 @@ def _index(tables: Path, scenes: tuple[str, ...] | None, with_sweeps: bool) -> d
             token = sample["next"]
         log = rows["log"].get(scene["log_token"], {})
         attributes = {"description": scene.get("description", ""), "location": log.get("location", "")}
-        records[name] = {"samples": chain, "attributes": attributes}
+        records[name] = {"token": scene["token"], "samples": chain, "attributes": attributes}
     return records
 
 
@@ -316,11 +319,3 @@ def _velocity(row: dict, annotations: dict[str, dict], samples: dict[str, dict])
     if not 0 < seconds <= limit:
         return None
     return (np.array(last["translation"]) - np.array(first["translation"])) / seconds
-
-
-def _pose(translation: list[float], rotation: list[float]) -> np.ndarray:
-    """(4, 4) float64 of a translation in metres and a quaternion w, x, y, z."""
-    w, x, y, z = rotation
-    pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = Rotation.from_quat([x, y, z, w]).as_matrix(), translation
-    return pose

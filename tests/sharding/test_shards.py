@@ -36,6 +36,8 @@ def same(a, b) -> bool:
         return a.dtype == b.dtype and a.shape == b.shape and bool(equal)
     if isinstance(a, dict):
         return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
     return a == b
 
 

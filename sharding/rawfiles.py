@@ -1,0 +1,210 @@
+"""What several raw data sets share: reading their files with errors that say what, where and what to do; poses; PCD."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import pickle
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+from scipy.spatial.transform import Rotation
+
+# What pickled numpy arrays, scalars and dicts need, and nothing that can run code.
+_HARMLESS = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy.core.numeric", "_frombuffer"),
+    ("numpy._core.numeric", "_frombuffer"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("collections", "OrderedDict"),
+    ("collections", "defaultdict"),
+    ("_codecs", "encode"),
+    ("builtins", "set"),
+    ("builtins", "frozenset"),
+    ("builtins", "complex"),
+    ("builtins", "bytearray"),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _HARMLESS:
+            raise pickle.UnpicklingError(f"it wants to import {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_file(path: Path, why: str = "") -> bytes:
+    """Raises ValueError that names the file, ``why`` it is wanted, and the remedy."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path}: is missing{f' ({why})' if why else ''}; complete the download") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_pickle(path: Path) -> Any:
+    """A pickle of plain values and numpy arrays; anything that could run code is refused with ValueError."""
+    data = read_file(path)
+    try:
+        return _Unpickler(io.BytesIO(data)).load()
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(
+            f"{path}: not loaded ({str(error)[:120]}); only plain values and numpy arrays are accepted from pickles"
+        ) from None
+
+
+def read_npy(path: Path, why: str = "") -> Any:
+    """An ``.npy`` array or the arrays of an ``.npz`` as a dict; object arrays are refused. Raises ValueError."""
+    data = read_file(path, why)
+    try:
+        loaded = np.load(io.BytesIO(data), allow_pickle=False)
+        return {name: loaded[name] for name in loaded.files} if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
+    except Exception as error:  # zip, zlib, header: numpy raises whatever they raise
+        raise ValueError(f"{path}: not readable as {path.suffix} ({str(error)[:120]}); fetch it again") from None
+
+
+def read_rows(path: Path, columns: int) -> np.ndarray:
+    """(N, columns) float64 of a text file with so many numbers in a line. Raises ValueError."""
+    try:
+        rows = [
+            [float(word) for word in line.split()] for line in read_file(path).decode().splitlines() if line.strip()
+        ]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not rows or any(len(row) != columns for row in rows):
+        raise ValueError(f"{path}: needs {columns} numbers in every line; it is damaged or of another format")
+    return np.array(rows)
+
+
+def read_points(path: Path, columns: int) -> np.ndarray:
+    """(N, columns) float32 of a bare binary file. Raises ValueError if its size does not fit."""
+    data = read_file(path)
+    if not data or len(data) % (4 * columns):
+        raise ValueError(
+            f"{path}: {len(data)} bytes are not a whole number of {columns} x float32 points; it is damaged, fetch it again"
+        )
+    return np.frombuffer(data, np.float32).reshape(-1, columns)
+
+
+def read_pcd(path: Path) -> dict[str, np.ndarray]:
+    """Fields of a PCD file (``DATA ascii`` or ``binary``), each (N,) in its own type. Raises ValueError."""
+    data = read_file(path)
+    head: dict[str, list[str]] = {}
+    at = 0
+    while "DATA" not in head:
+        end = data.find(b"\n", at)
+        if end < 0 or len(head) > 20:
+            raise ValueError(f"{path}: no PCD header; it is damaged or not a .pcd file")
+        words = data[at:end].decode(errors="replace").split()
+        at = end + 1
+        if words and not words[0].startswith("#"):
+            head[words[0].upper()] = words[1:]
+    try:
+        names, counts = head["FIELDS"], head.get("COUNT", ["1"] * len(head["FIELDS"]))
+        kinds = [{"F": "f", "U": "u", "I": "i"}[t] + size for t, size in zip(head["TYPE"], head["SIZE"], strict=True)]
+        kind = np.dtype(
+            [(n, f"<{k}", (int(c),) if c != "1" else ()) for n, k, c in zip(names, kinds, counts, strict=True)]
+        )
+        points, coding = int(head["POINTS"][0]), head["DATA"][0]
+        if coding == "binary":
+            rows = np.frombuffer(data, kind, points, at)
+        elif coding == "ascii":
+            table = np.loadtxt(io.BytesIO(data[at:]), ndmin=2)
+            rows = np.zeros(len(table), kind)
+            for i, name in enumerate(names):
+                rows[name] = table[:, i]
+            if len(rows) != points:
+                raise ValueError(f"holds {len(rows)} points, its header says {points}")
+        else:
+            raise ValueError(f"DATA {coding} is not supported; convert it with pcl_convert_pcd_ascii_binary to binary")
+    except (KeyError, ValueError, IndexError) as error:
+        raise ValueError(f"{path}: broken PCD ({type(error).__name__}: {error})") from None
+    return {name: rows[name].copy() for name in names}
+
+
+def read_jpeg(path: Path, quality: int = 95) -> tuple[bytes, int, int]:
+    """JPEG bytes, width, height of an image file: a JPEG as it is, a PNG encoded once (4:4:4). Raises ValueError."""
+    data = read_file(path)
+    try:
+        if not data.startswith(b"\x89PNG"):
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            return data, width, height
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        if image is None:
+            raise ValueError("damaged PNG")
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable image ({error}); fetch it again") from None
+    jpeg = simplejpeg.encode_jpeg(image, quality, "BGR", "444")
+    return jpeg, image.shape[1], image.shape[0]
+
+
+def pose_of(translation: Sequence[float], rotation: Sequence[float]) -> np.ndarray:
+    """(4, 4) float64 of a translation in metres and a quaternion w, x, y, z."""
+    w, x, y, z = rotation
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = Rotation.from_quat([x, y, z, w]).as_matrix(), translation
+    return pose
+
+
+def rigid(matrix: np.ndarray) -> np.ndarray:
+    """(4, 4) float64 of 12 or 16 numbers in row order."""
+    pose = np.eye(4)
+    flat = np.asarray(matrix, np.float64).reshape(-1)
+    pose[: len(flat) // 4] = flat.reshape(-1, 4)
+    return pose
+
+
+def choose(wanted: Iterable[str] | None, there: Sequence[str], where: object) -> list[str]:
+    """Scene names to read: all that are there, or the wanted ones. Raises ValueError that names the nearest."""
+    if wanted is None:
+        return list(there)
+    for name in wanted:
+        if name not in there:
+            near = difflib.get_close_matches(name, there, 1, 0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where}: has no scene {name!r}{hint}")
+    return list(wanted)
+
+
+def existing_folder(root: str | Path, holds: str) -> Path:
+    """Raises ValueError if there is no such folder; ``holds`` says what it should hold."""
+    folder = Path(root)
+    if not folder.is_dir():
+        raise ValueError(f"{root}: no such folder; give the one that holds {holds}")
+    return folder
+
+
+def sparse_to_dense(index: np.ndarray, values: np.ndarray, shape: tuple[int, int, int], fill: int, where: object):
+    """(X, Y, Z) uint8 of voxel rows.
+
+    Args:
+        index: (N, 3) integers x, y, z.
+        values: (N,) class ids.
+        fill: of all other voxels.
+        where: file, for errors.
+
+    Raises:
+        ValueError: an index is out of the grid or appears twice with different values.
+    """
+    index = np.asarray(index).astype(np.int64)
+    if len(index) and ((index < 0).any() or (index >= shape).any()):
+        bad = index[((index < 0) | (index >= shape)).any(1)][0]
+        raise ValueError(
+            f"{where}: voxel {tuple(bad.tolist())} is outside the {shape} grid; wrong label set or axis order?"
+        )
+    if len(values) and (values.min() < 0 or values.max() > 255):
+        raise ValueError(f"{where}: class {values.max() if values.max() > 255 else values.min()} is out of range")
+    dense = np.full(shape, fill, np.uint8)
+    dense[index[:, 0], index[:, 1], index[:, 2]] = values
+    if len(index) and (dense[index[:, 0], index[:, 1], index[:, 2]] != values).any():
+        raise ValueError(f"{where}: lists a voxel twice with different classes; it is damaged")
+    return dense

@@ -1,0 +1,60 @@
+"""Occ3D-nuScenes labels alone: ``gts/<scene>/<token>/labels.npz`` (SPEC E.2). With the images and poses of nuScenes they
+are read by ``nuscenes`` with ``labels=occ3d``; alone they have neither poses nor times, and frames are in order of token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from occstream.sharding.grid import VoxelGrid, get_grid
+from occstream.sharding.rawfiles import choose, existing_folder
+from occstream.sharding.schema import OCC3D, Frame, Scene, Taxonomy
+from occstream.sharding.sources.nuscenes_labels import read_occ3d
+
+
+def open_source(*, root: str, scenes: tuple[str, ...] | None = None) -> Occ3d:
+    """A folder in the layout of Occ3D-nuScenes.
+
+    Args:
+        root: holds ``gts/``.
+        scenes: names of the scenes to read; None for all.
+
+    Raises:
+        ValueError: no such folder or scene.
+    """
+    folder = existing_folder(existing_folder(root, "gts/") / "gts", "scene-0001/, …")
+    there = sorted(p.name for p in folder.iterdir() if any(p.glob("*/labels.npz")))
+    if not there:
+        raise ValueError(f"{folder}: has no <scene>/<token>/labels.npz; unpack gts.tar.gz")
+    return Occ3d(folder, tuple(choose(scenes, there, folder)))
+
+
+@dataclass(frozen=True)
+class Occ3d:
+    """See ``open_source``."""
+
+    root: Path
+    scenes: tuple[str, ...]
+
+    name = "occ3d"
+    taxonomy: Taxonomy = OCC3D
+
+    @property
+    def grid(self) -> VoxelGrid:
+        return get_grid("occ3d")
+
+    def __repr__(self) -> str:
+        return "Occ3d()"
+
+    def scene_names(self) -> list[str]:
+        return list(self.scenes)
+
+    def load(self, name: str) -> Scene:
+        """One scene. Raises ValueError if a file is missing or damaged."""
+        tokens = sorted(p.parent.name for p in (self.root / name).glob("*/labels.npz"))
+        frames = [
+            Frame(name, i, token, None, None, labels=read_occ3d(self.root / name / token / "labels.npz", self.grid))
+            for i, token in enumerate(tokens)
+        ]
+        return Scene(name, frames)

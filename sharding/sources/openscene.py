@@ -1,0 +1,187 @@
+"""OpenScene (nuPlan at 2 Hz): metadata pickles, eight cameras, merged LiDAR, sparse occupancy with flow (SPEC E.1)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from occstream.sharding.grid import VoxelGrid, get_grid
+from occstream.sharding.rawfiles import (
+    choose,
+    existing_folder,
+    pose_of,
+    read_jpeg,
+    read_npy,
+    read_pcd,
+    read_pickle,
+    sparse_to_dense,
+)
+from occstream.sharding.schema import IGNORE, OPENSCENE, Boxes, Camera, Frame, Labels, LidarSweep, Scene, Taxonomy
+
+# Raw class -> ours; 1 to 3 are placeholders that no voxel should have, 11 is what densifying leaves free.
+RAW_FREE = 11
+_TO_OURS = np.array([0, IGNORE, IGNORE, IGNORE, 1, 2, 3, 4, 5, 6, 7, OPENSCENE.free_id], np.uint8)
+
+
+def open_source(
+    *,
+    root: str,
+    metadata: str | None = None,
+    labels: bool = True,
+    scenes: tuple[str, ...] | None = None,
+) -> OpenScene:
+    """A folder that OpenScene's archives were unpacked in.
+
+    Args:
+        root: holds the metadata and what it points to, at any depth (``sensor_blobs/<split>/``, ``occupancy/<split>/``).
+        metadata: a pickle or a folder of pickles, one per log, with frame records; None for all ``*.pkl`` below ``root``.
+        labels: read the occupancy (metadata of v1.0 names it; v1.1 has none); False leaves it to ``--labels lidar``.
+        scenes: names of the scenes to read; None for all.
+
+    Raises:
+        ValueError: no metadata, a damaged one, one that wants to run code, or an unknown scene.
+    """
+    folder = existing_folder(root, "OpenScene's metadata and sensor folders")
+    place = Path(metadata) if metadata else folder
+    files = [place] if place.is_file() else sorted(place.rglob("*.pkl"))
+    if not files:
+        raise ValueError(
+            f"{place}: no metadata pickles (*.pkl) there; unpack openscene_metadata_*.tgz or set metadata="
+        )
+    records: dict[str, list[dict]] = defaultdict(list)
+    for file in files:
+        content = read_pickle(file)
+        infos = content.get("infos") if isinstance(content, dict) else content
+        if not isinstance(infos, list) or not all(isinstance(info, dict) and "token" in info for info in infos):
+            raise ValueError(f"{file}: not OpenScene metadata (a list of frame records, or a dict with 'infos')")
+        for info in infos:
+            records[info["scene_name"]].append(info)
+    names = choose(scenes, sorted(records), place)
+    chosen = {name: sorted(records[name], key=lambda info: info["timestamp"]) for name in names}
+    have = [name for name in names if all(info.get("occ_gt_final_path") for info in chosen[name])]
+    if labels and have and len(have) < len(names):
+        lacking = next(name for name in names if name not in have)
+        raise ValueError(
+            f"{place}: scene {lacking} names no occupancy but others do; choose with scenes=, or labels=false"
+        )
+    tops = [folder / name for name in ("sensor_blobs", "occupancy") if (folder / name).is_dir()]
+    bases = (folder, *tops, *(split for top in tops for split in sorted(top.iterdir()) if split.is_dir()))
+    return OpenScene(folder, bases, chosen, get_grid("openscene") if labels and have else None)
+
+
+@dataclass(frozen=True)
+class OpenScene:
+    """See ``open_source``. A ``Source`` with native labels where the metadata names them."""
+
+    root: Path
+    bases: tuple[Path, ...]
+    records: dict[str, list[dict]]
+    grid: VoxelGrid | None
+
+    name = "openscene"
+    taxonomy: Taxonomy = OPENSCENE
+
+    def __repr__(self) -> str:
+        return f"OpenScene({self.root.name}, grid={self.grid.name if self.grid else None})"
+
+    def scene_names(self) -> list[str]:
+        return list(self.records)
+
+    def load(self, name: str) -> Scene:
+        """One scene. Raises ValueError if a file is missing or damaged."""
+        infos = self.records[name]
+        attributes = {key: str(infos[0].get(key, "")) for key in ("log_name", "map_location", "vehicle_name")}
+        return Scene(name, [self._frame(name, i, info) for i, info in enumerate(infos)], attributes)
+
+    def _frame(self, scene: str, index: int, info: dict) -> Frame:
+        ego = pose_of(info["ego2global_translation"], info["ego2global_rotation"])
+        lidar = pose_of(info["lidar2ego_translation"], info["lidar2ego_rotation"])
+        timestamp = int(info["timestamp"])
+        cameras = {}
+        for name, row in info["cams"].items():
+            jpeg, width, height = read_jpeg(self._find(row["data_path"]))
+            to_lidar = np.eye(4)
+            to_lidar[:3, :3], to_lidar[:3, 3] = row["sensor2lidar_rotation"], row["sensor2lidar_translation"]
+            distortion = row.get("distortion")
+            cameras[name] = Camera(
+                jpeg=jpeg,
+                width=width,
+                height=height,
+                intrinsics=np.array(row["cam_intrinsic"], np.float64),
+                sensor_to_ego=lidar @ to_lidar,
+                ego_to_global=ego,  # OpenScene has no pose for each camera
+                timestamp=timestamp,
+                distortion=None if distortion is None else tuple(float(v) for v in np.ravel(distortion)),
+            )
+        return Frame(
+            scene=scene,
+            index=index,
+            token=str(info["token"]),
+            timestamp=timestamp,
+            ego_to_global=ego,
+            cameras=cameras,
+            lidar=self._sweep(info, lidar, ego, timestamp),
+            boxes=_boxes(info["anns"], lidar) if info.get("anns") else None,
+            labels=self._labels(info, lidar) if self.grid else None,
+        )
+
+    def _sweep(self, info: dict, lidar: np.ndarray, ego: np.ndarray, timestamp: int) -> LidarSweep | None:
+        if not info.get("lidar_path"):
+            return None
+        path = self._find(info["lidar_path"])
+        fields = read_pcd(path)
+        if not {"x", "y", "z"} <= fields.keys():
+            raise ValueError(f"{path}: has no fields x, y and z, only {', '.join(fields)}")
+        return LidarSweep(
+            xyz=np.stack([fields[a] for a in "xyz"], 1).astype(np.float32),
+            sensor_to_ego=lidar,
+            ego_to_global=ego,
+            timestamp=timestamp,
+            intensity=fields["intensity"].astype(np.float32) if "intensity" in fields else None,
+            ring=fields["ring"].astype(np.uint8) if "ring" in fields else None,
+        )
+
+    def _labels(self, info: dict, lidar: np.ndarray) -> Labels:
+        path = self._find(info["occ_gt_final_path"])
+        rows = read_npy(path)
+        if rows.ndim != 2 or rows.shape[1] != 2:
+            raise ValueError(f"{path}: shape {rows.shape}, expected (N, 2) of flat index and class")
+        x, y, _ = self.grid.shape
+        flat, raw = rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64)
+        index = np.stack([flat % x, flat // x % y, flat // (x * y)], 1)  # flat = z * X * Y + y * X + x
+        dense = sparse_to_dense(index, raw, self.grid.shape, RAW_FREE, path)
+        if dense.max() > RAW_FREE:
+            raise ValueError(f"{path}: class {dense.max()} is out of range 0..{RAW_FREE}")
+        binary = dense != RAW_FREE
+        flow = None
+        if info.get("flow_gt_final_path"):
+            where = self._find(info["flow_gt_final_path"])
+            velocity = read_npy(where)
+            if velocity.shape != (len(rows), 2):
+                raise ValueError(f"{where}: shape {velocity.shape} does not fit the {len(rows)} voxels of {path.name}")
+            grid = np.zeros((*self.grid.shape, 2), np.float32)
+            grid[tuple(index.T)] = velocity
+            flow = grid[binary]
+        return Labels(binary, _TO_OURS[dense], flow=flow)
+
+    def _find(self, path: str) -> Path:
+        """A file that the metadata names by a path whose first parts depend on where its author's data lay."""
+        parts = Path(path.replace("\\", "/")).parts
+        for start in range(max(1, len(parts) - 1)):  # the longest ending that is there, with its folder at least
+            for base in self.bases:
+                candidate = base.joinpath(*parts[start:])
+                if candidate.is_file():
+                    return candidate
+        raise ValueError(
+            f"{self.root}: has no file {path}, which the metadata names; complete the download or choose scenes=[…]"
+        )
+
+
+def _boxes(anns: dict, lidar: np.ndarray) -> Boxes:
+    boxes = np.asarray(anns["gt_boxes"], np.float32).reshape(-1, 7)  # already x, y, z, length, width, height, yaw; ego
+    velocity = np.asarray(anns["gt_velocity_3d"], np.float64).reshape(-1, 3) @ lidar[:3, :3].T  # LiDAR axes -> ego axes
+    tracks = [str(t) for t in anns["track_tokens"]]
+    return Boxes(boxes, [str(n) for n in anns["gt_names"]], tracks, velocity[:, :2].astype(np.float32))

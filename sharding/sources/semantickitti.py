@@ -1,0 +1,242 @@
+"""SemanticKITTI: ``sequences/NN/{velodyne,labels,voxels,image_2}``, camera-frame poses (SPEC E.4).
+
+The LiDAR frame (x forward, y left, z up) serves as the ego frame. Key-frames are the scans that have voxel labels, or
+every ``stride``-th scan where there are none; the scans between them are sweeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from occstream.sharding.grid import VoxelGrid, get_grid
+from occstream.sharding.rawfiles import (
+    choose,
+    existing_folder,
+    read_file,
+    read_jpeg,
+    read_points,
+    read_rows,
+    rigid,
+)
+from occstream.sharding.schema import IGNORE, SEMANTICKITTI, Camera, Frame, Labels, LidarSweep, Scene, Taxonomy
+
+# Raw label -> class of the learning map (0: empty or unlabelled, IGNORE: to be ignored).
+_LEARNING = {
+    0: 0, 1: IGNORE, 10: 1, 11: 2, 13: 5, 15: 3, 16: 5, 18: 4, 20: 5, 30: 6, 31: 7, 32: 8, 40: 9, 44: 10, 48: 11, 49: 12,
+    50: 13, 51: 14, 52: IGNORE, 60: 9, 70: 15, 71: 16, 72: 17, 80: 18, 81: 19, 99: IGNORE, 252: 1, 253: 7, 254: 6,
+    255: 8, 256: 5, 257: 5, 258: 4, 259: 5,
+}  # fmt: skip
+FIRST_MOVING = 252
+STEP_US = 100_000  # 10 turns a second, where there is no times.txt
+
+
+def open_source(
+    *,
+    root: str,
+    sequences: tuple[str, ...] | None = None,
+    labels: bool = True,
+    stride: int = 5,
+    frames_per_scene: int = 100,
+    sweeps: bool = True,
+    cameras: bool = True,
+) -> SemanticKitti:
+    """A folder in the layout of SemanticKITTI.
+
+    Args:
+        root: holds ``sequences/``.
+        sequences: names of folders below it; None for all.
+        labels: read ``voxels/`` where every sequence has them; False leaves labels to ``--labels lidar``.
+        stride: every so many scans are a key-frame, where there are no voxel labels.
+        frames_per_scene: a sequence is cut into scenes of so many key-frames (a shard must not hold half a city).
+        sweeps: read the scans between key-frames.
+        cameras: read ``image_2`` where it is there.
+
+    Raises:
+        ValueError: a sequence, its calibration or its poses are missing or damaged.
+    """
+    folder = existing_folder(existing_folder(root, "sequences/") / "sequences", "00/, 01/, …")
+    if stride < 1 or frames_per_scene < 1:
+        raise ValueError(f"stride ({stride}) and frames_per_scene ({frames_per_scene}) must be at least 1")
+    names = choose(sequences, sorted(p.name for p in folder.iterdir() if p.is_dir()), folder)
+    scenes: dict[str, Piece] = {}
+    with_labels = [labels and any((folder / name / "voxels").glob("*.label")) for name in names]
+    for name in names:
+        scans = sorted(int(p.stem) for p in (folder / name / "velodyne").glob("*.bin"))
+        marked = sorted(int(p.stem) for p in (folder / name / "voxels").glob("*.label"))
+        if not scans and not marked:
+            raise ValueError(f"{folder / name}: has neither velodyne/*.bin nor voxels/*.label")
+        keys = marked if all(with_labels) else scans[::stride]
+        scenes |= cut(name, keys, scans if sweeps else [], frames_per_scene)
+    grid = get_grid("semantickitti") if with_labels and all(with_labels) else None
+    return SemanticKitti(folder, scenes, grid, cameras)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A scene: its folder, the scan numbers of its key-frames, and of the sweeps before each."""
+
+    folder: str
+    keys: tuple[int, ...]
+    between: tuple[tuple[int, ...], ...]
+
+
+def cut(folder: str, keys: list[int], scans: list[int], size: int, name: str = "") -> dict[str, Piece]:
+    """Cuts a sequence into scenes ``<name>-000``, … of ``size`` key-frames."""
+    pieces = {}
+    for start in range(0, len(keys), size):
+        chosen = keys[start : start + size]
+        before = [keys[start - 1] if start else -1, *chosen]
+        between = tuple(tuple(s for s in scans if a < s < b) for a, b in zip(before, chosen))
+        pieces[f"{name or folder}-{start // size:03d}"] = Piece(folder, tuple(chosen), between)
+    return pieces
+
+
+@dataclass(frozen=True)
+class SemanticKitti:
+    """See ``open_source``."""
+
+    root: Path
+    scenes: dict[str, Piece]
+    grid: VoxelGrid | None
+    cameras: bool
+
+    name = "semantickitti"
+    taxonomy: Taxonomy = SEMANTICKITTI
+
+    def __repr__(self) -> str:
+        return f"SemanticKitti(grid={self.grid.name if self.grid else None}, cameras={self.cameras}, {self.scenes})"
+
+    def scene_names(self) -> list[str]:
+        return list(self.scenes)
+
+    def load(self, name: str) -> Scene:
+        """One scene. Raises ValueError if a file is missing or damaged."""
+        piece = self.scenes[name]
+        folder = self.root / piece.folder
+        calibration = _calibration(folder / "calib.txt")
+        velo_to_cam = rigid(calibration["Tr"])
+        # SPEC E.4: poses are of the left camera; the first scan's LiDAR frame becomes the global frame.
+        poses = [np.linalg.inv(velo_to_cam) @ rigid(row) @ velo_to_cam for row in read_rows(folder / "poses.txt", 12)]
+        times = _times(folder / "times.txt")
+        frames = []
+        for index, (scan, between) in enumerate(zip(piece.keys, piece.between)):
+            pose, time = _at(poses, scan, folder), _time(times, scan)
+            camera = self._camera(folder, scan, calibration, velo_to_cam, pose, time)
+            frames.append(
+                Frame(
+                    scene=name,
+                    index=index,
+                    token=f"{piece.folder}/{scan:06d}",
+                    timestamp=time,
+                    ego_to_global=pose,
+                    cameras={"image_2": camera} if camera else {},
+                    lidar=_sweep(folder, scan, pose, time),
+                    sweeps=[_sweep(folder, s, _at(poses, s, folder), _time(times, s)) for s in between],
+                    labels=read_voxels(folder / "voxels", scan, self.grid, _LEARNING) if self.grid else None,
+                )
+            )
+        return Scene(name, frames, {"sequence": piece.folder})
+
+    def _camera(self, folder, scan, calibration, velo_to_cam, pose, time) -> Camera | None:
+        path = folder / "image_2" / f"{scan:06d}.png"
+        if not self.cameras or not path.is_file():
+            return None
+        jpeg, width, height = read_jpeg(path)
+        projection = calibration["P2"].reshape(3, 4)
+        offset = np.eye(4)
+        offset[:3, 3] = np.linalg.solve(projection[:, :3], projection[:, 3])  # left grey camera -> left colour camera
+        to_lidar = np.linalg.inv(offset @ velo_to_cam)
+        return Camera(jpeg, width, height, projection[:, :3].copy(), to_lidar, pose, time)
+
+
+def _sweep(folder: Path, scan: int, pose: np.ndarray, time: int) -> LidarSweep | None:
+    path = folder / "velodyne" / f"{scan:06d}.bin"
+    if not path.is_file():
+        return None
+    points = read_points(path, 4)
+    classes = moving = None
+    labels = folder / "labels" / f"{scan:06d}.label"
+    if labels.is_file():
+        raw = np.frombuffer(read_file(labels), np.uint32)
+        if len(raw) != len(points):
+            raise ValueError(f"{labels}: has {len(raw)} labels for the {len(points)} points of {path.name}")
+        raw = raw & 0xFFFF  # the upper half is the instance
+        learnt = learn(raw, _LEARNING, labels)
+        classes = np.where((learnt == 0) | (learnt == IGNORE), IGNORE, learnt - 1).astype(np.uint8)
+        moving = raw >= FIRST_MOVING
+    return LidarSweep(
+        xyz=points[:, :3].copy(),
+        sensor_to_ego=np.eye(4),
+        ego_to_global=pose,
+        timestamp=time,
+        intensity=points[:, 3].copy(),
+        classes=classes,
+        moving=moving,
+    )
+
+
+def learn(raw: np.ndarray, mapping: Mapping[int, int], where: Path) -> np.ndarray:
+    """(N,) uint8 learning classes of raw labels. Raises ValueError for a label that the map does not have."""
+    table = np.full(65536, -1, np.int16)
+    table[list(mapping)] = list(mapping.values())
+    found = table[raw]
+    if (found < 0).any():
+        raise ValueError(f"{where}: raw label {int(raw[found < 0][0])} is not in the learning map; another data set?")
+    return found.astype(np.uint8)
+
+
+def read_voxels(folder: Path, scan: int, grid: VoxelGrid, mapping: Mapping[int, int]) -> Labels:
+    """Labels of ``NNNNNN.label`` (uint16) and ``.invalid`` (1 bit a voxel, highest bit first).
+
+    ``binary`` is what is not empty, also of ignored classes; ``mask_lidar`` is what is not invalid.
+    """
+    path = folder / f"{scan:06d}.label"
+    data = read_file(path)
+    if len(data) != 2 * grid.size:
+        raise ValueError(f"{path}: {len(data)} bytes, a {'x'.join(map(str, grid.shape))} grid has {2 * grid.size}")
+    raw = np.frombuffer(data, "<u2")
+    learnt = learn(raw, mapping, path)
+    free = len(set(mapping.values()) - {0, IGNORE})
+    semantic = np.where(learnt == 0, free, np.where(learnt == IGNORE, IGNORE, learnt - 1)).astype(np.uint8)
+    known = ~read_bits(folder / f"{scan:06d}.invalid", grid)
+    return Labels((raw != 0).reshape(grid.shape), semantic.reshape(grid.shape), known)
+
+
+def read_bits(path: Path, grid: VoxelGrid) -> np.ndarray:
+    """(X, Y, Z) bool of a bit-packed file. Raises ValueError if its size does not fit."""
+    data = read_file(path)
+    if len(data) != grid.size // 8:
+        raise ValueError(
+            f"{path}: {len(data)} bytes, a bit-packed {'x'.join(map(str, grid.shape))} grid has {grid.size // 8}"
+        )
+    return np.unpackbits(np.frombuffer(data, np.uint8)).view(bool).reshape(grid.shape)
+
+
+def _calibration(path: Path) -> dict[str, np.ndarray]:
+    found = {}
+    for line in read_file(path).decode().splitlines():
+        name, _, numbers = line.partition(":")
+        if numbers.strip():
+            found[name.strip()] = np.array([float(v) for v in numbers.split()])
+    for name in ("P2", "Tr"):
+        if len(found.get(name, ())) != 12:
+            raise ValueError(f"{path}: needs a line '{name}:' with 12 numbers; take the calibration of KITTI odometry")
+    return found
+
+
+def _times(path: Path) -> np.ndarray | None:
+    return read_rows(path, 1)[:, 0] if path.is_file() else None
+
+
+def _time(times: np.ndarray | None, scan: int) -> int:
+    return scan * STEP_US if times is None or scan >= len(times) else round(times[scan] * 1e6)
+
+
+def _at(poses: list[np.ndarray], scan: int, folder: Path) -> np.ndarray:
+    if scan >= len(poses):
+        raise ValueError(f"{folder / 'poses.txt'}: has {len(poses)} poses, scan {scan:06d} has none")
+    return poses[scan]

@@ -1,0 +1,126 @@
+"""SSCBench-KITTI-360: ``data_2d_raw/<drive>/{image_00,voxels,cam0_to_world.txt}`` and ``calibration/``.
+
+Voxel files are as SemanticKITTI's, with another learning map. Poses are of the rectified left camera, with the frame
+number in front; the LiDAR frame serves as the ego frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from occstream.sharding.grid import VoxelGrid, get_grid
+from occstream.sharding.rawfiles import choose, existing_folder, read_file, read_jpeg, read_points, read_rows, rigid
+from occstream.sharding.schema import IGNORE, KITTI360, Camera, Frame, LidarSweep, Scene, Taxonomy
+from occstream.sharding.sources.semantickitti import STEP_US, Piece, cut, read_voxels
+
+# Raw label -> class of the benchmark's learning map (0: empty). What the map calls unlabelled although something is there
+# (riders, trunks, outliers) is ignored.
+_LEARNING = {
+    0: 0, 1: IGNORE, 10: 1, 11: 2, 13: 5, 15: 3, 16: 5, 18: 4, 20: 5, 30: 6, 31: IGNORE, 32: IGNORE, 40: 7, 44: 8, 48: 9,
+    49: 10, 50: 11, 51: 12, 52: 17, 60: 7, 70: 13, 71: IGNORE, 72: 14, 80: 15, 81: 16, 99: 18, 252: 1, 253: IGNORE,
+    254: 6, 255: IGNORE, 256: 5, 257: 5, 258: 4, 259: 5,
+}  # fmt: skip
+
+
+def open_source(
+    *,
+    root: str,
+    drives: tuple[str, ...] | None = None,
+    frames_per_scene: int = 100,
+    cameras: bool = True,
+) -> SscBench:
+    """A folder in the layout of SSCBench-KITTI-360.
+
+    Args:
+        root: holds ``data_2d_raw/`` and ``calibration/`` (and, if the raw data set is there too, ``data_3d_raw/``).
+        drives: names of folders below ``data_2d_raw``; None for all that have voxels.
+        frames_per_scene: a drive is cut into scenes of so many key-frames.
+        cameras: read ``image_00`` where it is there.
+
+    Raises:
+        ValueError: a drive, its calibration or its poses are missing or damaged.
+    """
+    folder = existing_folder(root, "data_2d_raw/ and calibration/")
+    drive_folder = existing_folder(folder / "data_2d_raw", "2013_05_28_drive_0000_sync/, …")
+    there = sorted(p.name for p in drive_folder.iterdir() if any((p / "voxels").glob("*.label")))
+    if not there:
+        raise ValueError(f"{drive_folder}: no drive has voxels/*.label; unpack the voxel archives of SSCBench")
+    scenes: dict[str, Piece] = {}
+    for drive in choose(drives, there, drive_folder):
+        keys = sorted(int(p.stem) for p in (drive_folder / drive / "voxels").glob("*.label"))
+        scenes |= cut(drive, keys, [], frames_per_scene, drive.removesuffix("_sync"))
+    return SscBench(folder, scenes, cameras)
+
+
+@dataclass(frozen=True)
+class SscBench:
+    """See ``open_source``."""
+
+    root: Path
+    scenes: dict[str, Piece]
+    cameras: bool
+
+    name = "sscbench"
+    taxonomy: Taxonomy = KITTI360
+
+    @property
+    def grid(self) -> VoxelGrid:
+        return get_grid("semantickitti")
+
+    def __repr__(self) -> str:
+        return f"SscBench(cameras={self.cameras}, {self.scenes})"
+
+    def scene_names(self) -> list[str]:
+        return list(self.scenes)
+
+    def load(self, name: str) -> Scene:
+        """One scene. Raises ValueError if a file is missing or damaged."""
+        piece = self.scenes[name]
+        folder = self.root / "data_2d_raw" / piece.folder
+        cam_to_velo = rigid(read_rows(self.root / "calibration" / "calib_cam_to_velo.txt", 12)[0])
+        rows = read_rows(folder / "cam0_to_world.txt", 17)
+        poses = {int(row[0]): rigid(row[1:]) for row in rows}
+        frames = []
+        for index, scan in enumerate(piece.keys):
+            if scan not in poses:
+                raise ValueError(f"{folder / 'cam0_to_world.txt'}: has no pose of frame {scan:010d}")
+            pose = poses[scan] @ np.linalg.inv(cam_to_velo)
+            camera = self._camera(folder, scan, cam_to_velo, pose)
+            frames.append(
+                Frame(
+                    scene=name,
+                    index=index,
+                    token=f"{piece.folder}/{scan:06d}",
+                    timestamp=scan * STEP_US,
+                    ego_to_global=pose,
+                    cameras={"image_00": camera} if camera else {},
+                    lidar=self._sweep(piece.folder, scan, pose),
+                    labels=read_voxels(folder / "voxels", scan, self.grid, _LEARNING),
+                )
+            )
+        return Scene(name, frames, {"drive": piece.folder})
+
+    def _camera(self, folder: Path, scan: int, cam_to_velo: np.ndarray, pose: np.ndarray) -> Camera | None:
+        path = folder / "image_00" / "data_rect" / f"{scan:06d}.png"
+        if not self.cameras or not path.is_file():
+            return None
+        jpeg, width, height = read_jpeg(path)
+        return Camera(jpeg, width, height, self._intrinsics(), cam_to_velo, pose, scan * STEP_US)
+
+    def _intrinsics(self) -> np.ndarray:
+        path = self.root / "calibration" / "perspective.txt"
+        for line in read_file(path).decode().splitlines():
+            name, _, numbers = line.partition(":")
+            if name.strip() == "P_rect_00":
+                return np.array([float(v) for v in numbers.split()]).reshape(3, 4)[:, :3].copy()
+        raise ValueError(f"{path}: has no line 'P_rect_00:'")
+
+    def _sweep(self, drive: str, scan: int, pose: np.ndarray) -> LidarSweep | None:
+        path = self.root / "data_3d_raw" / drive / "velodyne_points" / "data" / f"{scan:010d}.bin"
+        if not path.is_file():
+            return None
+        points = read_points(path, 4)
+        return LidarSweep(points[:, :3].copy(), np.eye(4), pose, scan * STEP_US, intensity=points[:, 3].copy())

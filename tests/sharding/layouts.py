@@ -1,0 +1,229 @@
+"""Writes small data sets in the public layouts. ``LAYOUTS[source]`` gives the options that open what it wrote: the contract
+test runs on every entry, and fails for a source that has none."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from tests.sharding import toy_nuscenes
+
+IMAGE = np.random.default_rng(0).integers(0, 255, (48, 64, 3)).astype(np.uint8)
+GRID = (200, 200, 16)
+LEVEL = [1.0, 0.0, 0.0, 0.0]
+
+
+def nuscenes(root: Path) -> dict:
+    toy_nuscenes.write(root, scenes=2)
+    return {"root": str(root), "sweeps": True}
+
+
+def nuscenes_with(labels: str):
+    def write(root: Path) -> dict:
+        options = nuscenes(root)
+        for k in range(2):
+            for i in range(2):
+                {"occ3d": occ3d_frame, "openoccupancy": openoccupancy_frame, "surroundocc": surroundocc_frame}[labels](
+                    root, f"scene-{k:04d}", f"scene{k}", f"s{k}-{i}", f"ls{k}-{i}"
+                )
+        return options | {"labels": labels}
+
+    return write
+
+
+def _save(path: Path, value: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, value)
+
+
+def occ3d_frame(root: Path, scene: str, scene_token: str, sample: str, lidar: str) -> None:
+    """Voxels (3, 5, 7) car, (4, 5, 7) car that nobody saw, the rest free; the first half of x is seen."""
+    semantics, seen = np.full(GRID, 17, np.uint8), np.zeros(GRID, np.uint8)
+    semantics[3, 5, 7], semantics[150, 5, 7] = 4, 4
+    seen[:100] = 1
+    folder = root / "gts" / scene / sample
+    folder.mkdir(parents=True)
+    np.savez_compressed(folder / "labels.npz", semantics=semantics, mask_lidar=seen, mask_camera=seen)
+
+
+def openoccupancy_frame(root: Path, scene: str, scene_token: str, sample: str, lidar: str) -> None:
+    rows = np.array([[7, 5, 3, 4], [8, 5, 3, 0], [39, 511, 510, 16]])  # z, y, x, class
+    _save(root / "nuScenes-Occupancy" / f"scene_{scene_token}" / "occupancy" / f"{lidar}.npy", rows)
+
+
+def surroundocc_frame(root: Path, scene: str, scene_token: str, sample: str, lidar: str) -> None:
+    rows = np.array([[3, 5, 7, 4], [3, 5, 8, 0], [199, 198, 15, 16]])  # x, y, z, class
+    _save(root / "nuscenes_occ" / "samples" / f"{lidar}.bin.npy", rows)
+
+
+def occ3d(root: Path) -> dict:
+    for sample in ("b", "a"):
+        occ3d_frame(root, "scene-0007", "", sample, "")
+    return {"root": str(root)}
+
+
+def pcd(points: np.ndarray, coding: str = "binary") -> bytes:
+    """PCD bytes of (N, 4) x, y, z, intensity with an integer ring."""
+    kind = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("intensity", "<f4"), ("ring", "u1")])
+    rows = np.zeros(len(points), kind)
+    for i, name in enumerate(("x", "y", "z", "intensity")):
+        rows[name] = points[:, i]
+    rows["ring"] = np.arange(len(points)) % 40
+    head = "# .PCD v0.7\nVERSION 0.7\nFIELDS x y z intensity ring\nSIZE 4 4 4 4 1\nTYPE F F F F U\nCOUNT 1 1 1 1 1\n"
+    head += f"WIDTH {len(rows)}\nHEIGHT 1\nVIEWPOINT 0 0 0 1 0 0 0\nPOINTS {len(rows)}\nDATA {coding}\n"
+    if coding == "binary":
+        return head.encode() + rows.tobytes()
+    return (head + "\n".join(" ".join(str(v) for v in row) for row in rows.tolist()) + "\n").encode()
+
+
+def openscene(root: Path, occupancy: bool = True, scenes: int = 2, frames: int = 2) -> dict:
+    rng = np.random.default_rng(1)
+    infos = []
+    for k in range(scenes):
+        scene = f"log-0001-scene-{k:04d}"
+        for i in range(frames):
+            token = f"{k:08x}{i:08x}"
+            cameras = {}
+            for name in ("CAM_F0", "CAM_L0", "CAM_R0", "CAM_L1", "CAM_R1", "CAM_L2", "CAM_R2", "CAM_B0"):
+                path = f"log-a/{name}/{token}.jpg"
+                image = root / "sensor_blobs" / "mini" / path
+                image.parent.mkdir(parents=True, exist_ok=True)
+                image.write_bytes(simplejpeg.encode_jpeg(IMAGE))
+                cameras[name] = {
+                    "data_path": path,
+                    "sensor2lidar_rotation": np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]]),
+                    "sensor2lidar_translation": np.array([1.0, 0, 0.2]),
+                    "cam_intrinsic": np.array([[50.0, 0, 31.5], [0, 50, 23.5], [0, 0, 1]]),
+                    "distortion": np.array([-0.3, 0.1, 0, 0, 0.02]),
+                }
+            cloud = root / "sensor_blobs" / "mini" / "log-a" / "MergedPointCloud" / f"{token}.pcd"
+            cloud.parent.mkdir(parents=True, exist_ok=True)
+            cloud.write_bytes(pcd(rng.uniform(-20, 20, (50, 4)), "binary" if i else "ascii"))
+            info = {
+                "token": token,
+                "frame_idx": i,
+                "timestamp": 10**15 + 500_000 * i,
+                "log_name": "log-a",
+                "scene_name": scene,
+                "map_location": "us-nv-las-vegas",
+                "vehicle_name": "v1",
+                "lidar_path": f"log-a/MergedPointCloud/{token}.pcd",
+                "lidar2ego_translation": np.array([0.0, 0, 1.5]),
+                "lidar2ego_rotation": LEVEL,
+                "ego2global_translation": np.array([6.0e5 + 2 * i, 4.0e6, 600]),
+                "ego2global_rotation": np.array([np.cos(0.5), 0, 0, np.sin(0.5)]),
+                "cams": cameras,
+                "anns": {
+                    "gt_boxes": np.array([[10.0, 2, 0.5, 4.5, 1.9, 1.6, 0.3]]),
+                    "gt_names": np.array(["vehicle"]),
+                    "gt_velocity_3d": np.array([[3.0, 1.0, 0.0]]),
+                    "instance_tokens": [f"i{token}"],
+                    "track_tokens": ["t0"],
+                },
+            }
+            if occupancy:
+                info["occ_gt_final_path"] = (
+                    f"dataset/openscene-v1.0/occupancy/mini/{scene}/occ_gt/{i:03d}_occ_final.npy"
+                )
+                info["flow_gt_final_path"] = info["occ_gt_final_path"].replace("occ_final", "flow_final")
+                folder = root / "occupancy" / "mini" / scene / "occ_gt"
+                # SPEC E.1's worked index: (3, 5, 7) -> 281003. Rows are not in C order.
+                rows = np.array([[281003, 0], [15 * 40000 + 199 * 200 + 199, 10], [281004, 4]])
+                _save(folder / f"{i:03d}_occ_final.npy", rows)
+                _save(folder / f"{i:03d}_flow_final.npy", np.array([[3.0, 1.0], [0, 0], [0.5, 0]]))
+            infos.append(info)
+    (root / "meta_datas").mkdir(parents=True, exist_ok=True)
+    content = {"infos": infos, "metadata": {"version": "mini"}} if occupancy else infos
+    (root / "meta_datas" / "log-a.pkl").write_bytes(pickle.dumps(content))
+    return {"root": str(root)}
+
+
+def kitti_voxels(folder: Path, scan: int, car: int = 10) -> np.ndarray:
+    """Writes the voxel files of one scan; returns the raw labels (X, Y, Z). Voxel (0, 0, 0) and (0, 0, 6..7) are invalid:
+    the first byte is 131, as in SPEC E.4."""
+    raw = np.zeros((256, 256, 32), np.uint16)
+    raw[10, 20, 5], raw[11, 20, 5], raw[12, 20, 5], raw[13, 20, 5] = car, 252, 99, 40
+    invalid = np.zeros(raw.shape, bool)
+    invalid[0, 0, [0, 6, 7]] = True
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{scan:06d}.label").write_bytes(raw.tobytes())
+    (folder / f"{scan:06d}.invalid").write_bytes(np.packbits(invalid).tobytes())
+    assert (folder / f"{scan:06d}.invalid").read_bytes()[0] == 131
+    return raw
+
+
+def _png(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), IMAGE)
+
+
+# Camera axes (x right, y down, z forward) of a LiDAR's (x forward, y left, z up), 0.1 m behind and below.
+TR = [[0, -1, 0, 0.02], [0, 0, -1, -0.1], [1, 0, 0, -0.3]]
+P2 = [[50.0, 0, 31.5, 3.0], [0, 50, 23.5, 0.1], [0, 0, 1, 0.003]]
+
+
+def semantickitti(root: Path, voxels: bool = True) -> dict:
+    rng = np.random.default_rng(2)
+    folder = root / "sequences" / "00"
+    for name in ("velodyne", "labels"):
+        (folder / name).mkdir(parents=True)
+    for scan in range(7):
+        (folder / "velodyne" / f"{scan:06d}.bin").write_bytes(rng.uniform(1, 20, (30, 4)).astype(np.float32).tobytes())
+        raw = rng.choice([0, 10, 40, 252, 99], 30).astype(np.uint32) | (7 << 16)
+        (folder / "labels" / f"{scan:06d}.label").write_bytes(raw.tobytes())
+    row = lambda m: " ".join(repr(float(v)) for v in np.ravel(m))  # noqa: E731
+    (folder / "calib.txt").write_text(f"P2: {row(P2)}\nTr: {row(TR)}\n")
+    poses = [np.hstack([np.eye(3), [[0], [0], [2.0 * s]]]) for s in range(7)]  # 2 m forward = z of the camera
+    (folder / "poses.txt").write_text("\n".join(row(p) for p in poses) + "\n")
+    (folder / "times.txt").write_text("\n".join(f"{0.104 * s:e}" for s in range(7)) + "\n")
+    for scan in (0, 5):
+        _png(folder / "image_2" / f"{scan:06d}.png")
+        if voxels:
+            kitti_voxels(folder / "voxels", scan)
+    return {"root": str(root)}
+
+
+def sscbench(root: Path) -> dict:
+    drive = root / "data_2d_raw" / "2013_05_28_drive_0000_sync"
+    row = lambda m: " ".join(repr(float(v)) for v in np.ravel(m))  # noqa: E731
+    for scan in (0, 5):
+        kitti_voxels(drive / "voxels", scan)
+        _png(drive / "image_00" / "data_rect" / f"{scan:06d}.png")
+    poses = [f"{s} {row(np.vstack([np.hstack([np.eye(3), [[0], [0], [s]]]), [0, 0, 0, 1]]))}" for s in (0, 5)]
+    (drive / "cam0_to_world.txt").write_text("\n".join(poses) + "\n")
+    (root / "calibration").mkdir()
+    to_velo = np.linalg.inv(np.vstack([TR, [0, 0, 0, 1]]))[:3]
+    (root / "calibration" / "calib_cam_to_velo.txt").write_text(row(to_velo) + "\n")
+    (root / "calibration" / "perspective.txt").write_text(f"S_rect_00: 64 48\nP_rect_00: {row(P2)}\n")
+    return {"root": str(root)}
+
+
+def waymo_occ3d(root: Path) -> dict:
+    for number, free in ((0, 23), (1, 15)):  # as released, and as documented
+        label, seen = np.full(GRID, free, np.uint8), np.zeros(GRID, np.uint8)
+        label[3, 5, 7], label[4, 5, 7] = 1, 14
+        seen[:100] = 1
+        folder = root / "training" / "000"
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {"voxel_label": label, "origin_voxel_state": seen, "final_voxel_state": seen, "infov": seen > 0}
+        np.savez_compressed(folder / f"{number:03d}_04.npz", **arrays, ego2global=np.eye(4))
+    return {"root": str(root)}
+
+
+def synthetic(root: Path) -> dict:
+    return {"scenes": 2, "frames": 2, "image_size": (32, 88), "beams": 32, "grid": "tiny"}
+
+
+LAYOUTS = {
+    "nuscenes": [nuscenes, *(nuscenes_with(name) for name in ("occ3d", "openoccupancy", "surroundocc"))],
+    "occ3d": [occ3d],
+    "openscene": [openscene],
+    "semantickitti": [semantickitti],
+    "sscbench": [sscbench],
+    "waymo_occ3d": [waymo_occ3d],
+    "synthetic": [synthetic],
+}

@@ -1,0 +1,285 @@
+"""Every source: the contract that holds for all, and the traps of each format (SPEC E)."""
+
+import pickle
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from occstream.sharding import rawfiles
+from occstream.sharding.codec import GROUPS, decode, encode
+from occstream.sharding.grid import get_grid
+from occstream.sharding.pack import pack, verify
+from occstream.sharding.schema import IGNORE, TAXONOMIES
+from occstream.sharding.sources import open_source, source_names
+from tests.sharding import layouts
+from tests.sharding.test_shards import same
+
+CASES = [(name, i) for name, writers in layouts.LAYOUTS.items() for i in range(len(writers))]
+
+
+def test_every_source_is_in_the_contract_test():
+    assert sorted(layouts.LAYOUTS) == source_names(), "a new source needs a layout in tests/sharding/layouts.py"
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    cache = {}
+
+    def get(name, number=0):
+        if (name, number) not in cache:
+            folder = tmp_path_factory.mktemp(name)
+            cache[name, number] = open_source(name, layouts.LAYOUTS[name][number](folder))
+        return cache[name, number]
+
+    return get
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_contract(opened, name, number, tmp_path):
+    """What every source promises; a new data set gets these checks by its line in ``layouts``."""
+    source = opened(name, number)
+    assert source.name.startswith(name)
+    assert TAXONOMIES[source.taxonomy.name] is source.taxonomy
+    names = source.scene_names()
+    assert names
+    assert len(set(names)) == len(names)
+    again = pickle.loads(pickle.dumps(source))  # worker processes get it so
+    assert (again.scene_names(), repr(again)) == (names, repr(source))
+    assert str(tmp_path.parent) not in repr(source), "repr goes into digests: it must not depend on where the data lies"
+    for scene_name in names:
+        scene = source.load(scene_name)
+        assert same(scene, again.load(scene_name)), "loading twice must give the same"
+        assert scene.name == scene_name
+        assert [f.index for f in scene.frames] == list(range(len(scene.frames)))
+        assert all(f.scene == scene_name for f in scene.frames)
+        times = [f.timestamp for f in scene.frames]
+        assert times == sorted(times) if None not in times else set(times) == {None}
+        for frame in scene.frames:
+            _check_frame(frame, source)
+            groups = [g for g in GROUPS if g != "labels" or frame.labels]
+            members = [{n[len(frame.key) + 1 :]: d for n, d in encode(frame, g)} for g in groups]
+            decoded = decode(members)
+            frame.sweeps, frame.cameras = [], dict(sorted(frame.cameras.items()))
+            if frame.labels is None:
+                frame.boxes = None  # they travel with the labels
+            assert same(decoded, frame)
+    if source.grid:
+        pack(source, str(tmp_path / "shards"))
+        assert verify(str(tmp_path / "shards")) == []
+
+
+def _check_frame(frame, source):
+    def rigid(pose):
+        assert pose.dtype == np.float64
+        np.testing.assert_allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), atol=1e-6)
+        assert np.linalg.det(pose[:3, :3]) > 0
+        np.testing.assert_array_equal(pose[3], [0, 0, 0, 1])
+
+    if frame.ego_to_global is not None:
+        rigid(frame.ego_to_global)
+    for camera in frame.cameras.values():
+        height, width, *_ = simplejpeg.decode_jpeg_header(camera.jpeg)
+        assert (camera.width, camera.height) == (width, height)
+        assert camera.intrinsics.shape == (3, 3)
+        assert camera.intrinsics[2].tolist() == [0, 0, 1]
+        rigid(camera.sensor_to_ego)
+        rigid(camera.ego_to_global)
+    for sweep in [*frame.sweeps, *([frame.lidar] if frame.lidar else [])]:
+        rigid(sweep.sensor_to_ego)
+        rigid(sweep.ego_to_global)
+        assert (sweep.xyz.dtype, sweep.xyz.shape[1]) == (np.float32, 3)
+        for name, kind in (("intensity", np.float32), ("ring", np.uint8), ("classes", np.uint8), ("moving", bool)):
+            value = getattr(sweep, name)
+            assert value is None or (value.dtype, value.shape) == (kind, (len(sweep.xyz),)), name
+        if sweep.classes is not None:
+            assert set(np.unique(sweep.classes)) <= {*range(source.taxonomy.num_classes), IGNORE}
+    if frame.boxes is not None:
+        count = len(frame.boxes.boxes)
+        assert len(frame.boxes.names) == len(frame.boxes.track_ids) == count
+        assert frame.boxes.velocity is None or frame.boxes.velocity.shape == (count, 2)
+    assert (frame.labels is None) == (source.grid is None)
+    if frame.labels:
+        labels, shape = frame.labels, source.grid.shape
+        assert (labels.binary.dtype, labels.binary.shape) == (bool, shape)
+        for mask in (labels.mask_lidar, labels.mask_camera):
+            assert mask is None or (mask.dtype, mask.shape) == (bool, shape)
+        if labels.semantic is not None:
+            assert (labels.semantic.dtype, labels.semantic.shape) == (np.uint8, shape)
+            assert set(np.unique(labels.semantic)) <= {*range(source.taxonomy.free_id + 1), IGNORE}
+            occupied = labels.semantic < source.taxonomy.free_id
+            known = labels.semantic != IGNORE
+            np.testing.assert_array_equal(labels.binary[known], occupied[known])
+        if labels.flow is not None:
+            assert labels.flow.shape == (labels.binary.sum(), 2)
+
+
+def test_missing_root_is_one_clear_error(tmp_path):
+    for name in layouts.LAYOUTS:
+        if name != "synthetic":
+            with pytest.raises(ValueError, match="no such folder; give the one that holds"):
+                open_source(name, {"root": str(tmp_path / "nowhere")})
+
+
+def test_openscene_flat_index_free_and_placeholder_classes_and_flow(opened):
+    labels = opened("openscene").load("log-0001-scene-0000").frames[0].labels
+    assert labels.semantic[3, 5, 7] == 0  # vehicle
+    assert labels.semantic[4, 5, 7] == 1  # raw 4: czone_sign
+    assert labels.semantic[199, 199, 15] == 7  # raw 10: background
+    assert labels.binary.sum() == 3
+    assert (labels.semantic == 8).sum() == 200 * 200 * 16 - 3  # raw 11, what densifying leaves, is free
+    # Rows follow the C order of the occupied voxels, whatever the order in the file.
+    np.testing.assert_array_equal(labels.flow, [[3, 1], [0.5, 0], [0, 0]])
+
+
+def test_openscene_boxes_and_cameras(opened):
+    frame = opened("openscene").load("log-0001-scene-0001").frames[1]
+    assert list(frame.cameras) == ["CAM_F0", "CAM_L0", "CAM_R0", "CAM_L1", "CAM_R1", "CAM_L2", "CAM_R2", "CAM_B0"]
+    camera = frame.cameras["CAM_F0"]
+    np.testing.assert_allclose(camera.sensor_to_ego @ [0, 0, 1, 1], [2, 0, 1.7, 1])  # forward of the camera is x
+    assert camera.distortion == (-0.3, 0.1, 0, 0, 0.02)
+    np.testing.assert_allclose(frame.boxes.boxes[0], [10, 2, 0.5, 4.5, 1.9, 1.6, 0.3], rtol=1e-6)
+    assert frame.lidar.ring[41] == 1
+
+
+def test_openscene_without_occupancy_and_a_pickle_with_code(tmp_path):
+    options = layouts.openscene(tmp_path / "v11", occupancy=False)
+    assert open_source("openscene", options).grid is None
+    (tmp_path / "v11" / "meta_datas" / "evil.pkl").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    with pytest.raises(ValueError, match=r"evil.pkl: not loaded \(it wants to import os.system"):
+        open_source("openscene", options)
+
+
+def test_openscene_missing_image_is_named(tmp_path):
+    options = layouts.openscene(tmp_path)
+    next((tmp_path / "sensor_blobs/mini/log-a/CAM_B0").iterdir()).unlink()
+    with pytest.raises(ValueError, match=r"has no file log-a/CAM_B0/.*jpg, which the metadata names"):
+        [open_source("openscene", options).load(name) for name in ("log-0001-scene-0000", "log-0001-scene-0001")]
+
+
+def test_occ3d_labels_under_the_masks(opened):
+    """Unobserved voxels carry labels: they must not become binary targets."""
+    for labels in (
+        opened("nuscenes", 1).load("scene-0000").frames[0].labels,
+        opened("occ3d").load("scene-0007").frames[0].labels,
+    ):
+        assert labels.binary[150, 5, 7]
+        assert not labels.mask_lidar[150, 5, 7]
+        assert (labels.binary & labels.mask_lidar).sum() == 1
+        assert labels.semantic[3, 5, 7] == 4
+
+
+def test_openoccupancy_axis_order_and_noise(opened):
+    source = opened("nuscenes", 2)
+    assert (source.grid.shape, source.grid.frame) == ((512, 512, 40), "lidar")
+    labels = source.load("scene-0001").frames[1].labels
+    assert labels.semantic[3, 5, 7] == 4  # the file has z, y, x
+    assert labels.semantic[510, 511, 39] == 16
+    assert labels.semantic[3, 5, 8] == IGNORE
+    assert not labels.mask_lidar[3, 5, 8]
+    assert labels.semantic[0, 0, 0] == 17
+    assert labels.binary.sum() == 2
+
+
+def test_surroundocc(opened):
+    labels = opened("nuscenes", 3).load("scene-0000").frames[0].labels
+    assert (labels.semantic[3, 5, 7], labels.semantic[199, 198, 15], labels.semantic[3, 5, 8]) == (4, 16, IGNORE)
+    assert labels.binary.sum() == 2
+
+
+def test_wrong_label_set_is_named(tmp_path):
+    options = layouts.nuscenes_with("surroundocc")(tmp_path)
+    np.save(tmp_path / "nuscenes_occ/samples/ls0-0.bin.npy", np.array([[200, 0, 0, 1]]))
+    with pytest.raises(ValueError, match=r"ls0-0.bin.npy: voxel \(200, 0, 0\) is outside the \(200, 200, 16\) grid"):
+        open_source("nuscenes", options).load("scene-0000")
+    with pytest.raises(ValueError, match="gts: no such folder; give the one that holds the occ3d labels"):
+        open_source("nuscenes", options | {"labels": "occ3d"})
+
+
+def test_semantickitti_bits_learning_map_poses_and_sweeps(opened):
+    source = opened("semantickitti")
+    assert source.scene_names() == ["00-000"]
+    first, second = source.load("00-000").frames
+    labels = second.labels
+    assert [labels.semantic[x, 20, 5] for x in (10, 11, 12, 13)] == [0, 0, IGNORE, 8]  # car, moving car, other, road
+    assert labels.semantic[0, 0, 1] == 19
+    assert labels.binary.sum() == 4  # what is ignored is there all the same
+    assert (~labels.mask_lidar).sum() == 3  # highest bit first: 131 is voxels 0, 6 and 7
+    assert not labels.mask_lidar[0, 0, [0, 6, 7]].any()
+    # Poses are of the camera, whose z is the LiDAR's x.
+    np.testing.assert_allclose(second.ego_to_global[:3, 3], [10, 0, 0], atol=1e-9)
+    assert [s.timestamp for s in second.sweeps] == [104_000, 208_000, 312_000, 416_000]
+    assert second.timestamp == 520_000
+    assert first.sweeps == []
+    raw_moving = second.lidar.moving
+    assert 0 < raw_moving.sum() < 30
+    assert set(second.lidar.classes[raw_moving]) == {0}
+    # A point 10 m ahead and 1 m left of the LiDAR, by the textbook formula P2 Tr x and by our camera.
+    camera, point = second.cameras["image_2"], np.array([10.0, 1.0, 0.5, 1])
+    want = np.array(layouts.P2) @ np.vstack([layouts.TR, [0, 0, 0, 1]]) @ point
+    got = camera.intrinsics @ (np.linalg.inv(camera.sensor_to_ego) @ point)[:3]
+    np.testing.assert_allclose(got[:2] / got[2], want[:2] / want[2])
+
+
+def test_semantickitti_without_voxels_takes_every_fifth_scan(tmp_path):
+    source = open_source("semantickitti", layouts.semantickitti(tmp_path, voxels=False))
+    assert source.grid is None
+    assert [f.token for f in source.load("00-000").frames] == ["00/000000", "00/000005"]
+
+
+def test_semantickitti_is_cut_into_scenes(tmp_path):
+    options = layouts.semantickitti(tmp_path) | {"frames_per_scene": 1}
+    source = open_source("semantickitti", options)
+    assert source.scene_names() == ["00-000", "00-001"]
+    assert len(source.load("00-001").frames[0].sweeps) == 4
+
+
+def test_sscbench_learning_map_and_pose(opened):
+    source = opened("sscbench")
+    assert source.scene_names() == ["2013_05_28_drive_0000-000"]
+    frame = source.load(source.scene_names()[0]).frames[1]
+    assert [frame.labels.semantic[x, 20, 5] for x in (10, 11, 12, 13)] == [0, 0, 17, 6]
+    np.testing.assert_allclose(frame.ego_to_global @ [0, 0, 0, 1], [0.02, -0.1, 5 - 0.3, 1], atol=1e-9)
+    assert frame.lidar is None
+
+
+def test_waymo_free_is_15_or_23(opened):
+    for frame in opened("waymo_occ3d").load("training-000").frames:
+        assert frame.labels.binary.sum() == 2
+        assert (frame.labels.semantic == 15).sum() == get_grid("occ3d").size - 2
+        assert frame.labels.mask_lidar.sum() == get_grid("occ3d").size // 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no PCD header"),
+        (b"FIELDS x\nSIZE 4\nTYPE F\nCOUNT 1\nPOINTS 9\nDATA binary\n1234", "broken PCD"),
+        (
+            b"FIELDS x\nSIZE 4\nTYPE F\nCOUNT 1\nPOINTS 1\nDATA binary_compressed\n",
+            "binary_compressed is not supported",
+        ),
+    ],
+)
+def test_broken_point_clouds_are_named(tmp_path, content, message):
+    (tmp_path / "a.pcd").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        rawfiles.read_pcd(tmp_path / "a.pcd")
+
+
+def test_real_samples(shared_data, tmp_path):
+    """The real SemanticKITTI and Occ3D samples are read unchanged."""
+    kitti = open_source("semantickitti", {"root": str(shared_data / "semantickitti"), "stride": 1})
+    assert kitti.scene_names() == ["00-000", "01-000"]
+    frames = kitti.load("00-000").frames
+    assert len(frames) == 5
+    step = np.linalg.inv(frames[0].ego_to_global) @ frames[1].ego_to_global
+    assert step[0, 3] > 0.3  # driving along x of the LiDAR
+    assert abs(step[2, 3]) < 0.1
+    occ3d = open_source("occ3d", {"root": str(shared_data / "occ3d_nuscenes")})
+    labels = occ3d.load("scene-unknown").frames[0].labels
+    assert labels.binary.sum() == 31_107  # numbers of the sample's README
+    assert (labels.binary & labels.mask_lidar).sum() == 30_282
+    assert (labels.binary & labels.mask_camera).sum() == 23_153
+    pack(occ3d, str(tmp_path / "occ3d"))
+    assert verify(str(tmp_path / "occ3d")) == []
