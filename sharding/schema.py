@@ -36,9 +36,10 @@ class Taxonomy:
     """
 
     name: str
-    classes: tuple[str, ...]
-    things: frozenset[str]
-    colors: tuple[tuple[int, int, int], ...]
+    # Not in ``repr``: sources that hold a taxonomy are known by theirs, and a set has another order in every process.
+    classes: tuple[str, ...] = field(repr=False)
+    things: frozenset[str] = field(repr=False)
+    colors: tuple[tuple[int, int, int], ...] = field(repr=False)
 
     @property
     def num_classes(self) -> int:
