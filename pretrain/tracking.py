@@ -237,7 +237,9 @@ class Sender:
             # MLflow's own default is ./mlruns of whoever comes first; keep artifacts beside the data base.
             location = (Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
         try:
-            return client.create_experiment(self.state["experiment"], artifact_location=location)
+            # The tag opens MLflow's page on the runs; untagged, version 3 shows an empty page for language models.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return client.create_experiment(self.state["experiment"], artifact_location=location, tags=kind)
         except Exception:
             found = client.get_experiment_by_name(self.state["experiment"])  # somebody else was faster
             if not found:
