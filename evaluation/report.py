@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -14,7 +15,16 @@ from occstream.evaluation.evaluate import classify
 from occstream.models import OccBatch, OccOutputs
 from occstream.models.lift import project
 from occstream.sharding.grid import VoxelGrid
-from occstream.sharding.schema import IGNORE, Taxonomy
+from occstream.sharding.manifest import Manifest
+from occstream.sharding.schema import (
+    IGNORE,
+    Frame,
+    Labels,
+    Taxonomy,
+    camera_to_key_ego,
+    get_taxonomy,
+    sweep_to_key_ego,
+)
 from occstream.sharding.voxelrays import first_hit
 
 BINARY_LOW, BINARY_HIGH = np.array([38, 70, 140]), np.array([250, 210, 90])  # colours of the lowest and highest voxel
@@ -131,20 +141,95 @@ def prediction_picture(
         shown = (classes != taxonomy.free_id) & valid & (truth != IGNORE)
         panels.append(("semantic prediction", render(shown, class_colors(classes, taxonomy))))
 
-    views, columns = len(cameras), (len(cameras) + 1) // 2 if len(cameras) > 4 else len(cameras)
-    rows = -(-views // columns)
-    aspect = batch.images.shape[-2] / batch.images.shape[-1]
+    dots = colors[tuple(cells.T)] if len(cells) else np.zeros((0, 3), np.uint8)
+    images = []
+    for i, name in enumerate(cameras):
+        image = _numpy(batch.images[index, i]).transpose(1, 2, 0)
+        images.append((name, overlay(image, _numpy(pixels[0, i]), _numpy(depth[0, i]), dots)))
+    present = [k for k in range(taxonomy.num_classes) if (truth == k).any()] if has_semantic else []
+    _compose(path, images, panels, taxonomy, present, title or batch.keys[index])
+
+
+def frame_picture(path: Path, frame: Frame, manifest: Manifest) -> None:
+    """One composed PNG of a packed frame: its cameras with labels and LiDAR projected, LiDAR and labels from above.
+
+    Args:
+        path: written; its folder is created.
+        frame: decoded, with whatever groups the set has.
+        manifest: tells grid and taxonomy.
+    """
+    labels, grid = frame.labels, manifest.grid
+    taxonomy = get_taxonomy(manifest.taxonomy)
+    panels, classes = [], []
+    cells, dots, points = np.zeros((0, 3), int), np.zeros((0, 3), np.uint8), None
+    if labels is not None:
+        seen = labels.mask_lidar if labels.mask_lidar is not None else np.ones(grid.shape, bool)
+        known = labels.binary & seen
+        colors = height_colors(grid.shape) if labels.semantic is None else class_colors(labels.semantic, taxonomy)
+        cells = np.argwhere(_surface(known) & (seen if labels.mask_camera is None else labels.mask_camera))
+        dots = colors[tuple(cells.T)]
+        panels.append(("labels", render(known, colors)))
+        if labels.semantic is not None:
+            classes = [k for k in range(taxonomy.num_classes) if (labels.semantic[known] == k).any()]
+        panels.append(("observed, from above (bright: in view of a camera)", _seen_from_above(labels)))
+    if frame.lidar is not None:
+        points = sweep_to_key_ego(frame, frame.lidar)
+        points = frame.lidar.xyz.astype(np.float64) @ points[:3, :3].T + points[:3, 3]
+        panels.append((f"LiDAR from above, {len(points)} points, 50 m", _points_from_above(points)))
+    centers = grid.centers(cells) if grid else np.zeros((0, 3))
+    if grid and grid.frame == "lidar" and frame.lidar is not None:
+        pose = sweep_to_key_ego(frame, frame.lidar)
+        centers = centers @ pose[:3, :3].T + pose[:3, 3]
+    images = []
+    for name, camera in frame.cameras.items():
+        image = simplejpeg.decode_jpeg(camera.jpeg, "RGB", min_width=900, min_height=1)
+        scale = image.shape[1] / camera.width
+        to_camera = np.linalg.inv(camera_to_key_ego(frame, camera))
+        local = centers @ to_camera[:3, :3].T + to_camera[:3, 3]
+        pixels = local @ camera.intrinsics.T / np.maximum(local[:, 2:], 1e-6) * scale
+        images.append((name, overlay(image, pixels[:, :2], local[:, 2], dots)))
+    _compose(path, images, panels, taxonomy, classes, f"{frame.key}  ({manifest.labels or 'no'} labels)")
+
+
+def _seen_from_above(labels: Labels) -> np.ndarray:
+    """(H, W, 3) uint8, x up, y left: share of each column that was observed, brighter where in view of a camera."""
+    seen = labels.mask_lidar if labels.mask_lidar is not None else np.ones(labels.binary.shape, bool)
+    base = np.array([40, 70, 120])
+    image = seen.mean(2)[..., None] * base
+    if labels.mask_camera is not None:
+        image = image + labels.mask_camera.mean(2)[..., None] * (np.array([250, 225, 150]) - base)
+    occupied = (labels.binary & seen).any(2)
+    image[occupied] = 0.6 * image[occupied] + 90
+    return np.clip(image, 0, 255).astype(np.uint8)[::-1, ::-1]
+
+
+def _points_from_above(points: np.ndarray, reach: float = 50.0, size: int = 500) -> np.ndarray:
+    image = np.full((size, size, 3), 20, np.uint8)
+    keep = (np.abs(points[:, :2]) < reach).all(1)
+    points = points[keep][np.argsort(points[keep][:, 2])]
+    row = ((reach - points[:, 0]) / (2 * reach) * size).astype(int)
+    column = ((reach - points[:, 1]) / (2 * reach) * size).astype(int)
+    t = np.clip((points[:, 2] + 1) / 5, 0, 1)[:, None]
+    image[row, column] = ((1 - t) * [90, 130, 220] + t * BINARY_HIGH).astype(np.uint8)
+    return image
+
+
+def _compose(path: Path, images: list, panels: list, taxonomy: Taxonomy, classes: list[int], title: str) -> None:
+    """Cameras on top, panels below, a legend of classes, saved as one PNG."""
+    columns = (len(images) + 1) // 2 if len(images) > 4 else len(images)
+    rows = -(-len(images) // columns) if images else 0
     width = 13.5
-    camera_height = width / columns * aspect * rows
-    panel_height = width / len(panels) * 420 / 640
+    camera_height = width / columns * images[0][1].shape[0] / images[0][1].shape[1] * rows if images else 0.0
+    panel_height = width / len(panels) * 420 / 640 if panels else 0.0
     figure = Figure(figsize=(width, camera_height + panel_height + 1.25), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[camera_height + 0.3 * rows, panel_height + 0.5])
-    for i, name in enumerate(cameras):
+    if images and panels:
+        top, bottom = figure.subfigures(2, 1, height_ratios=[camera_height + 0.3 * rows, panel_height + 0.5])
+    else:
+        top = bottom = figure
+    for i, (name, picture) in enumerate(images):
         axes = top.add_subplot(rows, columns, i + 1)
-        image = _numpy(batch.images[index, i]).transpose(1, 2, 0)
-        dots = colors[tuple(cells.T)] if len(cells) else np.zeros((0, 3), np.uint8)
-        axes.imshow(overlay(image, _numpy(pixels[0, i]), _numpy(depth[0, i]), dots), interpolation="nearest")
+        axes.imshow(picture, interpolation="nearest")
         axes.set_title(name, fontsize=8, pad=2)
         axes.axis("off")
     for i, (name, picture) in enumerate(panels):
@@ -152,13 +237,11 @@ def prediction_picture(
         axes.imshow(picture)
         axes.set_title(name, fontsize=10, pad=3)
         axes.axis("off")
-    if has_semantic:
-        present = [k for k in range(taxonomy.num_classes) if (truth == k).any()]
-        handles = [Patch(color=np.array(taxonomy.colors[k]) / 255, label=taxonomy.classes[k]) for k in present]
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(9, max(1, len(handles))), fontsize=8, frameon=False
-        )
-    figure.suptitle(title or batch.keys[index], fontsize=11)
+    if classes:
+        handles = [Patch(color=np.array(taxonomy.colors[k]) / 255, label=taxonomy.classes[k]) for k in classes]
+        columns = min(9, len(handles))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

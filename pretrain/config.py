@@ -52,6 +52,8 @@ class DataConfig:
     """Camera names in order. None: those of the first frame, in its order."""
     binary_from: Literal["labels", "semantic"] = "labels"
     """Binary target: the packed binary labels, or B* made from the semantic labels (SPEC A.12)."""
+    labels: str = "labels"
+    """Group of the labels: the set's own, or one that was attached to it (``occstream attach``)."""
     mask: Mask = "none"
     """Voxels outside this visibility mask enter neither loss nor metric (SPEC A.9: camera for Occ3D)."""
 
@@ -76,6 +78,8 @@ class ReplayConfig:
     """As ``data.subset_seed``."""
     holdout: int = 0
     """As ``data.holdout``."""
+    labels: str = "labels"
+    """As ``data.labels``."""
     mask: Mask = "none"
     """As ``data.mask``."""
 

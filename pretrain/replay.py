@@ -22,8 +22,6 @@ from occstream.sharding.manifest import Manifest
 from occstream.sharding.order import Order, evaluation_batches, share, training_batches
 from occstream.sharding.stream import Field, ShardReader, Stream, StreamBatch
 
-GROUPS = ("cameras", "labels")
-
 
 class TrainData:
     """Batches of one run for one rank.
@@ -39,7 +37,7 @@ class TrainData:
         self.config, self.world = config, world
         data, cfg = config.data, config.train
         semantic = config.stage == "finetune"
-        manifest = _load(config, data.url)
+        manifest = _load(config, data.url, data.labels)
         if data.scene_names:
             scenes = manifest.named(data.scene_names)
         else:
@@ -64,7 +62,7 @@ class TrainData:
         self.frames_per_step, self._replay = cfg.batch, None
         replay = config.replay
         if replay.url and semantic:
-            pool = _load(config, replay.url)
+            pool = _load(config, replay.url, replay.labels)
             chosen = pool.subset(replay.scenes, replay.subset_seed, replay.holdout)
             # SPEC A.12: as many B scenes each pass as there are S scenes.
             draw = min(replay.draw or len(scenes), len(chosen))
@@ -219,7 +217,7 @@ def _open(manifest: Manifest, batches, filler: FrameFiller, capacity: int, confi
     if world.device.type == "cuda":
         allocate = _pinned
     return Stream(
-        ShardReader(manifest, GROUPS, _cache(manifest.url)),
+        ShardReader(manifest, ("cameras", manifest.label_group), _cache(manifest.url)),
         batches,
         {name: Field(shape, dtype) for name, (shape, dtype) in filler.fields().items()},
         filler,
@@ -242,9 +240,11 @@ def _cache(url: str) -> storage.ShardCache | None:
     return storage.ShardCache(folder, int(float(os.environ.get("OCCSTREAM_CACHE_GB", "64")) * 2**30))
 
 
-def _load(config: Config, url: str) -> Manifest:
+def _load(config: Config, url: str, labels: str = "labels") -> Manifest:
     manifest = Manifest.load(url)
-    manifest.check(config.voxel_grid, config.taxonomy, GROUPS)
+    if labels != "labels":
+        manifest = manifest.with_sidecar(labels)
+    manifest.check(config.voxel_grid, config.taxonomy, ("cameras", labels))
     return manifest
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,7 @@ from occstream.sharding.schema import Boxes, Camera, Frame, Labels, LidarSweep
 
 FORMAT_VERSION = 1
 GROUPS = ("cameras", "lidar", "labels")
-LEVEL = 19  # grids decode faster from level 19 than from level 3, and are written once (STREAMING section 5)
-LIDAR_LEVEL = 9  # byte planes gain little beyond
+LIDAR_LEVEL = 9  # at most: byte planes gain little beyond
 
 _LIDAR_ARRAYS = ("xyz", "intensity", "ring", "time_lag", "classes", "moving")
 _LABEL_ARRAYS = ("binary", "semantic", "mask_lidar", "mask_camera", "flow")
@@ -27,7 +27,32 @@ class CorruptSample(ValueError):
     """A frame that cannot be decoded; says which key and member."""
 
 
-def encode(frame: Frame, group: str) -> list[tuple[str, bytes]]:
+@dataclass(frozen=True)
+class Coding:
+    """Choices at packing that a reader need not know.
+
+    Attributes:
+        level: zstd level. Grids decode faster from 19 than from 3, and are written once (STREAMING section 5).
+        lidar_step: metres; coordinates of points are rounded to multiples of it. 0: lossless.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    level: int = 19
+    lidar_step: float = 0.0
+
+    def __post_init__(self):
+        if not 1 <= self.level <= 22:
+            raise ValueError(f"zstd level {self.level} is out of range 1..22")
+        if not 0 <= self.lidar_step <= 0.1:
+            raise ValueError(f"LiDAR step {self.lidar_step} m is out of range 0..0.1; 0.002 is below a sensor's noise")
+
+
+LOSSLESS = Coding()
+
+
+def encode(frame: Frame, group: str, coding: Coding = LOSSLESS) -> list[tuple[str, bytes]]:
     """Members of one frame in one group: names and contents, in order.
 
     Raises:
@@ -65,11 +90,11 @@ def encode(frame: Frame, group: str) -> list[tuple[str, bytes]]:
                 "ego_to_global": _matrix(sweep.ego_to_global),
                 "timestamp": sweep.timestamp,
             }
-            members += _pack_arrays(sweep, _LIDAR_ARRAYS, arrays, LIDAR_LEVEL)
+            members += _pack_arrays(sweep, _LIDAR_ARRAYS, arrays, min(LIDAR_LEVEL, coding.level), coding.lidar_step)
     elif group == "labels":
         if frame.labels is None:
             raise ValueError(f"frame {frame.key} has no labels; make them (--labels lidar) or leave the group out")
-        members += _pack_arrays(frame.labels, _LABEL_ARRAYS, arrays, LEVEL)
+        members += _pack_arrays(frame.labels, _LABEL_ARRAYS, arrays, coding.level)
         if frame.boxes is not None:
             head["boxes"] = {
                 "boxes": np.asarray(frame.boxes.boxes, np.float32).tolist(),
@@ -161,20 +186,29 @@ def _decode_group(frame: Frame, head: dict, members: dict[str, bytes]) -> None:
         )
 
 
-def _pack_arrays(owner: Any, names: Iterable[str], specs: dict, level: int) -> list[tuple[str, bytes]]:
+def _pack_arrays(
+    owner: Any, names: Iterable[str], specs: dict, level: int, step: float = 0.0
+) -> list[tuple[str, bytes]]:
     members = []
     for name in names:
         value = getattr(owner, name)
         if value is None:
             continue
         value = np.asarray(value)
+        spec = {"dtype": value.dtype.newbyteorder("<").str, "shape": list(value.shape)}
         if value.dtype == bool:
-            coding, raw = "bits", np.packbits(value.reshape(-1)).tobytes()
+            spec["coding"], raw = "bits", np.packbits(value.reshape(-1)).tobytes()
+        elif name == "xyz" and step:
+            steps = np.rint(value.astype(np.float64) / step).clip(-(2**31) + 1, 2**31 - 1).astype("<i4")
+            if not steps.size or np.abs(steps).max() < 2**15:
+                steps = steps.astype("<i2")
+            spec |= {"coding": "steps", "step": step, "stored": steps.dtype.str}
+            raw = _to_planes(steps)
         elif value.dtype.itemsize > 1:
-            coding, raw = "planes", _to_planes(value)
+            spec["coding"], raw = "planes", _to_planes(value)
         else:
-            coding, raw = "raw", np.ascontiguousarray(value).tobytes()
-        specs[name] = {"dtype": value.dtype.newbyteorder("<").str, "shape": list(value.shape), "coding": coding}
+            spec["coding"], raw = "raw", np.ascontiguousarray(value).tobytes()
+        specs[name] = spec
         members.append((f"{name}.zst", zstandard.ZstdCompressor(level=level, write_checksum=True).compress(raw)))
     return members
 
@@ -190,6 +224,9 @@ def _unpack(data: bytes, spec: dict) -> np.ndarray:
         return np.unpackbits(np.frombuffer(raw, np.uint8), count=count).view(bool).reshape(shape)
     if spec["coding"] == "planes":
         return _from_planes(raw, dtype, shape)
+    if spec["coding"] == "steps":
+        steps = _from_planes(raw, np.dtype(spec["stored"]), shape)
+        return (steps * np.float64(spec["step"])).astype(dtype)
     if spec["coding"] == "raw":
         return np.frombuffer(raw, dtype).reshape(shape)
     raise ValueError(f"unknown coding {spec['coding']!r}")

@@ -117,7 +117,26 @@ GRIDS: dict[str, VoxelGrid] = {g.name: g for g in _PRESETS}
 
 
 def get_grid(name: str) -> VoxelGrid:
-    """Preset by name. Raises ValueError that lists the presets."""
-    if name not in GRIDS:
-        raise ValueError(f"unknown grid {name!r}; presets: {', '.join(GRIDS)}")
-    return GRIDS[name]
+    """Preset by name, or a grid of one's own written as seven or nine numbers and a frame.
+
+    Args:
+        name: ``"occ3d"``, …, or ``"-40,-40,-1,40,40,5.4,0.4"`` (lower corner, upper corner, voxel size or three of them),
+            optionally with ``,ego`` or ``,lidar`` at the end.
+
+    Raises:
+        ValueError: neither; lists the presets.
+    """
+    if name in GRIDS:
+        return GRIDS[name]
+    words = name.split(",")
+    frame = words.pop() if words[-1] in ("ego", "lidar") else "ego"
+    try:
+        numbers = [float(w) for w in words]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (7, 9):
+        raise ValueError(
+            f"unknown grid {name!r}; presets: {', '.join(GRIDS)}; or seven numbers: lower x,y,z, upper x,y,z, voxel size"
+        )
+    voxel = numbers[6:] if len(numbers) == 9 else numbers[6:] * 3
+    return VoxelGrid(name, tuple(numbers[:3]), tuple(numbers[3:6]), tuple(voxel), frame)

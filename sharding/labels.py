@@ -1,8 +1,8 @@
 """Occupancy labels from LiDAR sweeps, poses and boxes: what to do with a data set that brings none.
 
-A scene's static points are gathered in the global frame, points inside boxes in their own box's frame by track. Each
-key-frame then sees the whole static cloud, plus its own boxes filled with everything their tracks ever returned. Rays
-from the sensors tell free voxels from unseen ones. Works for one frame and for a whole scene, with or without boxes and
+A scene's static points are gathered once, points inside boxes in their own box's frame by track. Each key-frame then sees
+the whole static cloud, plus its own boxes filled with everything their tracks ever returned. Rays from the sensors tell
+free voxels from unseen ones, which stay unknown. Works for one frame and for a whole scene, with or without boxes and
 point classes; binary labels need neither.
 """
 
@@ -12,9 +12,11 @@ import dataclasses
 import hashlib
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 
 from occstream.sharding.codec import canonical_json
 from occstream.sharding.grid import VoxelGrid
@@ -30,9 +32,10 @@ from occstream.sharding.schema import (
     get_taxonomy,
     sweep_to_key_ego,
 )
-from occstream.sharding.voxelrays import mark_free, visible_from
+from occstream.sharding.voxelrays import count_points, first_box, mark_free, mark_visible
 
-VERSION = "lidar-1"
+VERSION = "lidar-2"
+TILE = 16.0  # metres: edge of the squares that the static cloud is sorted by
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,30 @@ class LabelConfig:
 
     Attributes:
         min_points: so many points make a voxel occupied.
+        dilation: occupied voxels grow by so many voxels through their faces, into voxels that no ray passed.
+        max_range: metres; returns further from their sensor are not used. 0: all.
         box_margin: metres by which boxes are grown when points are assigned to them.
         ray_frames: rays of so many key-frames before and after a frame tell what is free in it.
+        max_rays: at most about so many rays for a frame, beside those of its own sweep, spread evenly over all.
         vehicle: (x, y, z low; x, y, z high) metres, ego frame: returns from there are the vehicle itself.
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     min_points: int = 1
+    dilation: int = 0
+    max_range: float = 0.0
     box_margin: float = 0.1
     ray_frames: int = 10
+    max_rays: int = 400_000
     vehicle: tuple[float, float, float, float, float, float] = (-1.2, -1.2, -0.5, 4.0, 1.2, 2.3)
+
+    def __post_init__(self):
+        lowest = {"min_points": 1, "dilation": 0, "max_range": 0, "box_margin": 0, "ray_frames": 0, "max_rays": 0}
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"label setting {name} is {getattr(self, name)}, must be at least {low}")
 
 
 @dataclass(frozen=True)
@@ -77,26 +95,6 @@ class Labeler:
         return label_scene(scene, self.grid, get_taxonomy(self.taxonomy), self.config)
 
 
-@dataclass
-class _Cloud:
-    """Points with what is known of them: (N, 3) float64, (N,) uint8 class or IGNORE."""
-
-    xyz: np.ndarray
-    classes: np.ndarray
-
-    @classmethod
-    def join(cls, parts: list[_Cloud]) -> _Cloud:
-        if not parts:
-            return cls(np.zeros((0, 3)), np.zeros(0, np.uint8))
-        return cls(np.concatenate([p.xyz for p in parts]), np.concatenate([p.classes for p in parts]))
-
-    def __getitem__(self, keep: np.ndarray) -> _Cloud:
-        return _Cloud(self.xyz[keep], self.classes[keep])
-
-    def moved(self, pose: np.ndarray) -> _Cloud:
-        return _Cloud(_apply(pose, self.xyz), self.classes)
-
-
 def label_scene(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: LabelConfig | None = None) -> Scene:
     """Labels every frame of a scene.
 
@@ -120,117 +118,193 @@ def label_scene(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: Label
             raise ValueError(
                 f"frame {frame.key} has no LiDAR sweep, so no labels can be made; leave its scene out or use --labels none"
             )
+    clouds = _gather(scene, taxonomy, config)
+    frames = []
+    for number, frame in enumerate(scene.frames):
+        to_grid = np.linalg.inv(_grid_to_global(frame, grid)) @ clouds.to_global  # from the scene's own axes
+        votes = np.zeros((*grid.shape, taxonomy.num_classes if clouds.with_classes else 0), np.uint16)
+        counts = np.zeros(grid.shape, np.uint16)
+        lower, voxel = np.array(grid.lower), np.array(grid.voxel)
+        for xyz, classes, pose in clouds.seen_by(number, frame, to_grid, grid):
+            count_points(xyz, classes, np.ascontiguousarray(pose[:3]), lower, voxel, counts, votes)
+        occupied = counts >= config.min_points
+        passed = np.zeros(grid.shape, np.uint16)
+        for sweep, xyz in _rays(scene, number, config):
+            pose = sweep_to_grid(frame, sweep, grid)
+            ends = (_apply(pose, xyz.astype(np.float64)) - lower) / voxel
+            mark_free(passed, np.broadcast_to((pose[:3, 3] - lower) / voxel, ends.shape), ends)
+        semantic = None
+        if clouds.with_classes:
+            semantic = np.where(passed > 0, taxonomy.free_id, IGNORE).astype(np.uint8)
+            found = votes[occupied]
+            semantic[occupied] = np.where(found.any(1), found.argmax(1), IGNORE)
+        if config.dilation:
+            occupied, semantic = _dilate(occupied, semantic, passed == 0, config.dilation)
+        observed = occupied | (passed > 0)
+        seen = _camera_mask(frame, occupied, observed, grid) & observed if frame.cameras else None
+        frames.append(dataclasses.replace(frame, labels=Labels(occupied, semantic, observed, seen)))
+    return dataclasses.replace(scene, frames=frames)
+
+
+@dataclass
+class _Clouds:
+    """The points of a scene in the axes of its first ego pose (float32 would not hold a city's coordinates).
+
+    Attributes:
+        to_global: (4, 4) float64.
+        xyz, classes: (N, 3) float32 and (N,) uint8 of what stands still, sorted by tile.
+        tiles: (T, 2) int64 tile numbers, ``starts`` (T + 1,) where each begins.
+        own: by frame, points that are true at one moment only: (xyz, classes) in the same axes.
+        tracks: by track, points in the axes of its box.
+    """
+
+    to_global: np.ndarray
+    xyz: np.ndarray
+    classes: np.ndarray
+    tiles: np.ndarray
+    starts: np.ndarray
+    own: list[tuple[np.ndarray, np.ndarray]]
+    tracks: dict[str, tuple[np.ndarray, np.ndarray]]
+    with_classes: bool
+
+    def seen_by(
+        self, number: int, frame: Frame, to_grid: np.ndarray, grid: VoxelGrid
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(points, classes, pose into the grid) of everything that may lie in the grid at a frame."""
+        corners = np.array(np.meshgrid(*zip(grid.lower, grid.upper))).reshape(3, -1).T
+        reach = _apply(np.linalg.inv(to_grid), corners)[:, :2]
+        low, high = np.floor(reach.min(0) / TILE), np.floor(reach.max(0) / TILE)
+        for tile in np.flatnonzero(((self.tiles >= low) & (self.tiles <= high)).all(1)):
+            part = slice(self.starts[tile], self.starts[tile + 1])
+            yield self.xyz[part], self.classes[part], to_grid
+        yield *self.own[number], to_grid
+        if frame.boxes is not None:
+            _, names, poses, _ = _box_poses(frame.boxes, frame.ego_to_global, frame.key)
+            for track, pose in zip(names, poses):
+                if track in self.tracks:
+                    yield *self.tracks[track], to_grid @ np.linalg.inv(self.to_global) @ pose
+
+
+def _gather(scene: Scene, taxonomy: Taxonomy, config: LabelConfig) -> _Clouds:
+    to_global = scene.frames[0].ego_to_global
+    from_global = np.linalg.inv(to_global)
+    things = [taxonomy.id(c) for c in taxonomy.things]
     with_classes = any(s.classes is not None for f in scene.frames for s in (*f.sweeps, f.lidar))
-    static: list[_Cloud] = []
-    own: list[list[_Cloud]] = [[] for _ in scene.frames]  # only true at one moment
-    tracks: dict[str, list[_Cloud]] = defaultdict(list)
+    static, own = [], []
+    tracks: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
     for number, frame in enumerate(scene.frames):
         before = scene.frames[number - 1] if number else None
         for sweep in (*frame.sweeps, frame.lidar):
             boxes = frame.boxes if sweep is frame.lidar else _boxes_at(before, frame, sweep.timestamp)
-            cloud = _world_cloud(sweep, config)
-            if boxes is not None:
-                left = np.ones(len(cloud.xyz), bool)
-                for name, track, pose, half in _box_poses(boxes, frame.ego_to_global, frame.key):
-                    local = _apply(np.linalg.inv(pose), cloud.xyz)
-                    inside = left & (np.abs(local) <= half + config.box_margin).all(1)
-                    if inside.any():
-                        points = _Cloud(local[inside], cloud.classes[inside])
-                        if with_classes and name in taxonomy.classes:
-                            points.classes[points.classes == IGNORE] = taxonomy.id(name)
-                        tracks[track].append(points)
-                        left &= ~inside
-                cloud = cloud[left]
-            # A road user that no box covers has moved by the next frame.
-            mover = np.isin(cloud.classes, [taxonomy.id(c) for c in taxonomy.things])
-            static.append(cloud[~mover])
+            ego, keep = _returns(sweep, config)
+            classes = np.full(len(keep), IGNORE, np.uint8) if sweep.classes is None else sweep.classes
+            classes = classes[keep]
+            # A road user that no box covers has moved by the next frame, unless the data set says that it stood.
+            mover = np.isin(classes, things) if sweep.moving is None else sweep.moving[keep]
+            world = _apply(sweep.ego_to_global, ego)
+            if boxes is not None and len(boxes.boxes):
+                names, owners, poses, half = _box_poses(boxes, frame.ego_to_global, frame.key)
+                inverse = np.linalg.inv(poses)
+                inside = first_box(world, np.ascontiguousarray(inverse[:, :3]), half + config.box_margin)
+                for box in np.unique(inside[inside >= 0]):
+                    chosen = inside == box
+                    kinds = classes[chosen]
+                    if with_classes and names[box] in taxonomy.classes:
+                        kinds[kinds == IGNORE] = taxonomy.id(names[box])
+                    tracks[owners[box]].append((_apply(inverse[box], world[chosen]).astype(np.float32), kinds))
+                left = inside < 0
+                world, classes, mover = world[left], classes[left], mover[left]
+            local = _apply(from_global, world).astype(np.float32)
+            static.append((local[~mover], classes[~mover]))
             if sweep is frame.lidar:
-                own[number].append(cloud[mover])
-    still = _Cloud.join(static)
-    filled = {track: _Cloud.join(parts) for track, parts in tracks.items()}
-    frames = []
-    for number, frame in enumerate(scene.frames):
-        parts = [still, *own[number]]
-        if frame.boxes is not None:
-            for _, track, pose, _ in _box_poses(frame.boxes, frame.ego_to_global, frame.key):
-                if track in filled:
-                    parts.append(filled[track].moved(pose))
-        to_grid = np.linalg.inv(_grid_to_global(frame, grid))
-        cloud = _Cloud.join([part.moved(to_grid) for part in parts])
-        low, high = max(0, number - config.ray_frames), number + config.ray_frames + 1
-        sweeps = [s for f in scene.frames[low:high] for s in (*f.sweeps, f.lidar)]
-        labels = _voxel_labels(frame, cloud, sweeps, to_grid, grid, taxonomy if with_classes else None, config)
-        frames.append(dataclasses.replace(frame, labels=labels))
-    return dataclasses.replace(scene, frames=frames)
-
-
-def _voxel_labels(
-    frame: Frame,
-    cloud: _Cloud,
-    sweeps: list[LidarSweep],
-    to_grid: np.ndarray,
-    grid: VoxelGrid,
-    taxonomy: Taxonomy | None,
-    config: LabelConfig,
-) -> Labels:
-    index, inside = grid.to_index(cloud.xyz)
-    flat = np.ravel_multi_index(index[inside].T, grid.shape)
-    occupied = (np.bincount(flat, minlength=grid.size) >= config.min_points).reshape(grid.shape)
-
-    lower, voxel = np.array(grid.lower), np.array(grid.voxel)
-    passed = np.zeros(grid.shape, np.uint16)
-    for sweep in sweeps:
-        pose = to_grid @ sweep.ego_to_global @ sweep.sensor_to_ego
-        ends = (_apply(pose, sweep.xyz.astype(np.float64)) - lower) / voxel
-        mark_free(passed, np.broadcast_to((pose[:3, 3] - lower) / voxel, ends.shape), ends)
-    observed = occupied | (passed > 0)
-
-    semantic = None
-    if taxonomy is not None:
-        known = cloud.classes[inside] != IGNORE
-        k = taxonomy.num_classes
-        votes = np.bincount(flat[known] * k + cloud.classes[inside][known], minlength=grid.size * k).reshape(-1, k)
-        winner = np.where(votes.any(1), votes.argmax(1), IGNORE).reshape(grid.shape)
-        semantic = np.where(occupied, winner, np.where(observed, taxonomy.free_id, IGNORE)).astype(np.uint8)
-    return Labels(
-        occupied, semantic, observed, _camera_mask(frame, occupied, grid) & observed if frame.cameras else None
+                own.append((local[mover], classes[mover]))
+    xyz, classes = _join(static)
+    tile = np.floor(xyz[:, :2] / TILE).astype(np.int64)
+    low = tile.min(0) if len(tile) else np.zeros(2, np.int64)
+    number = ((tile - low) @ [2**16, 1]).astype(np.int64)
+    order = np.argsort(number, kind="stable")
+    found, starts = np.unique(number[order], return_index=True)
+    return _Clouds(
+        to_global=to_global,
+        xyz=xyz[order],
+        classes=classes[order],
+        tiles=np.stack([found // 2**16, found % 2**16], 1) + low,
+        starts=np.append(starts, len(order)),
+        own=own,
+        tracks={track: _join(parts) for track, parts in tracks.items()},
+        with_classes=with_classes,
     )
 
 
-def _camera_mask(frame: Frame, solid: np.ndarray, grid: VoxelGrid) -> np.ndarray:
-    """(X, Y, Z) bool: in the view of a camera and not behind something solid."""
-    seen = np.zeros(grid.shape, bool)
-    centers = grid.centers().reshape(-1, 3)
-    from_ego = np.linalg.inv(_grid_to_global(frame, grid)) @ frame.ego_to_global
-    lower, voxel = np.array(grid.lower), np.array(grid.voxel)
-    for camera in frame.cameras.values():
-        pose = from_ego @ camera_to_key_ego(frame, camera)
-        local = _apply(np.linalg.inv(pose), centers)
-        depth = np.maximum(local[:, 2], 1e-6)
-        pixels = local @ camera.intrinsics.T / depth[:, None]
-        view = (local[:, 2] > 0.1) & (pixels[:, 0] > -0.5) & (pixels[:, 0] < camera.width - 0.5)
-        view &= (pixels[:, 1] > -0.5) & (pixels[:, 1] < camera.height - 0.5)
-        visible_from(solid, seen, (pose[:3, 3] - lower) / voxel, (centers[view] - lower) / voxel)
-    return seen
+def _join(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
-def _world_cloud(sweep: LidarSweep, config: LabelConfig) -> _Cloud:
-    """A sweep's points in the global frame, without the vehicle itself."""
-    classes = np.full(len(sweep.xyz), IGNORE, np.uint8) if sweep.classes is None else sweep.classes
+def _returns(sweep: LidarSweep, config: LabelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 3) float64 of a sweep's returns in the ego frame at its time, without the vehicle itself; (M,) bool which."""
     ego = _apply(sweep.sensor_to_ego, sweep.xyz.astype(np.float64))
     low, high = np.array(config.vehicle[:3]), np.array(config.vehicle[3:])
     keep = np.isfinite(ego).all(1) & ~((ego > low) & (ego < high)).all(1)
-    return _Cloud(ego[keep], classes[keep]).moved(sweep.ego_to_global)
+    if config.max_range:
+        keep &= (sweep.xyz.astype(np.float64) ** 2).sum(1) <= config.max_range**2
+    return ego[keep], keep
+
+
+def _rays(scene: Scene, number: int, config: LabelConfig) -> Iterator[tuple[LidarSweep, np.ndarray]]:
+    """Sweeps and those of their points whose rays are followed in a frame: all of its own, an even share of the others."""
+    own = scene.frames[number].lidar
+    low, high = max(0, number - config.ray_frames), number + config.ray_frames + 1
+    others = [s for f in scene.frames[low:high] for s in (*f.sweeps, f.lidar) if s is not own]
+    total = sum(len(s.xyz) for s in others)
+    stride = -(-total // config.max_rays) if config.max_rays else 0
+    for turn, sweep in [(0, own), *enumerate(others)]:
+        if sweep is not own and not stride:
+            return
+        xyz = sweep.xyz if sweep is own else sweep.xyz[turn % stride :: stride]
+        near = np.isfinite(xyz).all(1)
+        if config.max_range:
+            near &= (xyz.astype(np.float64) ** 2).sum(1) <= config.max_range**2
+        yield sweep, xyz[near]
+
+
+def _dilate(occupied: np.ndarray, semantic: np.ndarray | None, unseen: np.ndarray, times: int):
+    """Grown ``occupied``, and ``semantic`` with the class of a neighbour in the new voxels."""
+    for _ in range(times):
+        grown = ndimage.binary_dilation(occupied) & (unseen | occupied)
+        if semantic is not None:
+            new, semantic = grown & ~occupied, semantic.copy()
+            source = np.where(occupied, semantic, 0).astype(np.int16)
+            source[occupied & (semantic == IGNORE)] = 0
+            source[occupied & (semantic != IGNORE)] += 1
+            around = ndimage.maximum_filter(source, footprint=ndimage.generate_binary_structure(3, 1), mode="constant")
+            semantic[new] = np.where(around[new] > 0, around[new] - 1, IGNORE)
+        occupied = grown
+    return occupied, semantic
+
+
+def _camera_mask(frame: Frame, solid: np.ndarray, wanted: np.ndarray, grid: VoxelGrid) -> np.ndarray:
+    """(X, Y, Z) bool: in the view of a camera and not behind something solid. Right where ``wanted``."""
+    seen = np.zeros(grid.shape, bool)
+    from_ego = np.linalg.inv(_grid_to_global(frame, grid)) @ frame.ego_to_global
+    scale = np.diag([*grid.voxel, 1.0])
+    scale[:3, 3] = grid.lower  # voxel units -> metres
+    for camera in frame.cameras.values():
+        pose = np.linalg.inv(scale) @ from_ego @ camera_to_key_ego(frame, camera)
+        to_camera = np.ascontiguousarray(np.linalg.inv(pose)[:3])
+        intrinsics = np.ascontiguousarray(camera.intrinsics, np.float64)
+        mark_visible(solid, wanted, seen, pose[:3, 3].copy(), to_camera, intrinsics, camera.width, camera.height)
+    return seen
 
 
 def _box_poses(boxes: Boxes, ego_to_global: np.ndarray, key: str):
-    """(class name, track, box -> global, half size) of each box. A box without a track is one of its own."""
-    for i, (x, y, z, length, width, height, yaw) in enumerate(boxes.boxes.astype(np.float64)):
-        pose = np.eye(4)
-        c, s = math.cos(yaw), math.sin(yaw)
-        pose[:2, :2], pose[:3, 3] = [[c, -s], [s, c]], (x, y, z)
-        half = np.array([length, width, height]) / 2
-        yield boxes.names[i], boxes.track_ids[i] or f"{key}/{i}", ego_to_global @ pose, half
+    """Of all boxes: class names; tracks (a box without one is one of its own); (B, 4, 4) box -> global; (B, 3) half sizes."""
+    rows = boxes.boxes.astype(np.float64)
+    poses = np.zeros((len(rows), 4, 4))
+    cos, sin = np.cos(rows[:, 6]), np.sin(rows[:, 6])
+    poses[:, 0, 0], poses[:, 0, 1], poses[:, 1, 0], poses[:, 1, 1] = cos, -sin, sin, cos
+    poses[:, 2, 2], poses[:, 3, 3], poses[:, :3, 3] = 1, 1, rows[:, :3]
+    owners = [track or f"{key}/{i}" for i, track in enumerate(boxes.track_ids)]
+    return boxes.names, owners, ego_to_global @ poses, rows[:, 3:6] / 2
 
 
 def _boxes_at(before: Frame | None, frame: Frame, timestamp: int) -> Boxes | None:
@@ -249,6 +323,11 @@ def _boxes_at(before: Frame | None, frame: Frame, timestamp: int) -> Boxes | Non
             row[:3] = (1 - share) * _apply(shift, old[None, :3])[0] + share * row[:3]
             row[6] -= (1 - share) * math.remainder(row[6] - old[6] - turn, 2 * math.pi)
     return dataclasses.replace(frame.boxes, boxes=rows)
+
+
+def sweep_to_grid(frame: Frame, sweep: LidarSweep, grid: VoxelGrid) -> np.ndarray:
+    """LiDAR axes of any sweep -> metres of the grid of a key-frame, (4, 4) float64."""
+    return np.linalg.inv(_grid_to_global(frame, grid)) @ sweep.ego_to_global @ sweep.sensor_to_ego
 
 
 def _grid_to_global(frame: Frame, grid: VoxelGrid) -> np.ndarray:

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -43,6 +43,10 @@ class ShardEntry:
         return shard_path(self.group, self.number)
 
 
+def sidecar_name(group: str) -> str:
+    return f"manifest.{group}.json"
+
+
 def shard_path(group: str, number: int) -> str:
     return f"{group}/{group}-{number:06d}.tar"
 
@@ -59,6 +63,8 @@ class Manifest:
         labels: what made the labels ("native", or the version string of a labeler), or "".
         groups: groups that every shard number has a tar in.
         scenes, shards: in packing order.
+        left_out: names of scenes that could not be packed and were allowed to fail.
+        label_group: the group whose labels grid, taxonomy, classes and ``labels`` describe: "labels" or a sidecar.
     """
 
     url: str
@@ -70,6 +76,8 @@ class Manifest:
     groups: tuple[str, ...]
     scenes: tuple[SceneEntry, ...]
     shards: tuple[ShardEntry, ...]
+    left_out: tuple[str, ...] = ()
+    label_group: str = "labels"
 
     def content(self) -> dict:
         """The JSON content of ``manifest.json`` without the fingerprint."""
@@ -83,6 +91,8 @@ class Manifest:
             "groups": list(self.groups),
             "scenes": [asdict(s) for s in self.scenes],
             "shards": [asdict(s) for s in self.shards],
+            **({"left_out": list(self.left_out)} if self.left_out else {}),
+            **({"label_group": self.label_group} if self.label_group != "labels" else {}),
         }
 
     @property
@@ -127,12 +137,61 @@ class Manifest:
             groups=tuple(data["groups"]),
             scenes=tuple(SceneEntry(**s) for s in data["scenes"]),
             shards=tuple(ShardEntry(**s) for s in data["shards"]),
+            left_out=tuple(data.get("left_out", ())),
         )
         if manifest.fingerprint != data["fingerprint"]:
             raise ValueError(f"{where}: its content does not match its fingerprint; it was edited or damaged")
         if data["labels"] and tuple(get_taxonomy(manifest.taxonomy).classes) != manifest.classes:
             raise ValueError(f"{where}: classes of taxonomy {manifest.taxonomy!r} differ from this version's")
         return manifest
+
+    def sidecars(self) -> list[str]:
+        """Names of the label groups that were attached later."""
+        names = storage.listing(self.url)
+        return sorted(n[len("manifest.") : -len(".json")] for n in names if n.startswith("manifest.") and n != NAME)
+
+    def with_sidecar(self, group: str) -> Manifest:
+        """The same scenes with the labels of a sidecar group in place of the set's own; its fingerprint differs.
+
+        Raises:
+            ValueError: there is no such sidecar, or it was attached to another version of this data set.
+        """
+        where = storage.join(self.url, sidecar_name(group))
+        try:
+            data = json.loads(storage.read_bytes(where))
+        except FileNotFoundError:
+            there = ", ".join(self.sidecars()) or "none"
+            raise ValueError(f"{self.url}: has no sidecar group {group!r}; there are: {there}") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: damaged ({error}); attach the labels again") from None
+        if data["base"] != self.fingerprint:
+            raise ValueError(
+                f"{where}: was attached to a data set with fingerprint {data['base']}, this one has {self.fingerprint}; "
+                "attach the labels again"
+            )
+        return replace(
+            self,
+            grid=VoxelGrid.from_dict(data["grid"]),
+            taxonomy=data["taxonomy"],
+            classes=tuple(data["classes"]),
+            labels=data["labels"],
+            groups=(*(g for g in self.groups if g != "labels"), group),
+            shards=(
+                *(s for s in self.shards if s.group != "labels"),
+                *(ShardEntry(**s) for s in data["shards"]),
+            ),
+            label_group=group,
+        )
+
+    def publish_sidecar(self, base: str) -> None:
+        """Writes the sidecar manifest of a manifest that ``with_sidecar`` will read back; ``base`` is the fingerprint of
+        the set that it belongs to."""
+        content = self.content()
+        data = {k: content[k] for k in ("format", "grid", "taxonomy", "classes", "labels")}
+        data |= {"base": base, "group": self.label_group}
+        data["shards"] = [asdict(s) for s in self.shards if s.group == self.label_group]
+        where = storage.join(self.url, sidecar_name(self.label_group))
+        storage.publish(json.dumps(data, indent=1, sort_keys=True).encode(), where)
 
     def subset(self, scenes: int | None = None, seed: int = 0, holdout: int = 0) -> list[int]:
         """Scene numbers of a nested subset: the first ``scenes`` of one seeded permutation, so 2000 is in 4000 is in 8000.

@@ -1,32 +1,41 @@
-"""Raw scenes -> shards -> manifest: plan, write, resume, publish; verify; inspect.
+"""Raw scenes -> shards -> manifest: plan, write, resume, publish, merge.
 
 A shard is built in a local temporary file and published under its name whole, with its record (index and hashes) after
 it; the manifest comes last. What is published and intact is skipped on a rerun. The bytes depend on the source and the
-settings alone: not on the number of workers, on kills or on reruns.
+settings alone: not on the number of workers or parts, on kills or on reruns.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import hashlib
 import io
 import json
 import multiprocessing
+import re
+import shutil
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from occstream.sharding import storage
-from occstream.sharding.codec import FORMAT_VERSION, GROUPS, canonical_json, encode
+from occstream.sharding.codec import FORMAT_VERSION, GROUPS, Coding, canonical_json, encode
 from occstream.sharding.grid import VoxelGrid
-from occstream.sharding.manifest import Manifest, SceneEntry, ShardEntry, shard_path
-from occstream.sharding.schema import Scene, Source, Taxonomy, check_scene_name
+from occstream.sharding.manifest import NAME, Manifest, SceneEntry, ShardEntry, shard_path
+from occstream.sharding.prepare import Images
+from occstream.sharding.schema import Frame, Scene, Source, Taxonomy, check_scene_name, frame_key
 from occstream.sharding.stream import ShardReader
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HEADER = "__header__/header.json"  # webdataset skips members below a folder named __…__
+PARTS = "parts"
 
 
 class LabelStep(Protocol):
@@ -39,13 +48,47 @@ class LabelStep(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the bytes of the shards depend on, beside the scenes."""
+    """Everything that the bytes of the shards depend on, beside the scenes; and where they go.
+
+    Args:
+        source: picklable if there are several workers.
+        url: root of the data set: a folder, ``file://`` or ``s3://``.
+        groups: which to write.
+        grid: of the labels.
+        label: makes the labels of a scene; None takes what the source brings.
+        images, coding: see there.
+        scenes_per_shard: scenes in one tar.
+
+    Raises:
+        ValueError: groups, grid and labels do not fit together.
+    """
 
     source: Source
     url: str
-    groups: tuple[str, ...]
-    grid: VoxelGrid | None
-    label: LabelStep | None
+    groups: tuple[str, ...] = GROUPS
+    grid: VoxelGrid | None = None
+    label: LabelStep | None = None
+    images: Images = field(default_factory=Images)
+    coding: Coding = field(default_factory=Coding)
+    scenes_per_shard: int = 1
+
+    def __post_init__(self):
+        unknown = [g for g in self.groups if g not in GROUPS]
+        if unknown or not self.groups:
+            what = f"unknown group {unknown[0]!r}" if unknown else "no groups given"
+            raise ValueError(f"{what}; choose from {', '.join(GROUPS)}")
+        if self.scenes_per_shard < 1:
+            raise ValueError(f"scenes per shard ({self.scenes_per_shard}) must be at least 1")
+        native, grid = self.source.grid, self.grid or self.source.grid
+        if "labels" in self.groups and self.label is None:
+            if native is None:
+                raise ValueError(f"source {self.source.name!r} brings no labels; make them with --labels lidar")
+            if grid is None or not native.same_voxels(grid):
+                raise ValueError(
+                    f"source {self.source.name!r} brings labels on grid {native.name!r}, not {grid.name!r}"
+                )
+        object.__setattr__(self, "groups", tuple(g for g in GROUPS if g in self.groups))
+        object.__setattr__(self, "grid", grid if "labels" in self.groups else None)
 
     @property
     def taxonomy(self) -> Taxonomy:
@@ -71,105 +114,295 @@ class Job:
 
     def digest(self, scenes: Sequence[str]) -> str:
         """Tells whether a published shard was made from the same source, settings and scenes."""
-        parts = [repr(self.source), sorted(self.groups), list(scenes), [self.header(g) for g in self.groups]]
+        settings = [sorted(self.groups), asdict(self.images), asdict(self.coding)]
+        parts = [repr(self.source), settings, list(scenes), [self.header(g) for g in self.groups]]
         return hashlib.blake2b(canonical_json(parts), digest_size=16).hexdigest()
+
+    def plan(self) -> list[list[str]]:
+        """Scene names of each shard. Raises ValueError if there are none, or a name is double or cannot be used."""
+        names = self.source.scene_names()
+        if not names:
+            raise ValueError(f"source {self.source.name!r} has no scenes")
+        for name in names:
+            check_scene_name(name)
+        if len(set(names)) != len(names):
+            raise ValueError(f"source {self.source.name!r} names a scene twice")
+        return [names[i : i + self.scenes_per_shard] for i in range(0, len(names), self.scenes_per_shard)]
+
+    def prepared(self, name: str) -> Scene:
+        """A scene as it is packed, but for the cameras. Raises ValueError that names it if it cannot be."""
+        scene = self.source.load(name)
+        if not scene.frames:
+            raise ValueError("it has no frames")
+        return self.label(scene) if self.label else scene
+
+    def members(self, frame: Frame, group: str) -> list[tuple[str, bytes]]:
+        """What is written of a frame in a group."""
+        return encode(self.images(frame) if group == "cameras" else frame, group, self.coding)
+
+
+@dataclass
+class Progress:
+    """How far a job is; given to the caller's callback after every shard.
+
+    Attributes:
+        total, done: shards; ``skipped`` of these were there already.
+        frames: in the shards that are done.
+        failed: reason by name of the scene.
+        seconds: since the job began.
+    """
+
+    total: int
+    done: int = 0
+    skipped: int = 0
+    frames: int = 0
+    made: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def eta(self) -> float:
+        """Seconds that are left at the rate so far; NaN before the first shard is built."""
+        built = self.done - self.skipped
+        return (self.total - self.done) * self.seconds / built if built else float("nan")
 
 
 def pack(
     source: Source,
     url: str,
     *,
-    groups: Sequence[str] = GROUPS,
-    grid: VoxelGrid | None = None,
-    label: LabelStep | None = None,
-    scenes_per_shard: int = 1,
     workers: int = 1,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> Manifest:
-    """Packs all scenes of a source.
+    part: tuple[int, int] = (1, 1),
+    max_failures: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+    **settings,
+) -> Manifest | None:
+    """Packs all scenes of a source, or one part of them.
 
     Args:
-        source: picklable if ``workers`` > 1.
-        url: root of the data set: a folder, ``file://`` or ``s3://``.
-        groups: which to write.
-        grid: of the labels.
-        label: makes the labels of a scene; None takes what the source brings.
-        scenes_per_shard: scenes in one tar.
+        source, url, settings: of ``Job``.
         workers: processes.
-        progress: called with (shards done, shards in all, a text).
+        part: (i, n): only every n-th shard, beginning with the i-th (1..n). ``merge`` then publishes the manifest.
+        max_failures: so many scenes may fail and are left out, named in the manifest.
+        progress: called after every shard.
 
     Returns:
-        The published manifest.
+        The published manifest; None for one part of several.
 
     Raises:
-        ValueError: the first scene that fails, by name; shards that are done stay and are skipped on a rerun.
+        ValueError: what ``Job`` finds wrong, or more scenes failed than allowed (by name, with reasons); shards that
+            are done stay and are skipped on a rerun.
     """
-    groups = tuple(g for g in GROUPS if g in groups) + tuple(g for g in groups if g not in GROUPS)
-    unknown = [g for g in groups if g not in GROUPS]
-    if unknown or not groups:
-        raise ValueError(
-            f"unknown group {unknown[0]!r}; choose from {', '.join(GROUPS)}" if unknown else "no groups given"
-        )
-    if scenes_per_shard < 1 or workers < 1:
-        raise ValueError(f"scenes per shard ({scenes_per_shard}) and workers ({workers}) must be at least 1")
-    grid = grid or source.grid
-    if "labels" in groups and label is None:
-        if source.grid is None:
-            raise ValueError(f"source {source.name!r} brings no labels; make them with --labels lidar")
-        if grid is None or not source.grid.same_voxels(grid):
-            raise ValueError(f"source {source.name!r} brings labels on grid {source.grid.name!r}, not {grid.name!r}")
-    names = source.scene_names()
-    if not names:
-        raise ValueError(f"source {source.name!r} has no scenes")
-    for name in names:
-        check_scene_name(name)
-    if len(set(names)) != len(names):
-        raise ValueError(f"source {source.name!r} names a scene twice")
-    job = Job(source, url, groups, grid, label)
-    plan = [names[i : i + scenes_per_shard] for i in range(0, len(names), scenes_per_shard)]
-    records: dict[int, list[dict]] = {}
-    frames = 0
-    for number, made in _build_all(job, plan, workers):
-        records[number] = made
-        frames += sum(s["frames"] for s in made[0]["scenes"])
+    if workers < 1:
+        raise ValueError(f"workers ({workers}) must be at least 1")
+    if not 1 <= part[0] <= part[1]:
+        raise ValueError(f"part {part[0]}/{part[1]}: needs i/n with 1 <= i <= n")
+    job = Job(source, url, **settings)
+    plan = job.plan()
+    mine = range(part[0] - 1, len(plan), part[1])
+    state, began = Progress(len(mine)), time.perf_counter()
+    shards: dict[int, dict] = {}
+    for number, made in _build_all(job, plan, mine, workers):
+        shards[number] = made
+        state.done += 1
+        state.skipped += made["skipped"]
+        frames = sum(s["frames"] for s in made["scenes"])
+        state.frames += frames
+        state.made += 0 if made["skipped"] else frames
+        state.failed |= made["failed"]
+        state.seconds = time.perf_counter() - began
         if progress:
-            progress(len(records), len(plan), f"shards, {frames} frames")
-    scenes, shards = [], []
-    for number in range(len(plan)):
-        for s in records[number][0]["scenes"]:
-            scenes.append(SceneEntry(s["name"], s["frames"], number, s["attributes"]))
-        for record in records[number]:
-            shards.append(ShardEntry(record["group"], number, record["size"], record["sha256"]))
+            progress(state)
+        if len(state.failed) > max_failures:
+            reasons = "; ".join(list(state.failed.values())[:5])
+            allowed = f" ({len(state.failed)} failures, {max_failures} allowed)" if max_failures else ""
+            raise ValueError(f"{reasons}{allowed}")
+    outcome = {
+        "job": job.digest([name for names in plan for name in names]),
+        "part": part,
+        "description": _describe(job),
+        "shards": [{"number": n, **{k: v for k, v in shards[n].items() if k != "skipped"}} for n in mine],
+    }
+    if part[1] > 1:
+        storage.publish(canonical_json(outcome), storage.join(url, PARTS, f"{part[0]}-of-{part[1]}.json"))
+        return None
+    return _publish(url, [outcome])
+
+
+def merge(url: str) -> Manifest:
+    """Publishes the manifest of a data set whose parts are all packed, and removes what the parts left for it.
+
+    Raises:
+        ValueError: parts are missing, or do not belong together.
+    """
+    names = storage.listing(storage.join(url, PARTS))
+    if not names:
+        raise ValueError(f"{storage.join(url, PARTS)}: no finished parts there; pack them with --part i/n")
+    outcomes = [json.loads(storage.read_bytes(storage.join(url, PARTS, name))) for name in sorted(names)]
+    counts = {o["part"][1] for o in outcomes}
+    if len(counts) > 1 or len({o["job"] for o in outcomes}) > 1:
+        raise ValueError(
+            f"{storage.join(url, PARTS)}: parts of different jobs ({', '.join(sorted(names))}): other settings, scenes or "
+            "number of parts; remove those of the job that is not wanted"
+        )
+    [count] = counts
+    missing = sorted({*range(1, count + 1)} - {o["part"][0] for o in outcomes})
+    if missing:
+        listed = ", ".join(f"{i}/{count}" for i in missing)
+        raise ValueError(f"{url}: part {listed} is not finished; run it, then merge")
+    manifest = _publish(url, outcomes)
+    for name in names:
+        storage.remove(storage.join(url, PARTS, name))
+    return manifest
+
+
+def _describe(job: Job) -> dict:
+    """What the manifest says of a job beside its scenes and shards."""
+    return {
+        "source": job.source.name,
+        "grid": job.grid.to_dict() if job.grid else None,
+        "taxonomy": job.taxonomy.name,
+        "classes": list(job.taxonomy.classes),
+        "labels": job.labels,
+        "groups": list(job.groups),
+    }
+
+
+def _publish(url: str, outcomes: list[dict]) -> Manifest:
+    scenes, entries, failed = [], [], []
+    for made in sorted((s for o in outcomes for s in o["shards"]), key=lambda s: s["number"]):
+        scenes += [SceneEntry(s["name"], s["frames"], made["number"], s["attributes"]) for s in made["scenes"]]
+        entries += [ShardEntry(g, made["number"], made["size"][g], made["sha256"][g]) for g in made["size"]]
+        failed += sorted(made["failed"])
+    about = outcomes[0]["description"]
     manifest = Manifest(
         url=url,
-        source=source.name,
-        grid=grid if "labels" in groups else None,
-        taxonomy=job.taxonomy.name,
-        classes=job.taxonomy.classes,
-        labels=job.labels,
-        groups=groups,
+        source=about["source"],
+        grid=VoxelGrid.from_dict(about["grid"]) if about["grid"] else None,
+        taxonomy=about["taxonomy"],
+        classes=tuple(about["classes"]),
+        labels=about["labels"],
+        groups=tuple(about["groups"]),
         scenes=tuple(scenes),
-        shards=tuple(shards),
+        shards=tuple(entries),
+        left_out=tuple(failed),
     )
+    if not scenes:
+        raise ValueError(f"{url}: every scene failed; nothing was published")
+    for group in manifest.groups:
+        there = storage.listing(storage.join(url, group))
+        for shard in (s for s in manifest.shards if s.group == group):
+            if there.get(Path(shard.path).name) != shard.size:
+                raise ValueError(
+                    f"{storage.join(url, shard.path)}: is gone or has changed since it was packed; run the job again"
+                )
     manifest.publish()
     return manifest
 
 
-def _build_all(job: Job, plan: list[list[str]], workers: int) -> Iterator[tuple[int, list[dict]]]:
+def attach(url: str, labels_url: str, group: str) -> Manifest:
+    """Adds the labels of another packed data set to this one as a sidecar group, scene by scene and frame by frame.
+
+    Images and everything else stay untouched; the group gets a manifest of its own (``manifest.<group>.json``), last.
+
+    Args:
+        url: the data set that gets the labels.
+        labels_url: a set with the same scenes, for example of ``occstream label``, or of predictions.
+        group: name, like ``labels-lidar`` or ``pseudo-r1``.
+
+    Returns:
+        The manifest with the sidecar's labels in place of the set's own.
+
+    Raises:
+        ValueError: the name cannot be used or is taken, or the labels lack a scene or frames.
+    """
+    base, other = Manifest.load(url), Manifest.load(labels_url)
+    if not re.fullmatch(r"(labels|pseudo)-[a-z0-9-]{1,40}", group):
+        raise ValueError(f"group {group!r}: call it labels-… or pseudo-… with lower-case letters, digits and '-'")
+    if "labels" not in other.groups:
+        raise ValueError(f"{labels_url}: has no group 'labels', only {', '.join(other.groups)}")
+    numbers = {scene.name: number for number, scene in enumerate(other.scenes)}
+    for scene in base.scenes:
+        if scene.name not in numbers:
+            raise ValueError(f"{labels_url}: has no labels of scene {scene.name}; label it, or attach to a smaller set")
+        have = other.scenes[numbers[scene.name]].frames
+        if have != scene.frames:
+            raise ValueError(f"{labels_url}: has {have} frames of scene {scene.name}, {url} has {scene.frames}")
+    by_number: dict[int, list[SceneEntry]] = {}
+    for scene in base.scenes:
+        by_number.setdefault(scene.shard, []).append(scene)
+    header = {
+        "format": FORMAT_VERSION,
+        "group": group,
+        "source": base.source,
+        "grid": other.grid.to_dict(),
+        "taxonomy": other.taxonomy,
+        "classes": list(other.classes),
+        "labels": other.labels,
+    }
+    reader = ShardReader(other, ("labels",))
+    entries = []
+    for number, scenes in sorted(by_number.items()):
+        target = storage.join(url, shard_path(group, number))
+        digest = hashlib.blake2b(
+            canonical_json([base.fingerprint, other.fingerprint, group]), digest_size=16
+        ).hexdigest()
+        record = _read_record(target)
+        if not (record and record["digest"] == digest and storage.size(target) == record["size"]):
+            with tempfile.TemporaryDirectory(prefix="occstream-") as folder:
+                writer = ShardWriter(Path(folder) / "labels.tar", header)
+                for scene in scenes:
+                    for index in range(scene.frames):
+                        data = reader.raw("labels", numbers[scene.name], index)
+                        writer.add_raw(frame_key(scene.name, index), data)
+                path, frames = writer.close()
+                found = [{"name": s.name, "frames": s.frames, "attributes": s.attributes} for s in scenes]
+                record = _publish_shard(target, path, group, digest, found, {}, frames, replace=record is not None)
+        entries.append(ShardEntry(group, number, record["size"], record["sha256"]))
+    reader.close()
+    joined = dataclasses.replace(
+        base,
+        grid=other.grid,
+        taxonomy=other.taxonomy,
+        classes=other.classes,
+        labels=other.labels,
+        shards=tuple(entries),
+        label_group=group,
+    )
+    joined.publish_sidecar(base.fingerprint)
+    return base.with_sidecar(group)
+
+
+def _build_all(job: Job, plan: list[list[str]], mine: Sequence[int], workers: int) -> Iterator[tuple[int, dict]]:
+    """Builds shards; yields number and what was made, in any order. Few are under way at a time, so memory is bounded."""
+    there = {group: storage.listing(storage.join(job.url, group)) for group in job.groups}
+
+    def published(number: int) -> dict[str, int]:
+        return {g: there[g][n] for g in job.groups if (n := Path(shard_path(g, number)).name) in there[g]}
+
     if workers == 1:
-        for number, scenes in enumerate(plan):
-            yield number, _build(job, number, scenes)
+        for number in mine:
+            yield number, _build(job, number, plan[number], published(number))
         return
     # Not fork: the parent may hold threads (fsspec's event loop, numba).
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(plan)), context, _adopt, (job,)) as pool:
-        futures = {pool.submit(_build_adopted, number, scenes): number for number, scenes in enumerate(plan)}
+    with ProcessPoolExecutor(min(workers, len(mine)), context, _adopt, (job,)) as pool:
+        running: dict[Future, int] = {}
+        waiting = iter(mine)
         try:
-            for future, number in futures.items():
-                yield number, future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            while True:
+                while len(running) < 2 * workers and (number := next(waiting, None)) is not None:
+                    running[pool.submit(_build_adopted, number, plan[number], published(number))] = number
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
+        except BrokenProcessPool:
+            raise ValueError(
+                "a worker process was killed, probably for want of memory: use fewer --workers; what is done is kept"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 _adopted: Job  # of a worker process: a source may be large, so it is sent once, not with every shard
@@ -180,78 +413,137 @@ def _adopt(job: Job) -> None:
     _adopted = job
 
 
-def _build_adopted(number: int, names: Sequence[str]) -> list[dict]:
-    return _build(_adopted, number, names)
+def _build_adopted(number: int, names: Sequence[str], published: dict[str, int]) -> dict:
+    return _build(_adopted, number, names, published)
 
 
-def _build(job: Job, number: int, names: Sequence[str]) -> list[dict]:
-    """Makes (or finds) the tars of one shard number; returns their records, one per group."""
+def _build(job: Job, number: int, names: Sequence[str], published: dict[str, int]) -> dict:
+    """Makes (or finds) the tars of one shard number; returns its scenes, failures, sizes and hashes by group."""
+    try:
+        return _build_shard(job, number, names, published)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free / 2**30
+        raise ValueError(
+            f"{error.strerror} ({free:.1f} GiB free in {folder}, target {job.url}): set TMPDIR to a larger disk, use fewer "
+            "--workers or --scenes-per-shard; what is done is kept"
+        ) from None
+
+
+def _build_shard(job: Job, number: int, names: Sequence[str], published: dict[str, int]) -> dict:
     digest = job.digest(names)
-    done = [_published(job, group, number, digest) for group in job.groups]
-    if all(done):
-        return done
+    urls = {group: storage.join(job.url, shard_path(group, number)) for group in job.groups}
+    records = [_read_record(urls[group]) if group in published else None for group in job.groups]
+    whole = [r and r["digest"] == digest and published[r["group"]] == r["size"] and not r["failed"] for r in records]
+    if all(whole):
+        return _summary(records, skipped=True)
+    if any(records):
+        # It is about to be replaced: from now on a manifest that names it would be wrong.
+        storage.remove(storage.join(job.url, NAME))
     with tempfile.TemporaryDirectory(prefix="occstream-") as folder:
-        writers = {group: _ShardWriter(Path(folder) / f"{group}.tar", job.header(group)) for group in job.groups}
-        entries = []
+        writers = {group: ShardWriter(Path(folder) / f"{group}.tar", job.header(group)) for group in job.groups}
+        entries, failed = [], {}
         for name in names:
+            marks = {group: writer.mark() for group, writer in writers.items()}
             try:
-                scene = job.source.load(name)
-                if job.label:
-                    scene = job.label(scene)
-                if not scene.frames:
-                    raise ValueError("it has no frames")
+                scene = job.prepared(name)
                 for frame in scene.frames:
                     for group, writer in writers.items():
-                        writer.add(frame.key, encode(frame, group))
+                        writer.add(frame.key, job.members(frame, group))
             except Exception as error:
+                if isinstance(error, OSError) and error.errno in _DISK_FULL:
+                    raise
                 reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
-                raise ValueError(f"scene {name} of {job.source.name}: {reason}") from error
+                failed[name] = f"scene {name} of {job.source.name}: {reason}"
+                for group, writer in writers.items():
+                    writer.back_to(marks[group])
+                continue
             entries.append({"name": scene.name, "frames": len(scene.frames), "attributes": scene.attributes})
         records = []
         for group, writer in writers.items():
             path, index = writer.close()
-            record = {
-                "group": group,
-                "digest": digest,
-                "size": path.stat().st_size,
-                "sha256": storage.sha256_file(path),
-                "scenes": entries,
-                "frames": index,
-            }
-            url = storage.join(job.url, shard_path(group, number))
-            storage.publish(path, url)
-            storage.publish(canonical_json(record), url[:-4] + ".json")
-            records.append(record)
-    return records
+            records.append(
+                _publish_shard(urls[group], path, group, digest, entries, failed, index, replace=group in published)
+            )
+    return _summary(records, skipped=False)
 
 
-def _published(job: Job, group: str, number: int, digest: str) -> dict | None:
-    """Record of a shard that is there, whole and made from the same input; else None."""
-    url = storage.join(job.url, shard_path(group, number))
+def _publish_shard(
+    url: str, path: Path, group: str, digest: str, scenes: list, failed: dict, frames: list, *, replace: bool
+) -> dict:
+    """Publishes a tar, then its record, and returns that."""
+    record = {
+        "group": group,
+        "digest": digest,
+        "size": path.stat().st_size,
+        "sha256": storage.sha256_file(path),
+        "scenes": scenes,
+        "failed": failed,
+        "frames": frames,
+    }
+    if replace:
+        storage.remove(url[:-4] + ".json")  # or, after a kill between the two, it would describe the wrong tar
+    storage.publish(path, url)
+    storage.publish(canonical_json(record), url[:-4] + ".json")
+    return record
+
+
+def _summary(records: list[dict], skipped: bool) -> dict:
+    return {
+        "scenes": records[0]["scenes"],
+        "failed": records[0]["failed"],
+        "size": {r["group"]: r["size"] for r in records},
+        "sha256": {r["group"]: r["sha256"] for r in records},
+        "skipped": skipped,
+    }
+
+
+def _read_record(url: str) -> dict | None:
+    """Record of the shard at a URL; None if there is none that can be used."""
     try:
         record = json.loads(storage.read_bytes(url[:-4] + ".json"))
+        return record if {"digest", "size", "sha256", "scenes", "failed", "group"} <= record.keys() else None
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    intact = record["digest"] == digest and storage.size(url) == record["size"]
-    return record if intact else None
 
 
-class _ShardWriter:
+class ShardWriter:
     """Writes one tar; the bytes depend on the members alone."""
 
     def __init__(self, path: Path, header: dict):
         self.path, self.index = path, []
-        self._file = path.open("wb")
+        self._file = path.open("w+b")
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self._write(HEADER, canonical_json(header))
 
     def add(self, key: str, members: list[tuple[str, bytes]]) -> None:
+        """Adds the members of one frame."""
         start = self._file.tell()
         for name, data in members:
             self._write(name, data)
         self.index.append([key, start, self._file.tell() - start])
 
+    def add_raw(self, key: str, data: bytes) -> None:
+        """Adds the members of one frame as another tar has them."""
+        self.index.append([key, self._file.tell(), len(data)])
+        self._file.write(data)
+        self._tar.offset = self._file.tell()
+
+    def mark(self) -> tuple[int, int]:
+        """A place to go back to."""
+        return self._file.tell(), len(self.index)
+
+    def back_to(self, mark: tuple[int, int]) -> None:
+        """Forgets what was added since."""
+        self._file.seek(mark[0])
+        self._file.truncate()
+        self._tar.offset = mark[0]
+        del self.index[mark[1] :]
+
     def close(self) -> tuple[Path, list]:
+        """Path and index (key, offset, length of each frame) of the finished tar."""
         self._tar.close()
         self._file.close()
         return self.path, self.index
@@ -264,79 +556,49 @@ class _ShardWriter:
         info = tarfile.TarInfo(name)  # its defaults: mtime 0, uid 0, mode 0644
         info.size = len(data)
         self._tar.addfile(info, io.BytesIO(data))
+        self._tar.members.clear()  # or it remembers every member
 
 
-def verify(url: str, cache: storage.ShardCache | None = None) -> list[str]:
-    """Checks sizes and hashes of all shards and decodes every frame.
+@dataclass(frozen=True)
+class Estimate:
+    """What a job will need, from scenes that were tried.
 
-    Returns:
-        One line for each problem, naming shard or frame; empty if the data set is intact.
+    Attributes:
+        scenes, shards: exact. ``frames``, ``bytes`` by group, ``seconds`` of one worker: extrapolated from ``tried`` scenes.
     """
-    manifest = Manifest.load(url)
-    problems = []
-    bad: set[int] = set()
-    for shard in manifest.shards:
-        where = storage.join(url, shard.path)
+
+    scenes: int
+    shards: int
+    tried: int
+    frames: float
+    bytes: dict[str, float]
+    seconds: float
+
+
+def estimate(job: Job, tries: int = 3) -> Estimate:
+    """Encodes a few scenes, evenly spaced, and extrapolates; writes nothing. Raises ValueError if all of them fail."""
+    plan = job.plan()
+    names = [name for shard in plan for name in shard]
+    chosen = sorted({round(i * (len(names) - 1) / max(1, tries - 1)) for i in range(tries)})
+    frames, size, tried, seconds, error = 0, dict.fromkeys(job.groups, 0), 0, [], None
+    for number in chosen:
+        began = time.perf_counter()
         try:
-            data = storage.read_bytes(where)
-        except FileNotFoundError:
-            problems.append(f"{where}: missing")
-            bad.add(shard.number)
+            scene = job.prepared(names[number])
+            for frame in scene.frames:
+                for group in job.groups:
+                    size[group] += sum(1024 + len(data) for _, data in job.members(frame, group))
+        except Exception as problem:
+            error = problem
             continue
-        if len(data) != shard.size:
-            problems.append(f"{where}: {len(data)} bytes, the manifest says {shard.size}")
-            bad.add(shard.number)
-        elif hashlib.sha256(data).hexdigest() != shard.sha256:
-            problems.append(f"{where}: content differs from the manifest's SHA-256")
-            bad.add(shard.number)
-    reader = ShardReader(manifest, manifest.groups, cache)
-    for number, scene in enumerate(manifest.scenes):
-        if scene.shard in bad:
-            continue
-        for index in range(scene.frames):
-            try:
-                frame = reader.frame(number, index)
-                if (frame.scene, frame.index) != (scene.name, index):
-                    raise ValueError(f"holds {frame.key} instead of frame {index} of {scene.name}")
-            except (ValueError, FileNotFoundError) as error:
-                problems.append(str(error))
-    reader.close()
-    return problems
-
-
-def inspect(url: str) -> str:
-    """What a data set holds, as text for the terminal."""
-    manifest = Manifest.load(url)
-    frames = manifest.num_frames
-    grid = manifest.grid
-    lines = [
-        f"data set     {url}",
-        f"fingerprint  {manifest.fingerprint}",
-        f"source       {manifest.source}; labels {manifest.labels or 'none'}, taxonomy {manifest.taxonomy} "
-        f"({len(manifest.classes)} classes)",
-        f"grid         {grid.name} {'x'.join(map(str, grid.shape))} voxels of {grid.voxel} m from {grid.lower}, "
-        f"{grid.frame} frame"
-        if grid
-        else "grid         none",
-        f"scenes       {len(manifest.scenes)} with {frames} frames",
-        "",
-        f"{'group':<10} {'shards':>6} {'MB':>10} {'kB/frame':>9}",
-    ]
-    for group in manifest.groups:
-        sizes = [s.size for s in manifest.shards if s.group == group]
-        lines.append(f"{group:<10} {len(sizes):>6} {sum(sizes) / 1e6:>10.2f} {sum(sizes) / 1e3 / max(1, frames):>9.1f}")
-    lines += ["", f"{'scene':<32} {'frames':>6} {'shard':>6}  cameras  points  occupied"]
-    reader = ShardReader(manifest, manifest.groups)
-    for number, scene in enumerate(manifest.scenes[:20]):
-        first = reader.frame(number, 0)
-        cameras = str(len(first.cameras)) if "cameras" in manifest.groups else "-"
-        points = str(len(first.lidar.xyz)) if first.lidar else "-"
-        classes = "+classes" if first.lidar and first.lidar.classes is not None else ""
-        occupied = str(int(first.labels.binary.sum())) if first.labels else "-"
-        lines.append(
-            f"{scene.name:<32} {scene.frames:>6} {scene.shard:>6}  {cameras:>7}  {points}{classes}  {occupied}"
-        )
-    reader.close()
-    if len(manifest.scenes) > 20:
-        lines.append(f"… and {len(manifest.scenes) - 20} more scenes (columns on the right: first frame of each)")
-    return "\n".join(lines)
+        frames += len(scene.frames)
+        tried += 1
+        seconds.append(time.perf_counter() - began)
+    if not tried:
+        raise ValueError(f"all {len(chosen)} scenes that were tried failed; the last, {names[chosen[-1]]}: {error}")
+    share = len(names) / tried
+    # The first scene may have compiled code; where there are others, they tell the rate.
+    rate = sum(seconds[1:]) / (tried - 1) if tried > 1 else seconds[0]
+    return Estimate(
+        len(names), len(plan), tried, frames * share, {g: b * share for g, b in size.items()}, rate * len(names)
+    )

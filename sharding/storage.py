@@ -20,6 +20,7 @@ import fsspec
 T = TypeVar("T")
 TRIES = 6
 BLOCK = 8 << 20
+PART = 32 << 20  # objects beyond twice this are uploaded in parts of it
 
 
 def join(url: str, *parts: str) -> str:
@@ -110,8 +111,30 @@ def size(url: str) -> int | None:
         return None
 
 
+def listing(url: str) -> dict[str, int]:
+    """Bytes by name of the objects directly below a URL; empty if there is nothing."""
+    fs, path = _fs(url)
+    fs.invalidate_cache()
+    try:
+        found = retry(lambda: fs.ls(path, detail=True), url)
+    except FileNotFoundError:
+        return {}
+    return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}
+
+
+def remove(url: str) -> None:
+    """Removes an object; nothing happens if there is none."""
+    fs, path = _fs(url)
+    with contextlib.suppress(FileNotFoundError):
+        retry(lambda: fs.rm_file(path), url)
+
+
 def publish(source: Path | bytes, url: str) -> None:
-    """Makes an object appear under its name complete or not at all (rename on disk; an object store does it itself)."""
+    """Makes an object appear under its name complete or not at all (rename on disk; an object store does it itself).
+
+    Raises:
+        PermissionError, ConnectionError: naming the URL; nothing is there, or what was there before.
+    """
     if is_local(url):
         target = local_path(url)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,9 +165,16 @@ def publish(source: Path | bytes, url: str) -> None:
         if isinstance(source, bytes):
             fs.pipe_file(path, source)
         else:
-            fs.put_file(str(source), path)
+            fs.put_file(str(source), path, chunksize=PART)
+        fs.invalidate_cache()
+        want = len(source) if isinstance(source, bytes) else source.stat().st_size
+        if (got := fs.info(path)["size"]) != want:
+            raise ConnectionError(f"{got} of {want} bytes arrived")
 
-    retry(put, url)
+    try:
+        retry(put, url)
+    except PermissionError as error:
+        raise PermissionError(f"{url}: access denied; check the credentials ({str(error)[:80]})") from None
 
 
 def sha256_file(path: Path) -> str:

@@ -69,6 +69,11 @@ class ShardReader:
         except CorruptSample as error:
             raise CorruptSample(f"shard {entry.shard:06d}: {error}") from None
 
+    def raw(self, group: str, scene: int, index: int) -> bytes:
+        """The bytes of a frame's members in the tar of a group, headers included. Raises as ``frame``."""
+        entry = self.manifest.scenes[scene]
+        return self._read(group, entry.shard, frame_key(entry.name, index))
+
     def close(self) -> None:
         with self._lock:
             for file in self._files.values():

@@ -1,4 +1,5 @@
-"""Rays through a voxel grid (Amanatides and Woo), compiled with numba; positions in voxel units from the lower corner."""
+"""Points, boxes and rays in a voxel grid, compiled with numba. Rays walk as Amanatides and Woo described; their positions
+are in voxel units from the lower corner."""
 
 from __future__ import annotations
 
@@ -110,34 +111,153 @@ def mark_free(seen, origins, ends):
 
 
 @numba.njit(cache=True, nogil=True)
-def visible_from(solid, seen, origin, targets):
-    """Marks voxels whose centre can be seen from a point: all voxels on the way up to and including the first solid one.
+def crosses(solid, origins, ends, slack):
+    """Whether each ray passes a solid voxel before its end.
 
     Args:
         solid: (X, Y, Z) bool.
-        seen: (X, Y, Z) bool, set in place.
-        origin: (3,) float64.
-        targets: (N, 3) float64, points to look at; a ray ends there.
+        origins, ends: (N, 3) float64.
+        slack: voxels; solid voxels nearer than this to the end do not count.
+
+    Returns:
+        (N,) int8: 1 crosses, 0 does not, -1 never enters the grid.
     """
     shape = np.array(solid.shape)
+    out = np.zeros(len(origins), np.int8)
     cell, step = np.zeros(3, np.int64), np.zeros(3, np.int64)
     t_next, t_step = np.zeros(3), np.zeros(3)
-    for i in range(len(targets)):
-        direction = targets[i] - origin
-        near, far, _ = _enter(origin, direction, shape, 1.0)
+    for i in range(len(origins)):
+        direction = ends[i] - origins[i]
+        length = np.sqrt((direction**2).sum())
+        limit = 1.0 - slack / max(length, 1e-9)
+        near, far, _ = _enter(origins[i], direction, shape, limit)
         if near > far:
+            out[i] = -1
             continue
-        _start(origin, direction, shape, near, cell, step, t_next, t_step)
+        _start(origins[i], direction, shape, near, cell, step, t_next, t_step)
         while True:
-            seen[cell[0], cell[1], cell[2]] = True
             if solid[cell[0], cell[1], cell[2]]:
+                out[i] = 1
                 break
             axis = 0 if t_next[0] <= t_next[1] else 1
             if t_next[2] < t_next[axis]:
                 axis = 2
-            if t_next[axis] > 1.0:
+            if t_next[axis] > limit:
                 break
             cell[axis] += step[axis]
             t_next[axis] += t_step[axis]
             if cell[axis] < 0 or cell[axis] >= shape[axis]:
                 break
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def mark_visible(solid, wanted, seen, origin, to_camera, intrinsics, width, height):
+    """Marks what a camera sees: on the way to every voxel centre in its image, all voxels up to the first solid one.
+
+    Args:
+        solid: (X, Y, Z) bool.
+        wanted: (X, Y, Z) bool: of other voxels it does not matter whether they are marked.
+        seen: (X, Y, Z) bool, set in place.
+        origin: (3,) float64 of the camera.
+        to_camera: (3, 4) float64: position in voxel units -> camera axes, metres.
+        intrinsics: (3, 3) float64 pixels.
+        width, height: of the image.
+    """
+    shape = np.array(solid.shape)
+    cell, step = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    t_next, t_step, target = np.zeros(3), np.zeros(3), np.zeros(3)
+    # Rays to the outside of the grid pass nearly everything; few of the inner voxels then need one of their own.
+    for inner in range(2):
+        for i in range(shape[0]):
+            for j in range(shape[1]):
+                for k in range(shape[2]):
+                    edge = i == 0 or j == 0 or k == 0 or i == shape[0] - 1 or j == shape[1] - 1 or k == shape[2] - 1
+                    if edge == (inner == 1) or seen[i, j, k] or (inner == 1 and not wanted[i, j, k]):
+                        continue
+                    target[0], target[1], target[2] = i + 0.5, j + 0.5, k + 0.5
+                    z = to_camera[2, 0] * target[0] + to_camera[2, 1] * target[1] + to_camera[2, 2] * target[2]
+                    z += to_camera[2, 3]
+                    if z <= 0.1:
+                        continue
+                    x = to_camera[0, 0] * target[0] + to_camera[0, 1] * target[1] + to_camera[0, 2] * target[2]
+                    y = to_camera[1, 0] * target[0] + to_camera[1, 1] * target[1] + to_camera[1, 2] * target[2]
+                    x, y = (x + to_camera[0, 3]) / z, (y + to_camera[1, 3]) / z
+                    u = intrinsics[0, 0] * x + intrinsics[0, 1] * y + intrinsics[0, 2]
+                    v = intrinsics[1, 0] * x + intrinsics[1, 1] * y + intrinsics[1, 2]
+                    if u <= -0.5 or u >= width - 0.5 or v <= -0.5 or v >= height - 0.5:
+                        continue
+                    direction = target - origin
+                    near, far, _ = _enter(origin, direction, shape, 1.0)
+                    if near > far:
+                        continue
+                    _start(origin, direction, shape, near, cell, step, t_next, t_step)
+                    while True:
+                        seen[cell[0], cell[1], cell[2]] = True
+                        if solid[cell[0], cell[1], cell[2]]:
+                            break
+                        axis = 0 if t_next[0] <= t_next[1] else 1
+                        if t_next[2] < t_next[axis]:
+                            axis = 2
+                        if t_next[axis] > 1.0:
+                            break
+                        cell[axis] += step[axis]
+                        t_next[axis] += t_step[axis]
+                        if cell[axis] < 0 or cell[axis] >= shape[axis]:
+                            break
+
+
+@numba.njit(cache=True, nogil=True)
+def count_points(xyz, classes, pose, lower, voxel, counts, votes):
+    """Counts points by voxel, and their classes where ``votes`` has room.
+
+    Args:
+        xyz: (N, 3) float32.
+        classes: (N,) uint8; ids beyond ``votes`` do not vote.
+        pose: (3, 4) float64, points -> metres of the grid.
+        lower, voxel: (3,) float64 of the grid.
+        counts: (X, Y, Z) uint16, saturating, in place.
+        votes: (X, Y, Z, K) uint16, saturating, in place; K may be 0.
+    """
+    nx, ny, nz = counts.shape
+    kinds = votes.shape[3]
+    for n in range(len(xyz)):
+        px, py, pz = xyz[n, 0], xyz[n, 1], xyz[n, 2]
+        x = (pose[0, 0] * px + pose[0, 1] * py + pose[0, 2] * pz + pose[0, 3] - lower[0]) / voxel[0]
+        y = (pose[1, 0] * px + pose[1, 1] * py + pose[1, 2] * pz + pose[1, 3] - lower[1]) / voxel[1]
+        z = (pose[2, 0] * px + pose[2, 1] * py + pose[2, 2] * pz + pose[2, 3] - lower[2]) / voxel[2]
+        if x < 0 or y < 0 or z < 0 or x >= nx or y >= ny or z >= nz:
+            continue
+        i, j, k = int(x), int(y), int(z)
+        if counts[i, j, k] < 65535:
+            counts[i, j, k] += 1
+        kind = classes[n]
+        if kind < kinds and votes[i, j, k, kind] < 65535:
+            votes[i, j, k, kind] += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def first_box(points, into_box, half):
+    """The first box that holds each point.
+
+    Args:
+        points: (N, 3) float64.
+        into_box: (B, 3, 4) float64, points -> axes of a box from its centre.
+        half: (B, 3) float64.
+
+    Returns:
+        (N,) int32 number of the box, -1: none.
+    """
+    found = np.full(len(points), -1, np.int32)
+    for n in range(len(points)):
+        x, y, z = points[n, 0], points[n, 1], points[n, 2]
+        for b in range(len(half)):
+            m = into_box[b]
+            if (
+                abs(m[0, 0] * x + m[0, 1] * y + m[0, 2] * z + m[0, 3]) <= half[b, 0]
+                and abs(m[1, 0] * x + m[1, 1] * y + m[1, 2] * z + m[1, 3]) <= half[b, 1]
+                and abs(m[2, 0] * x + m[2, 1] * y + m[2, 2] * z + m[2, 3]) <= half[b, 2]
+            ):
+                found[n] = b
+                break
+    return found

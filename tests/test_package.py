@@ -45,7 +45,9 @@ def test_no_pickle_from_outside():
     for path in FILES:
         text = path.read_text()
         assert "extractall" not in text, path
-        assert "import pickle" not in text, path
+        # One place reads pickles, with a list of what they may name (tests/sharding/test_sources.py tries an evil one).
+        assert "import pickle" not in text or path.name == "rawfiles.py", path
+        assert "pickle.load" not in text, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path

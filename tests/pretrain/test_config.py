@@ -24,7 +24,7 @@ def test_packaged_recipes_are_valid_and_survive_a_round_trip(name):
 def test_recipe_base_and_overrides_are_merged_in_order(tmp_path):
     (tmp_path / "mine.yaml").write_text("base: demo-scratch\ntrain: {lr: 0.5}\n")
     config = load_config(str(tmp_path / "mine.yaml"), ["train.batch=6", "track.tags.note=x y"], stage="finetune")
-    assert (config.train.lr, config.train.batch, config.train.epochs, config.data.scenes) == (0.5, 6, 22, 6)
+    assert (config.train.lr, config.train.batch, config.train.epochs, config.data.scenes) == (0.5, 6, 18, 6)
     assert config.track.tags == {"study": "demo", "arm": "scratch", "note": "x y"}
 
 

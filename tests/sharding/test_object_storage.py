@@ -10,8 +10,8 @@ import s3fs
 from occstream.launch import cli
 from occstream.pretrain.tracking import read_events
 from occstream.sharding import storage
+from occstream.sharding.check import verify
 from occstream.sharding.manifest import Manifest
-from occstream.sharding.pack import verify
 from occstream.sharding.stream import ShardReader
 from tests import objectstore
 from tests.pretrain.small import RECIPE, ROOT, environment, pack_small

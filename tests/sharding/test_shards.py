@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from occstream.sharding import codec, storage
+from occstream.sharding.check import inspect, verify
 from occstream.sharding.codec import CorruptSample, decode, encode
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.manifest import Manifest
-from occstream.sharding.pack import inspect, pack, verify
+from occstream.sharding.pack import pack
 from occstream.sharding.stream import ShardReader
 from tests.sharding.toy import GRID, ToySource, toy_frame
 

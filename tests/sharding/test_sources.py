@@ -7,9 +7,10 @@ import pytest
 import simplejpeg
 
 from occstream.sharding import rawfiles
+from occstream.sharding.check import verify
 from occstream.sharding.codec import GROUPS, decode, encode
 from occstream.sharding.grid import get_grid
-from occstream.sharding.pack import pack, verify
+from occstream.sharding.pack import pack
 from occstream.sharding.schema import IGNORE, TAXONOMIES
 from occstream.sharding.sources import open_source, source_names
 from tests.sharding import layouts

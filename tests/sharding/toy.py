@@ -18,7 +18,10 @@ def toy_frame(scene: str, index: int, seed: int = 0) -> Frame:
     pose = np.eye(4)
     pose[:3, 3] = rng.normal(size=3) * 100
     jpeg = simplejpeg.encode_jpeg(rng.integers(0, 255, (16, 24, 3), np.uint8), 90)
-    camera = Camera(jpeg, 24, 16, np.diag([20.0, 20.0, 1]), np.eye(4), pose + 0.25, 10**15 + index, (0.1,))
+    later = pose.copy()
+    later[0, 3] += 0.25
+    intrinsics = np.array([[20.0, 0, 11.5], [0, 20, 7.5], [0, 0, 1]])
+    camera = Camera(jpeg, 24, 16, intrinsics, np.eye(4), later, 10**15 + index, (0.1,))
     n = int(rng.integers(0, 50))
     sweep = LidarSweep(
         xyz=rng.normal(size=(n, 3)).astype(np.float32),

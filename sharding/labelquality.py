@@ -1,0 +1,166 @@
+"""How good generated labels are, measured by sweeps that were left out when they were made.
+
+A sweep that took no part is a test: its returns should lie in occupied voxels, and its rays should cross none before
+they end. The baseline is what a single sweep gives: the nearest one that was kept, voxelised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from occstream.sharding.grid import VoxelGrid
+from occstream.sharding.labels import LabelConfig, label_scene, sweep_to_grid
+from occstream.sharding.schema import LidarSweep, Scene, Taxonomy
+from occstream.sharding.voxelrays import crosses
+
+SLACK = 1.0  # voxels before its end in which a ray may touch what it hits (grazing a surface)
+
+
+@dataclass
+class Score:
+    """Counts over held-out sweeps.
+
+    Attributes:
+        returns: inside the grid; ``hits`` of them in occupied voxels, ``unknown`` in unseen ones.
+        rays: that enter the grid; ``crossing`` of them pass an occupied voxel before they end.
+    """
+
+    returns: int = 0
+    hits: int = 0
+    unknown: int = 0
+    rays: int = 0
+    crossing: int = 0
+
+    @property
+    def hit_share(self) -> float:
+        return self.hits / max(1, self.returns)
+
+    @property
+    def crossing_share(self) -> float:
+        return self.crossing / max(1, self.rays)
+
+
+@dataclass
+class Quality:
+    """Scores of the labels and of the single-sweep baseline; IoU against exact truth where the source brings it.
+
+    Attributes:
+        truth: (intersection, union) of occupied voxels within what was observed, of labels and of the baseline.
+    """
+
+    labels: Score = field(default_factory=Score)
+    single: Score = field(default_factory=Score)
+    truth: np.ndarray = field(default_factory=lambda: np.zeros((2, 2), np.int64))
+    sweeps: int = 0
+
+    def add(self, other: Quality) -> None:
+        """Adds the counts of another scene."""
+        for mine, its in ((self.labels, other.labels), (self.single, other.single)):
+            for f in dataclasses.fields(Score):
+                setattr(mine, f.name, getattr(mine, f.name) + getattr(its, f.name))
+        self.truth = self.truth + other.truth
+        self.sweeps += other.sweeps
+
+    def table(self) -> str:
+        """For the terminal."""
+        lines = [
+            f"{self.sweeps} sweeps left out",
+            f"{'':<28} {'aggregated':>12} {'single sweep':>12}",
+            f"{'returns in occupied voxels':<28} {_percent(self.labels.hit_share)} {_percent(self.single.hit_share)}",
+            f"{'returns in unseen voxels':<28} {_percent(self.labels.unknown / max(1, self.labels.returns))} {'-':>12}",
+            f"{'rays that cross occupied':<28} {_percent(self.labels.crossing_share)} {_percent(self.single.crossing_share)}",
+        ]
+        if self.truth[0, 1]:
+            shares = [_percent(i / max(1, u)) for i, u in self.truth]
+            lines.append(f"{'IoU with exact truth':<28} {shares[0]} {shares[1]}")
+        return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:>10.2f} %"
+
+
+def measure(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: LabelConfig, every: int = 4) -> Quality:
+    """Leaves every n-th key sweep out of the aggregation and tests the labels of its frame with it.
+
+    Args:
+        scene: at least two frames with LiDAR. If its frames bring labels, these are taken as exact truth.
+        every: of n consecutive key-frames one is left out; each takes its turn, so labels are made n times.
+
+    Raises:
+        ValueError: fewer than two frames, or ``every`` below 2.
+    """
+    count = len(scene.frames)
+    if count < 2 or every < 2:
+        raise ValueError(f"scene {scene.name}: needs at least 2 frames (has {count}) and every >= 2 (is {every})")
+    every = min(every, count)
+    quality = Quality()
+    for turn in range(every):
+        held = range(turn, count, every)
+        frames = [
+            dataclasses.replace(f, lidar=_emptied(f.lidar)) if i in held else f for i, f in enumerate(scene.frames)
+        ]
+        made = label_scene(dataclasses.replace(scene, frames=frames), grid, taxonomy, config)
+        for i in held:
+            original = scene.frames[i]
+            near = min(
+                (s for j, f in enumerate(frames) if j not in held for s in (*f.sweeps, f.lidar)), key=_from(original)
+            )
+            pose = sweep_to_grid(original, near, grid)
+            index, inside = grid.to_index(
+                near.xyz[_own(near, config)].astype(np.float64) @ pose[:3, :3].T + pose[:3, 3]
+            )
+            single = np.zeros(grid.shape, bool)
+            single[tuple(index[inside].T)] = True
+            labels = made.frames[i].labels
+            _score(quality.labels, original, labels.binary, labels.mask_lidar, grid, config)
+            _score(quality.single, original, single, None, grid, config)
+            quality.sweeps += 1
+            if original.labels is not None:
+                truth = original.labels.binary
+                for row, found in enumerate((labels.binary, single)):
+                    quality.truth[row] += [
+                        (found & truth & labels.mask_lidar).sum(), ((found | truth) & labels.mask_lidar).sum()
+                    ]  # fmt: skip
+    return quality
+
+
+def _from(frame):
+    """Distance of a sweep from a frame: in time, or in place where there is no time."""
+    if frame.timestamp is None:
+        return lambda sweep: np.linalg.norm(sweep.ego_to_global[:3, 3] - frame.ego_to_global[:3, 3])
+    return lambda sweep: abs(sweep.timestamp - frame.timestamp)
+
+
+def _own(sweep: LidarSweep, config: LabelConfig) -> np.ndarray:
+    ego = sweep.xyz.astype(np.float64) @ sweep.sensor_to_ego[:3, :3].T + sweep.sensor_to_ego[:3, 3]
+    low, high = np.array(config.vehicle[:3]), np.array(config.vehicle[3:])
+    return np.isfinite(ego).all(1) & ~((ego > low) & (ego < high)).all(1)
+
+
+def _score(
+    score: Score, frame, occupied: np.ndarray, observed: np.ndarray | None, grid: VoxelGrid, config: LabelConfig
+):
+    sweep = frame.lidar
+    pose = sweep_to_grid(frame, sweep, grid)
+    ends = sweep.xyz[_own(sweep, config)].astype(np.float64) @ pose[:3, :3].T + pose[:3, 3]
+    index, inside = grid.to_index(ends)
+    at = tuple(index[inside].T)
+    score.returns += int(inside.sum())
+    score.hits += int(occupied[at].sum())
+    if observed is not None:
+        score.unknown += int((~observed[at]).sum())
+    lower, voxel = np.array(grid.lower), np.array(grid.voxel)
+    origin = (pose[:3, 3] - lower) / voxel
+    ends = (ends - lower) / voxel
+    found = crosses(occupied, np.broadcast_to(origin, ends.shape).copy(), ends, SLACK)
+    score.rays += int((found >= 0).sum())
+    score.crossing += int((found == 1).sum())
+
+
+def _emptied(sweep: LidarSweep) -> LidarSweep:
+    names = ("xyz", "intensity", "ring", "time_lag", "classes", "moving")
+    return dataclasses.replace(sweep, **{n: v[:0] for n in names if (v := getattr(sweep, n)) is not None})
