@@ -32,7 +32,7 @@ from occstream.sharding.schema import (
     get_taxonomy,
     sweep_to_key_ego,
 )
-from occstream.sharding.voxelrays import count_points, first_box, mark_free, mark_visible
+from occstream.sharding.voxelrays import count_points, first_box, mark_free, mark_visible, place_returns
 
 VERSION = "lidar-2"
 TILE = 16.0  # metres: edge of the squares that the static cloud is sorted by
@@ -128,19 +128,19 @@ def label_scene(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: Label
         for xyz, classes, pose in clouds.seen_by(number, frame, to_grid, grid):
             count_points(xyz, classes, np.ascontiguousarray(pose[:3]), lower, voxel, counts, votes)
         occupied = counts >= config.min_points
-        passed = np.zeros(grid.shape, np.uint16)
+        passed = np.zeros(grid.shape, bool)
         for sweep, xyz in _rays(scene, number, config):
-            pose = sweep_to_grid(frame, sweep, grid)
-            ends = (_apply(pose, xyz.astype(np.float64)) - lower) / voxel
-            mark_free(passed, np.broadcast_to((pose[:3, 3] - lower) / voxel, ends.shape), ends)
+            pose = sweep_to_grid(frame, sweep, grid)[:3]
+            pose[:, 3] -= lower
+            mark_free(passed, xyz, pose / voxel[:, None])
         semantic = None
         if clouds.with_classes:
-            semantic = np.where(passed > 0, taxonomy.free_id, IGNORE).astype(np.uint8)
+            semantic = np.where(passed, taxonomy.free_id, IGNORE).astype(np.uint8)
             found = votes[occupied]
             semantic[occupied] = np.where(found.any(1), found.argmax(1), IGNORE)
         if config.dilation:
-            occupied, semantic = _dilate(occupied, semantic, passed == 0, config.dilation)
-        observed = occupied | (passed > 0)
+            occupied, semantic = _dilate(occupied, semantic, ~passed, config.dilation)
+        observed = occupied | passed
         seen = _camera_mask(frame, occupied, observed, grid) & observed if frame.cameras else None
         frames.append(dataclasses.replace(frame, labels=Labels(occupied, semantic, observed, seen)))
     return dataclasses.replace(scene, frames=frames)
@@ -179,16 +179,18 @@ class _Clouds:
             yield self.xyz[part], self.classes[part], to_grid
         yield *self.own[number], to_grid
         if frame.boxes is not None:
-            _, names, poses, _ = _box_poses(frame.boxes, frame.ego_to_global, frame.key)
-            for track, pose in zip(names, poses):
+            here = np.linalg.inv(self.to_global) @ frame.ego_to_global
+            _, owners, poses, _ = _box_poses(frame.boxes, here, frame.key)
+            for track, pose in zip(owners, poses):
                 if track in self.tracks:
-                    yield *self.tracks[track], to_grid @ np.linalg.inv(self.to_global) @ pose
+                    yield *self.tracks[track], to_grid @ pose
 
 
 def _gather(scene: Scene, taxonomy: Taxonomy, config: LabelConfig) -> _Clouds:
     to_global = scene.frames[0].ego_to_global
     from_global = np.linalg.inv(to_global)
-    things = [taxonomy.id(c) for c in taxonomy.things]
+    thing = np.zeros(256, bool)
+    thing[[taxonomy.id(c) for c in taxonomy.things]] = True
     with_classes = any(s.classes is not None for f in scene.frames for s in (*f.sweeps, f.lidar))
     static, own = [], []
     tracks: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
@@ -196,25 +198,23 @@ def _gather(scene: Scene, taxonomy: Taxonomy, config: LabelConfig) -> _Clouds:
         before = scene.frames[number - 1] if number else None
         for sweep in (*frame.sweeps, frame.lidar):
             boxes = frame.boxes if sweep is frame.lidar else _boxes_at(before, frame, sweep.timestamp)
-            ego, keep = _returns(sweep, config)
-            classes = np.full(len(keep), IGNORE, np.uint8) if sweep.classes is None else sweep.classes
-            classes = classes[keep]
+            local, keep = _returns(sweep, from_global @ sweep.ego_to_global @ sweep.sensor_to_ego, config)
+            classes = np.full(len(local), IGNORE, np.uint8) if sweep.classes is None else sweep.classes[keep]
             # A road user that no box covers has moved by the next frame, unless the data set says that it stood.
-            mover = np.isin(classes, things) if sweep.moving is None else sweep.moving[keep]
-            world = _apply(sweep.ego_to_global, ego)
+            mover = thing[classes] if sweep.moving is None else sweep.moving[keep]
             if boxes is not None and len(boxes.boxes):
-                names, owners, poses, half = _box_poses(boxes, frame.ego_to_global, frame.key)
+                names, owners, poses, half = _box_poses(boxes, from_global @ frame.ego_to_global, frame.key)
                 inverse = np.linalg.inv(poses)
-                inside = first_box(world, np.ascontiguousarray(inverse[:, :3]), half + config.box_margin)
-                for box in np.unique(inside[inside >= 0]):
-                    chosen = inside == box
+                inside = first_box(local, np.ascontiguousarray(inverse[:, :3]), half + config.box_margin)
+                hit = np.flatnonzero(inside >= 0)
+                for box in np.unique(inside[hit]):
+                    chosen = hit[inside[hit] == box]
                     kinds = classes[chosen]
                     if with_classes and names[box] in taxonomy.classes:
                         kinds[kinds == IGNORE] = taxonomy.id(names[box])
-                    tracks[owners[box]].append((_apply(inverse[box], world[chosen]).astype(np.float32), kinds))
+                    tracks[owners[box]].append((_apply(inverse[box], local[chosen]).astype(np.float32), kinds))
                 left = inside < 0
-                world, classes, mover = world[left], classes[left], mover[left]
-            local = _apply(from_global, world).astype(np.float32)
+                local, classes, mover = local[left], classes[left], mover[left]
             static.append((local[~mover], classes[~mover]))
             if sweep is frame.lidar:
                 own.append((local[mover], classes[mover]))
@@ -240,14 +240,10 @@ def _join(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.nd
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
-def _returns(sweep: LidarSweep, config: LabelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 3) float64 of a sweep's returns in the ego frame at its time, without the vehicle itself; (M,) bool which."""
-    ego = _apply(sweep.sensor_to_ego, sweep.xyz.astype(np.float64))
+def _returns(sweep: LidarSweep, pose: np.ndarray, config: LabelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(M, 3) float32 of a sweep's returns moved by a pose, without the vehicle itself; (N,) bool which are left."""
     low, high = np.array(config.vehicle[:3]), np.array(config.vehicle[3:])
-    keep = np.isfinite(ego).all(1) & ~((ego > low) & (ego < high)).all(1)
-    if config.max_range:
-        keep &= (sweep.xyz.astype(np.float64) ** 2).sum(1) <= config.max_range**2
-    return ego[keep], keep
+    return place_returns(sweep.xyz, sweep.sensor_to_ego[:3].copy(), pose[:3].copy(), low, high, config.max_range)
 
 
 def _rays(scene: Scene, number: int, config: LabelConfig) -> Iterator[tuple[LidarSweep, np.ndarray]]:
@@ -296,15 +292,16 @@ def _camera_mask(frame: Frame, solid: np.ndarray, wanted: np.ndarray, grid: Voxe
     return seen
 
 
-def _box_poses(boxes: Boxes, ego_to_global: np.ndarray, key: str):
-    """Of all boxes: class names; tracks (a box without one is one of its own); (B, 4, 4) box -> global; (B, 3) half sizes."""
+def _box_poses(boxes: Boxes, from_ego: np.ndarray, key: str):
+    """Of all boxes: class names; tracks (a box without one is one of its own); (B, 4, 4) box -> where ``from_ego`` leads;
+    (B, 3) half sizes."""
     rows = boxes.boxes.astype(np.float64)
     poses = np.zeros((len(rows), 4, 4))
     cos, sin = np.cos(rows[:, 6]), np.sin(rows[:, 6])
     poses[:, 0, 0], poses[:, 0, 1], poses[:, 1, 0], poses[:, 1, 1] = cos, -sin, sin, cos
     poses[:, 2, 2], poses[:, 3, 3], poses[:, :3, 3] = 1, 1, rows[:, :3]
     owners = [track or f"{key}/{i}" for i, track in enumerate(boxes.track_ids)]
-    return boxes.names, owners, ego_to_global @ poses, rows[:, 3:6] / 2
+    return boxes.names, owners, from_ego @ poses, rows[:, 3:6] / 2
 
 
 def _boxes_at(before: Frame | None, frame: Frame, timestamp: int) -> Boxes | None:

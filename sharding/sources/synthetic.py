@@ -347,14 +347,15 @@ class Synthetic:
 
         def seen(views: list[tuple]) -> np.ndarray:
             """Voxels that a ray passes, and those it ends in: where it grazes something solid it still sees it."""
-            passed = np.zeros(grid.shape, np.uint16)
+            passed = np.zeros(grid.shape, bool)
             for origin, points in views:
                 ends = (points @ to_grid[:3, :3].T + to_grid[:3, 3] - lower) / voxel
                 start = (to_grid[:3, :3] @ origin + to_grid[:3, 3] - lower) / voxel
-                mark_free(passed, np.broadcast_to(start, ends.shape), ends)
+                pose = np.hstack([np.eye(3), start[:, None]])
+                mark_free(passed, (ends - start).astype(np.float32), pose)
                 last = np.floor(ends).astype(np.int64)
-                passed[tuple(last[((last >= 0) & (last < grid.shape)).all(1)].T)] = 1
-            return passed > 0
+                passed[tuple(last[((last >= 0) & (last < grid.shape)).all(1)].T)] = True
+            return passed
 
         return Labels(binary, semantic, seen([returns]) if returns else None, seen(looks))
 
