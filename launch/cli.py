@@ -156,6 +156,7 @@ def _job_arguments(p: argparse.ArgumentParser) -> None:
         made.add_argument(
             flag, type=type(default), default=default, help=f"{text.split(':', 1)[1].strip()} ({default})"
         )
+    made.add_argument("--no-level", action="store_true", help="trust the height and tilt of the poses")
 
 
 def _opened(args):
@@ -179,7 +180,7 @@ def _label_config(args):
     from occstream.sharding.labels import LabelConfig
 
     names = ("min_points", "dilation", "max_range", "ray_frames", "max_rays")
-    return LabelConfig(**{name: getattr(args, name) for name in names})
+    return LabelConfig(**{name: getattr(args, name) for name in names}, level=not args.no_level)
 
 
 def _shard(args) -> int:

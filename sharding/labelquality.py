@@ -13,10 +13,11 @@ import numpy as np
 
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.labels import LabelConfig, label_scene, sweep_to_grid
+from occstream.sharding.levelling import level
 from occstream.sharding.schema import LidarSweep, Scene, Taxonomy
-from occstream.sharding.voxelrays import crosses
+from occstream.sharding.voxelrays import crossings
 
-SLACK = 1.0  # voxels before its end in which a ray may touch what it hits (grazing a surface)
+SLACK = 1.0  # metres before its end in which a ray may touch what it hits
 
 
 @dataclass
@@ -25,7 +26,9 @@ class Score:
 
     Attributes:
         returns: inside the grid; ``hits`` of them in occupied voxels, ``unknown`` in unseen ones.
-        rays: that enter the grid; ``crossing`` of them pass an occupied voxel before they end.
+        rays: that enter the grid; ``crossing`` of them pass an occupied voxel more than ``SLACK`` before they end. A ray
+            that comes in flat over the road passes the road's own voxels for metres, so this is never near zero.
+        passed: voxels that the rays pass, once for each ray; ``wrong`` of these are occupied.
     """
 
     returns: int = 0
@@ -33,6 +36,8 @@ class Score:
     unknown: int = 0
     rays: int = 0
     crossing: int = 0
+    passed: int = 0
+    wrong: int = 0
 
     @property
     def hit_share(self) -> float:
@@ -41,6 +46,10 @@ class Score:
     @property
     def crossing_share(self) -> float:
         return self.crossing / max(1, self.rays)
+
+    @property
+    def wrong_share(self) -> float:
+        return self.wrong / max(1, self.passed)
 
 
 @dataclass
@@ -72,6 +81,7 @@ class Quality:
             f"{'returns in occupied voxels':<28} {_percent(self.labels.hit_share)} {_percent(self.single.hit_share)}",
             f"{'returns in unseen voxels':<28} {_percent(self.labels.unknown / max(1, self.labels.returns))} {'-':>12}",
             f"{'rays that cross occupied':<28} {_percent(self.labels.crossing_share)} {_percent(self.single.crossing_share)}",
+            f"{'passed voxels occupied':<28} {_percent(self.labels.wrong_share)} {_percent(self.single.wrong_share)}",
         ]
         if self.truth[0, 1]:
             shares = [_percent(i / max(1, u)) for i, u in self.truth]
@@ -96,6 +106,8 @@ def measure(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: LabelConf
     count = len(scene.frames)
     if count < 2 or every < 2:
         raise ValueError(f"scene {scene.name}: needs at least 2 frames (has {count}) and every >= 2 (is {every})")
+    if config.level:  # poses are an input: corrected with all sweeps, as in a real run
+        scene, config = level(scene), dataclasses.replace(config, level=False)
     every = min(every, count)
     quality = Quality()
     for turn in range(every):
@@ -156,9 +168,11 @@ def _score(
     lower, voxel = np.array(grid.lower), np.array(grid.voxel)
     origin = (pose[:3, 3] - lower) / voxel
     ends = (ends - lower) / voxel
-    found = crosses(occupied, np.broadcast_to(origin, ends.shape).copy(), ends, SLACK)
-    score.rays += int((found >= 0).sum())
-    score.crossing += int((found == 1).sum())
+    found = crossings(occupied, origin, ends, SLACK / min(grid.voxel))
+    score.rays += int((found[:, 0] > 0).sum())
+    score.crossing += int((found[:, 1] > 0).sum())
+    score.passed += int(found[:, 0].sum())
+    score.wrong += int(found[:, 1].sum())
 
 
 def _emptied(sweep: LidarSweep) -> LidarSweep:

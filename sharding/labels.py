@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from occstream.sharding.codec import canonical_json
 from occstream.sharding.grid import VoxelGrid
+from occstream.sharding.levelling import level
 from occstream.sharding.schema import (
     IGNORE,
     Boxes,
@@ -49,6 +50,7 @@ class LabelConfig:
         box_margin: metres by which boxes are grown when points are assigned to them.
         ray_frames: rays of so many key-frames before and after a frame tell what is free in it.
         max_rays: at most about so many rays for a frame, beside those of its own sweep, spread evenly over all.
+        level: correct height and tilt of the poses by the ground, before anything is gathered (see ``levelling``).
         vehicle: (x, y, z low; x, y, z high) metres, ego frame: returns from there are the vehicle itself.
 
     Raises:
@@ -61,6 +63,7 @@ class LabelConfig:
     box_margin: float = 0.1
     ray_frames: int = 10
     max_rays: int = 400_000
+    level: bool = True
     vehicle: tuple[float, float, float, float, float, float] = (-1.2, -1.2, -0.5, 4.0, 1.2, 2.3)
 
     def __post_init__(self):
@@ -118,6 +121,7 @@ def label_scene(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: Label
             raise ValueError(
                 f"frame {frame.key} has no LiDAR sweep, so no labels can be made; leave its scene out or use --labels none"
             )
+    original, scene = scene, level(scene) if config.level else scene
     clouds = _gather(scene, taxonomy, config)
     frames = []
     for number, frame in enumerate(scene.frames):
@@ -142,8 +146,8 @@ def label_scene(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: Label
             occupied, semantic = _dilate(occupied, semantic, ~passed, config.dilation)
         observed = occupied | passed
         seen = _camera_mask(frame, occupied, observed, grid) & observed if frame.cameras else None
-        frames.append(dataclasses.replace(frame, labels=Labels(occupied, semantic, observed, seen)))
-    return dataclasses.replace(scene, frames=frames)
+        frames.append(dataclasses.replace(original.frames[number], labels=Labels(occupied, semantic, observed, seen)))
+    return dataclasses.replace(original, frames=frames)
 
 
 @dataclass

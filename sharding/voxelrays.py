@@ -140,34 +140,32 @@ def mark_free(passed, xyz, pose):
 
 
 @numba.njit(cache=True, nogil=True)
-def crosses(solid, origins, ends, slack):
-    """Whether each ray passes a solid voxel before its end.
+def crossings(solid, origin, ends, slack):
+    """What rays meet before their ends.
 
     Args:
         solid: (X, Y, Z) bool.
-        origins, ends: (N, 3) float64.
-        slack: voxels; solid voxels nearer than this to the end do not count.
+        origin: (3,) float64.
+        ends: (N, 3) float64.
+        slack: voxels; the last part of each ray, of this length, is not looked at.
 
     Returns:
-        (N,) int8: 1 crosses, 0 does not, -1 never enters the grid.
+        (N, 2) int64: voxels passed, and solid ones among them.
     """
     shape = np.array(solid.shape)
-    out = np.zeros(len(origins), np.int8)
+    out = np.zeros((len(ends), 2), np.int64)
     cell, step = np.zeros(3, np.int64), np.zeros(3, np.int64)
     t_next, t_step = np.zeros(3), np.zeros(3)
-    for i in range(len(origins)):
-        direction = ends[i] - origins[i]
-        length = np.sqrt((direction**2).sum())
-        limit = 1.0 - slack / max(length, 1e-9)
-        near, far, _ = _enter(origins[i], direction, shape, limit)
+    for i in range(len(ends)):
+        direction = ends[i] - origin
+        limit = 1.0 - slack / max(np.sqrt((direction**2).sum()), 1e-9)
+        near, far, _ = _enter(origin, direction, shape, limit)
         if near > far:
-            out[i] = -1
             continue
-        _start(origins[i], direction, shape, near, cell, step, t_next, t_step)
+        _start(origin, direction, shape, near, cell, step, t_next, t_step)
         while True:
-            if solid[cell[0], cell[1], cell[2]]:
-                out[i] = 1
-                break
+            out[i, 0] += 1
+            out[i, 1] += solid[cell[0], cell[1], cell[2]]
             axis = 0 if t_next[0] <= t_next[1] else 1
             if t_next[2] < t_next[axis]:
                 axis = 2

@@ -1,0 +1,102 @@
+"""Corrects the height and tilt of ego poses by the ground that neighbouring key-frames both see.
+
+nuScenes' poses have no height (nuscenes-devkit issue 721): on a slope, sweeps drift apart by decimetres within a second,
+and aggregated roads become thick. Each key-frame's ground is laid onto that of the frames before it: a robust fit of one
+plane through the differences of the two height maps. Poses that are right already stay as they are, to centimetres.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from occstream.sharding.schema import LidarSweep, Scene
+
+CELL = 1.0  # metres: edge of the cells of the height maps
+NEAR, FAR = 3.0, 30.0  # metres from the vehicle: where ground is looked for
+FLAT = 0.15  # metres: a cell of ground has its points within this height
+FEWEST = 60  # cells that two frames must share; else the last correction is kept
+KEPT = 4  # frames whose ground the next one is laid onto
+
+
+def level(scene: Scene) -> Scene:
+    """The scene with corrected ``ego_to_global`` of frames, sweeps and cameras; everything else is unchanged."""
+    fix, before = np.eye(4), None
+    earlier: deque[dict[tuple[int, int], float]] = deque(maxlen=KEPT)
+    frames = []
+    for frame in scene.frames:
+        last = fix
+        ground = _ground(frame.lidar, fix) if frame.lidar is not None else {}
+        fix = _step(ground, earlier, (fix @ frame.ego_to_global)[:3, 3]) @ fix
+        earlier.append(_ground(frame.lidar, fix) if frame.lidar is not None else {})
+
+        def between(sweep: LidarSweep, last=last, fix=fix, frame=frame, before=before) -> np.ndarray:
+            """Sweeps drift from one key-frame's height to the next one's."""
+            if before is None or frame.timestamp is None or frame.timestamp == before.timestamp:
+                return fix
+            share = np.clip((sweep.timestamp - before.timestamp) / (frame.timestamp - before.timestamp), 0, 1)
+            return last + share * (fix - last)  # the tilts are so small that the mean of rotations is one
+
+        frames.append(
+            dataclasses.replace(
+                frame,
+                ego_to_global=fix @ frame.ego_to_global,
+                lidar=_moved(frame.lidar, fix) if frame.lidar is not None else None,
+                sweeps=[_moved(sweep, between(sweep)) for sweep in frame.sweeps],
+                cameras={name: _moved(camera, fix) for name, camera in frame.cameras.items()},
+            )
+        )
+        before = frame
+    return dataclasses.replace(scene, frames=frames)
+
+
+def _moved(part, fix: np.ndarray):
+    """A sweep or camera with a corrected ego pose."""
+    return dataclasses.replace(part, ego_to_global=fix @ part.ego_to_global)
+
+
+def _ground(sweep: LidarSweep, fix: np.ndarray) -> dict[tuple[int, int], float]:
+    """Height of flat cells around the vehicle, by cell, in the (corrected) global frame."""
+    ego = sweep.xyz.astype(np.float64) @ sweep.sensor_to_ego[:3, :3].T + sweep.sensor_to_ego[:3, 3]
+    far = np.hypot(ego[:, 0], ego[:, 1])
+    with np.errstate(invalid="ignore"):
+        ego = ego[(far > NEAR) & (far < FAR) & (np.abs(ego[:, 2]) < 0.1 * far + 0.5)]
+    if not len(ego):
+        return {}
+    pose = fix @ sweep.ego_to_global
+    points = ego @ pose[:3, :3].T + pose[:3, 3]
+    cell = np.floor(points[:, :2] / CELL).astype(np.int64)
+    order = np.lexsort((points[:, 2], cell[:, 1], cell[:, 0]))
+    cell, height = cell[order], points[order, 2]
+    first = np.flatnonzero(np.append(True, (cell[1:] != cell[:-1]).any(1)))
+    last = np.append(first[1:], len(cell)) - 1
+    flat = (height[last] - height[first] < FLAT) & (last - first >= 2)
+    return dict(zip(map(tuple, cell[first[flat]].tolist()), height[(first + last) // 2][flat].tolist()))
+
+
+def _step(ground: dict, earlier: deque[dict], at: np.ndarray) -> np.ndarray:
+    """(4, 4): the motion about a place that lays a height map onto earlier ones; the identity if they share too little."""
+    known: dict[tuple[int, int], float] = {}
+    for one in earlier:
+        known |= one
+    shared = [cell for cell in ground if cell in known]
+    if len(shared) < FEWEST:
+        return np.eye(4)
+    x = (np.array(shared) + 0.5) * CELL - at[:2]
+    terms = np.concatenate([np.ones((len(x), 1)), x], 1)
+    gap = np.array([known[c] - ground[c] for c in shared])
+    # Least squares whose outliers lose their weight (Geman-McClure); from the median, which outliers do not move far.
+    solved, scale = np.array([np.median(gap), 0.0, 0.0]), 0.15
+    for _ in range(10):
+        weight = 1 / (1 + ((gap - terms @ solved) / scale) ** 2)
+        solved = np.linalg.lstsq(terms * weight[:, None], gap * weight, rcond=None)[0]
+        scale = max(0.05, scale * 0.8)
+    shift, tilt_x, tilt_y = solved
+    motion, to, back = np.eye(4), np.eye(4), np.eye(4)
+    motion[:3, :3] = Rotation.from_rotvec([tilt_y, -tilt_x, 0]).as_matrix()
+    motion[2, 3] = shift
+    to[:3, 3], back[:3, 3] = -at, at
+    return back @ motion @ to
