@@ -270,11 +270,11 @@ def _describe(job: Job) -> dict:
 
 def _publish(url: str, outcomes: list[dict]) -> Manifest:
     scenes, entries, failed = [], [], []
+    about = outcomes[0]["description"]
     for made in sorted((s for o in outcomes for s in o["shards"]), key=lambda s: s["number"]):
         scenes += [SceneEntry(s["name"], s["frames"], made["number"], s["attributes"]) for s in made["scenes"]]
-        entries += [ShardEntry(g, made["number"], made["size"][g], made["sha256"][g]) for g in made["size"]]
+        entries += [ShardEntry(g, made["number"], made["size"][g], made["sha256"][g]) for g in about["groups"]]
         failed += sorted(made["failed"])
-    about = outcomes[0]["description"]
     manifest = Manifest(
         url=url,
         source=about["source"],
