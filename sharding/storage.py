@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -19,6 +20,7 @@ import fsspec
 
 T = TypeVar("T")
 TRIES = 6
+PAUSE = 0.2  # seconds before the second try; doubles with each
 BLOCK = 8 << 20
 PART = 32 << 20  # objects beyond twice this are uploaded in parts of it
 
@@ -39,7 +41,15 @@ def local_path(url: str) -> Path:
 def _fs(url: str) -> tuple[Any, str]:
     if not is_local(url) and not re.match(r"[a-z0-9]+://", url):
         raise ValueError(f"{url!r}: not a path, file:// or s3:// URL")
-    return fsspec.core.url_to_fs(url if not is_local(url) else str(local_path(url)))
+    if is_local(url):
+        return fsspec.core.url_to_fs(str(local_path(url)))
+    if not url.startswith("s3://"):
+        return fsspec.core.url_to_fs(url)
+    # Three layers would each retry, and a dead store would take minutes to notice: ``retry`` is the one that waits.
+    timeouts = {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 1}}
+    fs, path = fsspec.core.url_to_fs(url, config_kwargs=timeouts)
+    fs.retries = 2
+    return fs, path
 
 
 def _transient(error: BaseException) -> bool:
@@ -48,17 +58,19 @@ def _transient(error: BaseException) -> bool:
         return False
     if isinstance(error, (TimeoutError, ConnectionError)):
         return True
+    if isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT):
+        return True  # what s3fs makes of SlowDown and InternalError
     code = getattr(error, "response", None)
     if isinstance(code, dict):
         status = code.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return status >= 500 or status == 429
     text = f"{type(error).__name__} {error}"
     return bool(
-        re.search(r"SlowDown|Timeout|timed out|Connection|reset|Server|ClientPayload|50[0234]|InternalError", text)
+        re.search(r"SlowDown|IncompleteBody|BadDigest|Unavailable|Timeout|timed out|Connection|reset|Server|ClientPayload|50[0234]|InternalError", text)
     )
 
 
-def retry(work: Callable[[], T], what: str, tries: int = TRIES, base: float = 0.2) -> T:
+def retry(work: Callable[[], T], what: str, tries: int = TRIES) -> T:
     """Calls ``work`` until it succeeds; exponential back-off with jitter between transient failures.
 
     Raises:
@@ -74,7 +86,7 @@ def retry(work: Callable[[], T], what: str, tries: int = TRIES, base: float = 0.
                 raise ConnectionError(
                     f"{what}: still failing after {tries} tries ({type(error).__name__}: {str(error)[:200]})"
                 ) from error
-            time.sleep(base * 2**attempt * random.uniform(0.5, 1.5))
+            time.sleep(PAUSE * 2**attempt * random.uniform(0.5, 1.5))
     raise AssertionError
 
 

@@ -1,5 +1,8 @@
 """Packing to and streaming from a real S3 server."""
 
+import contextlib
+import hashlib
+import random
 import subprocess
 import sys
 
@@ -12,9 +15,14 @@ from occstream.pretrain.tracking import read_events
 from occstream.sharding import storage
 from occstream.sharding.check import verify
 from occstream.sharding.manifest import Manifest
+from occstream.sharding.pack import merge, pack
 from occstream.sharding.stream import ShardReader
-from tests import objectstore
+from tests import faultproxy, objectstore
+from tests.faultproxy import Faults
 from tests.pretrain.small import RECIPE, ROOT, environment, pack_small
+from tests.sharding.test_job import COUNTS, kill_and_finish
+from tests.sharding.test_shards import digests
+from tests.sharding.toy import GRID, ToySource
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +44,98 @@ def s3(endpoint, monkeypatch, tmp_path):
     s3fs.S3FileSystem.clear_instance_cache()
     yield "s3://shards"
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def objects(url: str) -> dict[str, str]:
+    """SHA-256 by name of everything below a URL."""
+    fs, path = storage._fs(url)
+    fs.invalidate_cache()
+    return {name[len(path) + 1 :]: hashlib.sha256(fs.cat_file(name)).hexdigest() for name in fs.find(path)}
+
+
+@pytest.fixture
+def through(endpoint, s3, monkeypatch):
+    """Sends everything through a faulty proxy: ``with through(Faults(…)) as faults``."""
+
+    @contextlib.contextmanager
+    def switch(faults):
+        with faultproxy.before(endpoint, faults) as url:
+            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
+            s3fs.S3FileSystem.clear_instance_cache()
+            try:
+                yield faults
+            finally:
+                monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+                s3fs.S3FileSystem.clear_instance_cache()
+
+    return switch
+
+
+@pytest.fixture
+def whole(tmp_path) -> dict[str, str]:
+    """What an undisturbed job writes."""
+    pack(ToySource(COUNTS), str(tmp_path / "whole"), grid=GRID, scenes_per_shard=2)
+    return digests(tmp_path / "whole")
+
+
+def test_killed_parts_on_object_storage_equal_one_run(s3, whole):
+    rng = random.Random(11)
+    for i in (4, 2, 1, 3):
+        kill_and_finish(f"{s3}/parts", [i, 4], rng, environment(), kills=1)
+    merge(f"{s3}/parts")
+    assert objects(f"{s3}/parts") == whole
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [Faults(errors=0.2, seed=1), Faults(truncate=0.2, reset=0.2, seed=2), Faults(stalls=1)],
+    ids=["errors on 20 %", "truncated bodies", "a stall of 10 s"],
+)
+def test_job_finishes_through_faults(s3, through, whole, faults, request, monkeypatch):
+    monkeypatch.setattr(storage, "PAUSE", 0.01)
+    url = f"{s3}/{request.node.callspec.id.replace(' ', '-').replace('%', 'p')}"
+    with through(faults):
+        pack(ToySource(COUNTS), url, grid=GRID, scenes_per_shard=2)
+        assert verify(url) == []
+    assert faults.seen["requests"] > 40
+    assert sum(faults.seen[k] for k in ("error", "truncate", "reset", "stall")) >= 1
+    assert objects(url) == whole
+
+
+def test_lost_credential_stops_the_job_without_a_manifest(s3, through, whole, capsys):
+    url = f"{s3}/lost"
+    command = ["shard", "synthetic", "scenes=4", "frames=1", "image_size=[32,88]", "--grid", "tiny", "--out", url]
+    with through(Faults(forbid_after=12)):
+        assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert "access denied; check the credentials" in error
+    assert error.count("\n") == 1
+    assert objectstore.SECRET not in error
+    there = objects(url)
+    assert there
+    assert "manifest.json" not in there
+    assert cli.main(command) == 0
+    assert verify(url) == []
+
+
+def test_store_that_is_gone_is_one_clear_line(s3, monkeypatch, capsys):
+    monkeypatch.setattr(storage, "PAUSE", 0.01)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert cli.main(["inspect", f"{s3}/gone"]) == 2
+    error = capsys.readouterr().err
+    assert "still failing after" in error
+    assert error.count("\n") == 1
+
+
+def test_large_objects_go_up_in_parts(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "PART", 5 << 20)
+    data = np.random.default_rng(0).bytes(17 << 20)
+    (tmp_path / "large").write_bytes(data)
+    storage.publish(tmp_path / "large", f"{s3}/large/object")
+    assert storage.read_bytes(f"{s3}/large/object") == data
+    fs, path = storage._fs(f"{s3}/large/object")
+    assert "-" in fs.info(path)["ETag"]  # the mark of a multipart upload
 
 
 def test_same_data_set_on_disk_and_on_object_storage(s3, tmp_path):
