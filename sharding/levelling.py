@@ -62,10 +62,12 @@ def _ground(sweep: LidarSweep, fix: np.ndarray) -> dict[tuple[int, int], float]:
     """Height of flat cells around the vehicle, by cell, in the (corrected) global frame."""
     ego = sweep.xyz.astype(np.float64) @ sweep.sensor_to_ego[:3, :3].T + sweep.sensor_to_ego[:3, 3]
     far = np.hypot(ego[:, 0], ego[:, 1])
-    with np.errstate(invalid="ignore"):
-        ego = ego[(far > NEAR) & (far < FAR) & (np.abs(ego[:, 2]) < 0.1 * far + 0.5)]
-    if not len(ego):
+    ego, far = ego[(far > NEAR) & (far < FAR)], far[(far > NEAR) & (far < FAR)]  # without what is not finite, too
+    close = ego[far < 10, 2]
+    if len(close) < 20:
         return {}
+    # Where the ground is: of the vehicle's frame some have their origin on it, some at the LiDAR.
+    ego = ego[np.abs(ego[:, 2] - np.percentile(close, 10)) < 0.1 * far + 0.3]
     pose = fix @ sweep.ego_to_global
     points = ego @ pose[:3, :3].T + pose[:3, 3]
     cell = np.floor(points[:, :2] / CELL).astype(np.int64)

@@ -65,9 +65,8 @@ def _transient(error: BaseException) -> bool:
         status = code.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return status >= 500 or status == 429
     text = f"{type(error).__name__} {error}"
-    return bool(
-        re.search(r"SlowDown|IncompleteBody|BadDigest|Unavailable|Timeout|timed out|Connection|reset|Server|ClientPayload|50[0234]|InternalError", text)
-    )
+    words = r"SlowDown|IncompleteBody|BadDigest|Unavailable|Timeout|timed out|Connection|reset|Server|ClientPayload"
+    return bool(re.search(rf"{words}|50[0234]|InternalError", text))
 
 
 def retry(work: Callable[[], T], what: str, tries: int = TRIES) -> T:

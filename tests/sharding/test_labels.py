@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from occstream.sharding.grid import VoxelGrid, get_grid
+from occstream.sharding.labelquality import measure
 from occstream.sharding.labels import LabelConfig, Labeler, label_scene
+from occstream.sharding.levelling import level
 from occstream.sharding.schema import IGNORE, OCC3D, Boxes, Frame, LidarSweep, Scene
 from occstream.sharding.sources import open_source
 
@@ -100,3 +102,107 @@ def test_version_follows_the_settings_and_missing_lidar_is_named():
     scene = Scene("s", [Frame("s", 0, "t", 0, np.eye(4))])
     with pytest.raises(ValueError, match="s-0000 has no LiDAR"):
         Labeler(grid, "occ3d")(scene)
+
+
+def test_moving_points_leave_no_trail_and_parked_cars_stay():
+    """Where the data set says what moved, a parked car is gathered from all frames, and a moving one is not."""
+    classes, moving = np.array([CAR, CAR], np.uint8), np.array([False, True])
+    first, second = frame_of([[4.5, 0.5, 0.5], [4.5, 1.5, 0.5]], classes=classes), frame_of([[9.5, -1.5, 0.5]], 1)
+    first.lidar.moving = moving
+    second.lidar.classes = np.array([IGNORE], np.uint8)
+    a, b = label([first, second])
+    assert a.binary[4, 2, 2]
+    assert a.binary[4, 3, 2]
+    assert b.binary[4, 2, 2]
+    assert not b.binary[4, 3, 2]
+
+
+def test_minimum_points_range_and_dilation():
+    points = [[5.5, 0.5, 0.5]] * 2 + [[8.5, 1.5, 0.5]]
+    [few] = label([frame_of(points)], min_points=2)
+    assert np.argwhere(few.binary).tolist() == [[5, 2, 2]]
+    [near] = label([frame_of(points)], max_range=7.0)
+    assert np.argwhere(near.binary).tolist() == [[5, 2, 2]]
+    assert not near.mask_lidar[7, 3, 2]  # its ray is not used either
+    classes = np.array([CAR, ROAD, ROAD], np.uint8)
+    [grown] = label([frame_of(points, classes=classes)], dilation=1)
+    assert grown.binary[6, 2, 2]
+    assert grown.semantic[6, 2, 2] == min(CAR, ROAD)  # a draw of two points goes to the lower id
+    assert grown.semantic[9, 3, 2] == ROAD
+    assert not grown.binary[4, 2, 2]  # a ray passed it: free stays free
+    with pytest.raises(ValueError, match="min_points is 0"):
+        LabelConfig(min_points=0)
+
+
+def road_scene(frames: int, drift: float, tilt: float) -> Scene:
+    """Frames that drive along a rough flat road with poles; poses whose height and pitch are wrong by a random walk."""
+    rng = np.random.default_rng(3)
+    ground = np.stack([rng.uniform(-40, 60, 60_000), rng.uniform(-30, 30, 60_000), rng.normal(0, 0.02, 60_000)], 1)
+    poles = np.stack([np.repeat(rng.uniform(-40, 60, 20), 50), np.repeat(rng.uniform(-30, 30, 20), 50)], 1)
+    world = np.concatenate([ground, np.column_stack([poles, np.tile(np.linspace(0, 4, 50), 20)])])
+    out, height, pitch = [], 0.0, 0.0
+    for i in range(frames):
+        true = np.eye(4)
+        true[0, 3] = 3.0 * i
+        seen = world[np.hypot(world[:, 0] - 3 * i, world[:, 1]) < 30]
+        sensor = np.eye(4)
+        sensor[2, 3] = 1.8
+        points = (seen - true[:3, 3] - sensor[:3, 3]).astype(np.float32)
+        wrong = true.copy()
+        wrong[2, 3] = height
+        wrong[0, 0], wrong[0, 2], wrong[2, 0], wrong[2, 2] = np.cos(pitch), np.sin(pitch), -np.sin(pitch), np.cos(pitch)
+        out.append(Frame("s", i, str(i), i * 500_000, wrong, lidar=LidarSweep(points, sensor, wrong, i * 500_000)))
+        height, pitch = height + drift * rng.normal(), pitch + tilt * rng.normal()
+    return Scene("s", out)
+
+
+@pytest.mark.parametrize(("drift", "tilt"), [(0.25, 0.0), (0.15, 0.01)])
+def test_levelling_lays_the_road_of_all_frames_onto_the_first(drift, tilt):
+    def thickness(scene):
+        tops = []
+        for f in scene.frames:
+            points = f.lidar.xyz[::50].astype(float) @ f.lidar.sensor_to_ego[:3, :3].T + f.lidar.sensor_to_ego[:3, 3]
+            points = points[np.abs(points[:, 2]) < 0.2]
+            points = points @ f.ego_to_global[:3, :3].T + f.ego_to_global[:3, 3]
+            tops.append(points[np.abs(points[:, 0] - 15) < 10, 2].mean())
+        return np.ptp(tops)
+
+    scene = road_scene(8, drift, tilt)
+    assert thickness(scene) > 0.2
+    assert thickness(level(scene)) < 0.02
+
+
+def test_levelling_leaves_right_poses_alone():
+    scene = road_scene(6, 0.0, 0.0)
+    for before, after in zip(scene.frames, level(scene).frames):
+        np.testing.assert_allclose(after.ego_to_global, before.ego_to_global, atol=3e-3)
+    flat = label_scene(scene, get_grid("occ3d"), OCC3D, LabelConfig(level=False)).frames
+    assert flat[0].ego_to_global is scene.frames[0].ego_to_global  # labels change nothing but labels
+
+
+def test_left_out_sweeps_tell_good_labels_from_bad_ones():
+    """Aggregation hits more than one sweep; wrong poses show as rays that cross occupied voxels."""
+    right, wrong = road_scene(8, 0.0, 0.0), road_scene(8, 0.4, 0.0)
+    grid = VoxelGrid("small", (-20, -20, -2.25), (20, 20, 3.75), (0.5, 0.5, 0.5))
+    good, bad, mended = (
+        measure(scene, grid, OCC3D, LabelConfig(level=fix))
+        for scene, fix in ((right, False), (wrong, False), (wrong, True))
+    )
+    assert good.sweeps == 8
+    assert good.labels.hit_share > 0.98
+    assert bad.labels.wrong_share > 3 * good.labels.wrong_share
+    assert mended.labels.wrong_share < 1.2 * good.labels.wrong_share
+    assert mended.labels.hit_share > 0.98
+    with pytest.raises(ValueError, match="needs at least 2 frames"):
+        measure(road_scene(1, 0, 0), grid, OCC3D, LabelConfig())
+
+
+def test_real_labels_predict_sweeps_that_took_no_part(shared_data):
+    scene = open_source("nuscenes", {"root": str(shared_data / "nuscenes"), "scenes": ["scene-9001"]}).load(
+        "scene-9001"
+    )
+    grid = get_grid("occ3d")
+    levelled, plain = (measure(scene, grid, OCC3D, LabelConfig(level=fix)) for fix in (True, False))
+    assert levelled.labels.hit_share > 0.82
+    assert levelled.labels.hit_share > 1.3 * levelled.single.hit_share
+    assert levelled.labels.wrong_share < 0.5 * plain.labels.wrong_share
