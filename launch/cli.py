@@ -119,6 +119,15 @@ def _parser() -> argparse.ArgumentParser:
     p = command("doctor", _doctor, "say what this machine has and what to install")
     p.add_argument("--data", default="", help="URL of a packed data set whose access is to be checked")
 
+    p = command("bench", _bench, "measure our speed against what this machine can do, as ratios within one run")
+    p.add_argument(
+        "what", choices=("pack",), help="pack: shards and labels against reading, JPEG work, zstd and hashing"
+    )
+    p.add_argument("--workers", type=int, default=2)
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--scenes", type=int, default=12, help="of 4 frames each (default 12)")
+    p.add_argument("--json", default="", help="also write the numbers here")
+
     p = command("demo", _demo, "the whole path on synthetic scenes: shards, pre-training, fine-tuning, comparison")
     p.add_argument("--out", default="demo", help="folder (default demo)")
     p.add_argument("--seeds", type=int, default=2)
@@ -141,6 +150,7 @@ def _job_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--workers", type=int, default=1, help="processes")
     p.add_argument("--part", default="1/1", help="i/n: pack only every n-th shard, for n machines")
     p.add_argument("--max-failures", type=int, default=0, help="so many scenes may fail and are left out (default 0)")
+    p.add_argument("--recheck", action="store_true", help="hash what is published before skipping it")
     p.add_argument("--zstd-level", type=int, default=19, help="of labels (default 19: small and quick to read)")
     p.add_argument("--dry-run", action="store_true", help="try a few scenes, say what the job will take, write nothing")
     made = p.add_argument_group("labels from LiDAR")
@@ -269,6 +279,7 @@ def _run_job(args, source, groups, grid, label, images, coding) -> int:
         coding=coding,
         part=part,
         max_failures=args.max_failures,
+        recheck=args.recheck,
         progress=show,
     )
     for reason in show.failed.values():
@@ -423,6 +434,17 @@ def _doctor(args) -> int:
     findings = examine(args.data)
     print(report(findings))
     return 1 if any(f.ok is False for f in findings) else 0
+
+
+def _bench(args) -> int:
+    import json
+
+    from occstream.launch.bench import bench_pack
+
+    found = bench_pack(args.scenes, workers=args.workers, repeats=args.repeats)
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1))
+    return 0
 
 
 def _demo(args) -> int:

@@ -174,6 +174,7 @@ def pack(
     workers: int = 1,
     part: tuple[int, int] = (1, 1),
     max_failures: int = 0,
+    recheck: bool = False,
     progress: Callable[[Progress], None] | None = None,
     **settings,
 ) -> Manifest | None:
@@ -184,6 +185,7 @@ def pack(
         workers: processes.
         part: (i, n): only every n-th shard, beginning with the i-th (1..n). ``merge`` then publishes the manifest.
         max_failures: so many scenes may fail and are left out, named in the manifest.
+        recheck: hash what is published before it is skipped; else presence, size and record are enough.
         progress: called after every shard.
 
     Returns:
@@ -202,7 +204,7 @@ def pack(
     mine = range(part[0] - 1, len(plan), part[1])
     state, began = Progress(len(mine)), time.perf_counter()
     shards: dict[int, dict] = {}
-    for number, made in _build_all(job, plan, mine, workers):
+    for number, made in _build_all(job, plan, mine, workers, recheck):
         shards[number] = made
         state.done += 1
         state.skipped += made["skipped"]
@@ -373,7 +375,9 @@ def attach(url: str, labels_url: str, group: str) -> Manifest:
     return base.with_sidecar(group)
 
 
-def _build_all(job: Job, plan: list[list[str]], mine: Sequence[int], workers: int) -> Iterator[tuple[int, dict]]:
+def _build_all(
+    job: Job, plan: list[list[str]], mine: Sequence[int], workers: int, recheck: bool
+) -> Iterator[tuple[int, dict]]:
     """Builds shards; yields number and what was made, in any order. Few are under way at a time, so memory is bounded."""
     there = {group: storage.listing(storage.join(job.url, group)) for group in job.groups}
 
@@ -382,7 +386,7 @@ def _build_all(job: Job, plan: list[list[str]], mine: Sequence[int], workers: in
 
     if workers == 1:
         for number in mine:
-            yield number, _build(job, number, plan[number], published(number))
+            yield number, _build(job, number, plan[number], published(number), recheck)
         return
     # Not fork: the parent may hold threads (fsspec's event loop, numba).
     context = multiprocessing.get_context("spawn")
@@ -392,7 +396,7 @@ def _build_all(job: Job, plan: list[list[str]], mine: Sequence[int], workers: in
         try:
             while True:
                 while len(running) < 2 * workers and (number := next(waiting, None)) is not None:
-                    running[pool.submit(_build_adopted, number, plan[number], published(number))] = number
+                    running[pool.submit(_build_adopted, number, plan[number], published(number), recheck)] = number
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -413,14 +417,14 @@ def _adopt(job: Job) -> None:
     _adopted = job
 
 
-def _build_adopted(number: int, names: Sequence[str], published: dict[str, int]) -> dict:
-    return _build(_adopted, number, names, published)
+def _build_adopted(number: int, names: Sequence[str], published: dict[str, int], recheck: bool) -> dict:
+    return _build(_adopted, number, names, published, recheck)
 
 
-def _build(job: Job, number: int, names: Sequence[str], published: dict[str, int]) -> dict:
+def _build(job: Job, number: int, names: Sequence[str], published: dict[str, int], recheck: bool) -> dict:
     """Makes (or finds) the tars of one shard number; returns its scenes, failures, sizes and hashes by group."""
     try:
-        return _build_shard(job, number, names, published)
+        return _build_shard(job, number, names, published, recheck)
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
@@ -432,11 +436,14 @@ def _build(job: Job, number: int, names: Sequence[str], published: dict[str, int
         ) from None
 
 
-def _build_shard(job: Job, number: int, names: Sequence[str], published: dict[str, int]) -> dict:
+def _build_shard(job: Job, number: int, names: Sequence[str], published: dict[str, int], recheck: bool) -> dict:
     digest = job.digest(names)
     urls = {group: storage.join(job.url, shard_path(group, number)) for group in job.groups}
     records = [_read_record(urls[group]) if group in published else None for group in job.groups]
     whole = [r and r["digest"] == digest and published[r["group"]] == r["size"] and not r["failed"] for r in records]
+    if all(whole) and recheck:
+        found = [hashlib.sha256(storage.read_bytes(urls[r["group"]])).hexdigest() for r in records]
+        whole = [have == r["sha256"] for have, r in zip(found, records)]
     if all(whole):
         return _summary(records, skipped=True)
     if any(records):

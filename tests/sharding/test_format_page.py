@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import webdataset
 
+from occstream.sharding.codec import Coding
 from occstream.sharding.grid import get_grid
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.pack import pack
@@ -16,9 +18,11 @@ PAGE = Path(__file__).resolve().parents[2] / "sharding" / "FORMAT.md"
 GROUPS = ("cameras", "lidar", "labels")
 
 
-def test_strangers_read_our_shards(tmp_path):
+@pytest.mark.parametrize("step", [0.0, 0.002])
+def test_strangers_read_our_shards(tmp_path, step):
     options = {"scenes": 2, "frames": 2, "image_size": (32, 88), "grid": "tiny"}
-    pack(open_source("synthetic", options), str(tmp_path), groups=GROUPS, grid=get_grid("tiny"), scenes_per_shard=2)
+    settings = {"grid": get_grid("tiny"), "scenes_per_shard": 2, "coding": Coding(lidar_step=step)}
+    pack(open_source("synthetic", options), str(tmp_path), **settings)
     page: dict = {}
     exec(re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1], page)
     ours = ShardReader(Manifest.load(str(tmp_path)), GROUPS)

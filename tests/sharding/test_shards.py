@@ -154,6 +154,19 @@ def test_rerun_keeps_what_is_published(tmp_path, monkeypatch):
     assert digests(tmp_path) == before
 
 
+def test_recheck_makes_what_was_damaged_again(tmp_path):
+    pack(ToySource(), str(tmp_path), grid=GRID)
+    before = digests(tmp_path)
+    path = tmp_path / "lidar/lidar-000002.tar"
+    data = bytearray(path.read_bytes())
+    data[1500] ^= 1
+    path.write_bytes(data)
+    pack(ToySource(), str(tmp_path), grid=GRID)
+    assert digests(tmp_path) != before  # its size is right, so it was taken for whole
+    pack(ToySource(), str(tmp_path), grid=GRID, recheck=True)
+    assert digests(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
