@@ -169,14 +169,19 @@ def publish(source: Path | bytes, url: str) -> None:
     fs, path = _fs(url)
     bucket = path.split("/", 1)[0]
 
-    def put() -> None:
-        with contextlib.suppress(FileExistsError):
-            if not fs.exists(bucket):
-                fs.mkdir(bucket)
+    def send() -> None:
         if isinstance(source, bytes):
             fs.pipe_file(path, source)
         else:
             fs.put_file(str(source), path, chunksize=PART)
+
+    def put() -> None:
+        try:
+            send()
+        except FileNotFoundError:  # there is no such bucket yet
+            with contextlib.suppress(FileExistsError):
+                fs.mkdir(bucket)
+            send()
         fs.invalidate_cache()
         want = len(source) if isinstance(source, bytes) else source.stat().st_size
         if (got := fs.info(path)["size"]) != want:
