@@ -167,6 +167,7 @@ def _job_arguments(p: argparse.ArgumentParser) -> None:
             flag, type=type(default), default=default, help=f"{text.split(':', 1)[1].strip()} ({default})"
         )
     made.add_argument("--no-level", action="store_true", help="trust the height and tilt of the poses")
+    made.add_argument("--flat-rays", action="store_true", help="call free what rays pass, also just above the ground")
 
 
 def _opened(args):
@@ -190,7 +191,9 @@ def _label_config(args):
     from occstream.sharding.labels import LabelConfig
 
     names = ("min_points", "dilation", "max_range", "ray_frames", "max_rays")
-    return LabelConfig(**{name: getattr(args, name) for name in names}, level=not args.no_level)
+    return LabelConfig(
+        **{name: getattr(args, name) for name in names}, level=not args.no_level, supported=not args.flat_rays
+    )
 
 
 def _shard(args) -> int:

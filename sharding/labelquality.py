@@ -44,6 +44,11 @@ class Score:
         return self.hits / max(1, self.returns)
 
     @property
+    def free_share(self) -> float:
+        """Of the returns: something is where the labels say that nothing is."""
+        return (self.returns - self.hits - self.unknown) / max(1, self.returns)
+
+    @property
     def crossing_share(self) -> float:
         return self.crossing / max(1, self.rays)
 
@@ -79,6 +84,7 @@ class Quality:
             f"{self.sweeps} sweeps left out",
             f"{'':<28} {'aggregated':>12} {'single sweep':>12}",
             f"{'returns in occupied voxels':<28} {_percent(self.labels.hit_share)} {_percent(self.single.hit_share)}",
+            f"{'returns in free voxels':<28} {_percent(self.labels.free_share)} {'-':>12}",
             f"{'returns in unseen voxels':<28} {_percent(self.labels.unknown / max(1, self.labels.returns))} {'-':>12}",
             f"{'rays that cross occupied':<28} {_percent(self.labels.crossing_share)} {_percent(self.single.crossing_share)}",
             f"{'passed voxels occupied':<28} {_percent(self.labels.wrong_share)} {_percent(self.single.wrong_share)}",

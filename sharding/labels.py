@@ -51,6 +51,8 @@ class LabelConfig:
         ray_frames: rays of so many key-frames before and after a frame tell what is free in it.
         max_rays: at most about so many rays for a frame, beside those of its own sweep, spread evenly over all.
         level: correct height and tilt of the poses by the ground, before anything is gathered (see ``levelling``).
+        supported: a voxel that rays passed is free only if the one below it was passed or hit, too; else it is unknown.
+            Rays that come in flat pass the upper part of ground voxels for metres before they hit.
         vehicle: (x, y, z low; x, y, z high) metres, ego frame: returns from there are the vehicle itself.
 
     Raises:
@@ -64,6 +66,7 @@ class LabelConfig:
     ray_frames: int = 10
     max_rays: int = 400_000
     level: bool = True
+    supported: bool = True
     vehicle: tuple[float, float, float, float, float, float] = (-1.2, -1.2, -0.5, 4.0, 1.2, 2.3)
 
     def __post_init__(self):
@@ -137,6 +140,9 @@ def label_scene(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: Label
             pose = sweep_to_grid(frame, sweep, grid)[:3]
             pose[:, 3] -= lower
             mark_free(passed, xyz, pose / voxel[:, None])
+        if config.supported:
+            passed[:, :, 1:] &= passed[:, :, :-1] | occupied[:, :, :-1]
+            passed[:, :, 0] = False
         semantic = None
         if clouds.with_classes:
             semantic = np.where(passed, taxonomy.free_id, IGNORE).astype(np.uint8)

@@ -24,7 +24,7 @@ def frame_of(points, index=0, ego_x=0.0, classes=None, boxes=None):
 
 
 def label(frames, **settings):
-    config = LabelConfig(vehicle=(-1, -1, -1, 0, 0, 0), **settings)
+    config = LabelConfig(vehicle=(-1, -1, -1, 0, 0, 0), **{"supported": False, **settings})
     return [f.labels for f in label_scene(Scene("s", frames), GRID, OCC3D, config).frames]
 
 
@@ -132,6 +132,20 @@ def test_minimum_points_range_and_dilation():
     assert not grown.binary[4, 2, 2]  # a ray passed it: free stays free
     with pytest.raises(ValueError, match="min_points is 0"):
         LabelConfig(min_points=0)
+
+
+def test_flat_rays_do_not_free_the_ground():
+    """A ray comes down over three columns before it hits the road: it passed the upper part of the road's own voxels."""
+    frame = frame_of([[9.5, 0.5, -0.9], [5.5, 0.5, -1.5]])
+    frame.lidar.sensor_to_ego[2, 3] = 0.3
+    [plain], [supported] = label([frame]), label([frame], supported=True)
+    ground = (slice(6, 10), 2, 1)
+    assert plain.mask_lidar[ground].any()
+    assert supported.mask_lidar[ground].tolist() == (supported.binary[ground]).tolist()
+    free = supported.mask_lidar & ~supported.binary
+    assert free.any()
+    below = np.roll(plain.mask_lidar, 1, 2)
+    assert below[free].all()
 
 
 def road_scene(frames: int, drift: float, tilt: float) -> Scene:
