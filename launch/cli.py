@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from occstream.launch import data
 from occstream.launch.run import guarded
 
 
@@ -34,12 +34,12 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command(
         "shard",
-        _shard,
+        data.shard,
         "pack a raw data set into shards",
         "Options of the source are given as key=value; see them with --options. Rerunning skips what is published. "
         "Split over machines with --part 1/8 … 8/8, then `occstream merge URL`.",
     )
-    _job_arguments(p)
+    data.job_arguments(p)
     p.add_argument(
         "--labels",
         choices=("auto", "native", "lidar", "none"),
@@ -55,38 +55,38 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command(
         "label",
-        _label,
+        data.label,
         "make occupancy labels from LiDAR sweeps, poses and boxes",
         "Writes a data set with labels alone; `occstream attach` adds them to one with images. --quality measures "
         "instead, with sweeps left out.",
     )
-    _job_arguments(p)
+    data.job_arguments(p)
     p.add_argument(
         "--quality", action="store_true", help="write nothing: leave sweeps out and test the labels with them"
     )
     p.add_argument("--every", type=int, default=4, help="with --quality: leave out one of so many (default 4)")
     p.add_argument("--scenes", type=int, default=10, help="with --quality: at most so many scenes (default 10)")
 
-    p = command("merge", _merge, "publish a data set whose parts are packed (`shard --part`)")
+    p = command("merge", data.merge, "publish a data set whose parts are packed (`shard --part`)")
     p.add_argument("url")
 
-    p = command("attach", _attach, "add labels or pseudo-labels to a packed data set, beside its images")
+    p = command("attach", data.attach, "add labels or pseudo-labels to a packed data set, beside its images")
     p.add_argument("url", help="the data set")
     p.add_argument("labels", help="a data set with labels of the same scenes")
     p.add_argument("--name", required=True, help="of the new group: labels-… or pseudo-…; train with data.labels=NAME")
 
-    p = command("subset", _subset, "write the names of a nested subset of scenes (2000 are in 4000 are in 8000)")
+    p = command("subset", data.subset, "write the names of a nested subset of scenes (2000 are in 4000 are in 8000)")
     p.add_argument("url")
     p.add_argument("--scenes", type=int, default=None, help="how many (default all that are not held out)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--holdout", type=int, default=0, help="scenes that belong to no subset")
 
-    p = command("inspect", _inspect, "show what a packed data set holds")
+    p = command("inspect", data.inspect, "show what a packed data set holds")
     p.add_argument("url")
     p.add_argument("--group", default=None, help="show the labels of this sidecar group")
     p.add_argument("--frames", type=int, default=200, help="read at most so many (default 200)")
 
-    p = command("verify", _verify, "check hashes, members, joins, labels and calibration, and decode every frame")
+    p = command("verify", data.verify, "check hashes, members, joins, labels and calibration, and decode every frame")
     p.add_argument("url")
     p.add_argument(
         "--sample", default="100%", help="share of the shards whose content is read, like 1%% (default 100%%)"
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of the sample")
     p.add_argument("--group", default=None, help="check this sidecar group as well")
 
-    p = command("preview", _preview, "draw one frame: cameras with occupancy projected into them, LiDAR, labels")
+    p = command("preview", data.preview, "draw one frame: cameras with occupancy projected into them, LiDAR, labels")
     p.add_argument("url")
     p.add_argument("--scene", default="", help="name (default the first)")
     p.add_argument("--frame", type=int, default=0)
@@ -132,272 +132,6 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", default="demo", help="folder (default demo)")
     p.add_argument("--seeds", type=int, default=2)
     return parser
-
-
-def _job_arguments(p: argparse.ArgumentParser) -> None:
-    from occstream.sharding.labels import LabelConfig
-
-    p.add_argument("source", help="name of a source, like nuscenes; a wrong one lists them")
-    p.add_argument("settings", nargs="*", metavar="key=value", help="options of the source")
-    p.add_argument(
-        "--options", action="store_true", dest="list_options", help="list the options of the source and stop"
-    )
-    p.add_argument("--root", help="folder of the raw data set")
-    p.add_argument("--out", help="where to publish: a folder, file:// or s3://")
-    p.add_argument("--grid", help="voxel grid of the labels: a preset or x,y,z low, x,y,z high, voxel (default occ3d)")
-    p.add_argument("--taxonomy", default="occ3d", help="classes of the labels, where the source has a choice")
-    p.add_argument("--scenes-per-shard", type=int, default=1)
-    p.add_argument("--workers", type=int, default=1, help="processes")
-    p.add_argument("--part", default="1/1", help="i/n: pack only every n-th shard, for n machines")
-    p.add_argument("--max-failures", type=int, default=0, help="so many scenes may fail and are left out (default 0)")
-    p.add_argument("--recheck", action="store_true", help="hash what is published before skipping it")
-    p.add_argument("--zstd-level", type=int, default=19, help="of labels (default 19: small and quick to read)")
-    p.add_argument("--dry-run", action="store_true", help="try a few scenes, say what the job will take, write nothing")
-    made = p.add_argument_group("labels from LiDAR")
-    for name, default in (
-        ("min_points", 1),
-        ("dilation", 0),
-        ("max_range", 0.0),
-        ("ray_frames", 10),
-        ("max_rays", 400_000),
-    ):
-        text = next(line for line in LabelConfig.__doc__.splitlines() if line.strip().startswith(f"{name}:"))
-        flag = f"--{name.replace('_', '-')}"
-        made.add_argument(
-            flag, type=type(default), default=default, help=f"{text.split(':', 1)[1].strip()} ({default})"
-        )
-    made.add_argument("--no-level", action="store_true", help="trust the height and tilt of the poses")
-    made.add_argument("--flat-rays", action="store_true", help="call free what rays pass, also just above the ground")
-
-
-def _opened(args):
-    """Source and its options from the command line; None where these were only to be listed."""
-    from occstream.pretrain.config import parse_overrides
-    from occstream.sharding.sources import open_source, source_options
-
-    args.source = args.source.replace("-", "_")
-    known = source_options(args.source)
-    if args.list_options:
-        for name, parameter in known.items():
-            print(f"{name:<18} {'required' if parameter.default is parameter.empty else parameter.default}")
-        return None
-    options = parse_overrides(args.settings)
-    given = {"root": args.root, "grid": args.grid or "occ3d", "taxonomy": args.taxonomy}
-    options |= {k: v for k, v in given.items() if k in known and v is not None and k not in options}
-    return open_source(args.source, options)
-
-
-def _label_config(args):
-    from occstream.sharding.labels import LabelConfig
-
-    names = ("min_points", "dilation", "max_range", "ray_frames", "max_rays")
-    return LabelConfig(
-        **{name: getattr(args, name) for name in names}, level=not args.no_level, supported=not args.flat_rays
-    )
-
-
-def _shard(args) -> int:
-    from occstream.sharding.codec import Coding
-    from occstream.sharding.grid import get_grid
-    from occstream.sharding.labels import Labeler
-    from occstream.sharding.prepare import Images
-
-    source = _opened(args)
-    if source is None:
-        return 0
-    mode = args.labels if args.labels != "auto" else ("native" if source.grid else "lidar")
-    if mode == "native" and not source.grid:
-        raise ValueError(f"source {args.source!r} brings no labels of its own; use --labels lidar")
-    groups = tuple(g for g in args.groups.split(",") if g and not (mode == "none" and g == "labels"))
-    grid = get_grid(args.grid) if args.grid else None
-    label = None
-    if mode == "lidar" and "labels" in groups:
-        grid = grid or get_grid("occ3d")
-        label = Labeler(grid, source.taxonomy.name, _label_config(args))
-    cameras = tuple(c for c in args.cameras.split(",") if c)
-    images = Images(args.short_side, args.jpeg_quality, cameras)
-    return _run_job(args, source, groups, grid, label, images, Coding(args.zstd_level, args.lidar_step))
-
-
-def _label(args) -> int:
-    from occstream.sharding.codec import Coding
-    from occstream.sharding.grid import get_grid
-    from occstream.sharding.labels import Labeler
-    from occstream.sharding.prepare import Images
-
-    source = _opened(args)
-    if source is None:
-        return 0
-    grid, config = get_grid(args.grid or "occ3d"), _label_config(args)
-    if args.quality:
-        from occstream.sharding.labelquality import Quality, measure
-
-        total = Quality()
-        for name in source.scene_names()[: args.scenes]:
-            scene = source.load(name)
-            if len(scene.frames) < 2:
-                print(f"{name}: one frame, nothing to leave out")
-                continue
-            total.add(measure(scene, grid, source.taxonomy, config, args.every))
-        print(total.table())
-        return 0
-    label = Labeler(grid, source.taxonomy.name, config)
-    return _run_job(args, source, ("labels",), grid, label, Images(), Coding(args.zstd_level))
-
-
-def _run_job(args, source, groups, grid, label, images, coding) -> int:
-    from occstream.sharding.pack import Job, estimate, pack
-
-    if not args.out:
-        raise ValueError("where to? give --out FOLDER, file://… or s3://…")
-    try:
-        part = tuple(int(v) for v in args.part.split("/"))
-        if len(part) != 2:
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"--part {args.part}: needs i/n, like 1/8") from None
-    if args.dry_run:
-        found = estimate(Job(source, args.out, groups, grid, label, images, coding, args.scenes_per_shard))
-        print(f"{source.name} -> {args.out}: {found.scenes} scenes in {found.shards} shard numbers")
-        print(f"from {found.tried} scenes that were tried, all of them will be about:")
-        print(f"  frames   {found.frames:,.0f}")
-        for group, size in found.bytes.items():
-            print(f"  {group:<8} {size / 1e9:,.3f} GB, {size / max(1, found.frames) / 1e3:.1f} kB a frame")
-        hours = found.seconds / 3600 / args.workers / part[1]
-        rate = found.frames / found.seconds
-        print(
-            f"  time     {hours:,.2f} h with {part[1]} x {args.workers} workers ({rate:.2f} frames/s each; reading included)"
-        )
-        return 0
-    show = _progress()
-    manifest = pack(
-        source,
-        args.out,
-        groups=groups,
-        grid=grid,
-        label=label,
-        scenes_per_shard=args.scenes_per_shard,
-        workers=args.workers,
-        images=images,
-        coding=coding,
-        part=part,
-        max_failures=args.max_failures,
-        recheck=args.recheck,
-        progress=show,
-    )
-    for reason in show.failed.values():
-        print(f"left out: {reason}", file=sys.stderr)
-    if manifest is None:
-        print(f"part {args.part} is done; when all are: occstream merge {args.out}")
-    else:
-        print(_published(manifest))
-    return 0
-
-
-def _published(manifest) -> str:
-    left = f" ({len(manifest.left_out)} left out)" if manifest.left_out else ""
-    return (
-        f"published {len(manifest.scenes)} scenes{left}, {manifest.num_frames} frames at {manifest.url}, "
-        f"fingerprint {manifest.fingerprint}"
-    )
-
-
-def _progress():
-    terminal = sys.stdout.isatty()
-
-    def show(state) -> None:
-        show.failed = state.failed
-        step = max(1, state.total // 10)
-        if not terminal and state.done % step and state.done != state.total:
-            return
-        parts = [f"{state.done}/{state.total} shards", f"{state.frames} frames"]
-        if state.skipped:
-            parts.append(f"{state.skipped} were there")
-        if state.made:
-            parts.append(f"{state.made / state.seconds:.1f} frames/s")
-        if state.failed:
-            parts.append(f"{len(state.failed)} scenes failed")
-        if state.done < state.total and state.eta == state.eta:
-            minutes, seconds = divmod(int(state.eta), 60)
-            parts.append(f"eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
-        line = ", ".join(parts)
-        print(
-            f"\r\033[K{line}" if terminal else line,
-            end="\n" if not terminal or state.done == state.total else "",
-            flush=True,
-        )
-
-    show.failed = {}
-    return show
-
-
-def _merge(args) -> int:
-    from occstream.sharding.pack import merge
-
-    print(_published(merge(args.url)))
-    return 0
-
-
-def _attach(args) -> int:
-    from occstream.sharding.pack import attach
-
-    manifest = attach(args.url, args.labels, args.name)
-    print(
-        f"attached {args.name} to {args.url}: {manifest.num_frames} frames on grid {manifest.grid.name}, labels "
-        f"{manifest.labels}; train with data.labels={args.name}, fingerprint {manifest.fingerprint}"
-    )
-    return 0
-
-
-def _subset(args) -> int:
-    from occstream.sharding.manifest import Manifest
-
-    manifest = Manifest.load(args.url)
-    for number in manifest.subset(args.scenes, args.seed, args.holdout):
-        print(manifest.scenes[number].name)
-    return 0
-
-
-def _inspect(args) -> int:
-    from occstream.sharding.check import inspect
-
-    print(inspect(args.url, args.frames, args.group))
-    return 0
-
-
-def _verify(args) -> int:
-    from occstream.sharding.check import verify
-
-    text = args.sample.strip()
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise ValueError(f"--sample {args.sample}: needs a share like 1% or 0.01") from None
-    problems = verify(args.url, share, args.seed, args.group)
-    for problem in problems:
-        print(problem)
-    scope = "" if share == 1 else f" (content of {text} of the shards read)"
-    print(f"{args.url}: {f'{len(problems)} problems' if problems else 'intact'}{scope}")
-    return 1 if problems else 0
-
-
-def _preview(args) -> int:
-    from occstream.evaluation.report import frame_picture
-    from occstream.sharding.manifest import Manifest
-    from occstream.sharding.stream import ShardReader
-
-    manifest = Manifest.load(args.url)
-    if args.group:
-        manifest = manifest.with_sidecar(args.group)
-    number = manifest.named([args.scene])[0] if args.scene else 0
-    frames = manifest.scenes[number].frames
-    if not 0 <= args.frame < frames:
-        raise ValueError(f"scene {manifest.scenes[number].name} has frames 0 to {frames - 1}, not {args.frame}")
-    reader = ShardReader(manifest, manifest.groups)
-    frame_picture(Path(args.out), reader.frame(number, args.frame), manifest)
-    reader.close()
-    print(f"wrote {args.out}")
-    return 0
 
 
 def _evaluate(args) -> int:

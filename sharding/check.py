@@ -16,8 +16,8 @@ import simplejpeg
 from occstream.sharding import storage
 from occstream.sharding.codec import FORMAT_VERSION, CorruptSample, decode
 from occstream.sharding.manifest import Manifest, SceneEntry, ShardEntry
-from occstream.sharding.pack import HEADER
 from occstream.sharding.schema import IGNORE, Camera, Frame, frame_key, get_taxonomy
+from occstream.sharding.shardfile import HEADER
 from occstream.sharding.stream import ShardReader, tar_members
 
 

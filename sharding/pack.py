@@ -1,4 +1,4 @@
-"""Raw scenes -> shards -> manifest: plan, write, resume, publish, merge.
+"""Raw scenes -> shards -> manifest: plan, estimate, build, resume, publish, merge.
 
 A shard is built in a local temporary file and published under its name whole, with its record (index and hashes) after
 it; the manifest comes last. What is published and intact is skipped on a rerun. The bytes depend on the source and the
@@ -7,15 +7,11 @@ settings alone: not on the number of workers or parts, on kills or on reruns.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import hashlib
-import io
 import json
 import multiprocessing
-import re
 import shutil
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +26,10 @@ from occstream.sharding.codec import FORMAT_VERSION, GROUPS, Coding, canonical_j
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import NAME, Manifest, SceneEntry, ShardEntry, shard_path
 from occstream.sharding.prepare import Images
-from occstream.sharding.schema import Frame, Scene, Source, Taxonomy, check_scene_name, frame_key
-from occstream.sharding.stream import ShardReader
+from occstream.sharding.schema import Frame, Scene, Source, Taxonomy, check_scene_name
+from occstream.sharding.shardfile import ShardWriter, publish_shard, read_record
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-HEADER = "__header__/header.json"  # webdataset skips members below a folder named __…__
 PARTS = "parts"
 
 
@@ -302,79 +297,6 @@ def _publish(url: str, outcomes: list[dict]) -> Manifest:
     return manifest
 
 
-def attach(url: str, labels_url: str, group: str) -> Manifest:
-    """Adds the labels of another packed data set to this one as a sidecar group, scene by scene and frame by frame.
-
-    Images and everything else stay untouched; the group gets a manifest of its own (``manifest.<group>.json``), last.
-
-    Args:
-        url: the data set that gets the labels.
-        labels_url: a set with the same scenes, for example of ``occstream label``, or of predictions.
-        group: name, like ``labels-lidar`` or ``pseudo-r1``.
-
-    Returns:
-        The manifest with the sidecar's labels in place of the set's own.
-
-    Raises:
-        ValueError: the name cannot be used or is taken, or the labels lack a scene or frames.
-    """
-    base, other = Manifest.load(url), Manifest.load(labels_url)
-    if not re.fullmatch(r"(labels|pseudo)-[a-z0-9-]{1,40}", group):
-        raise ValueError(f"group {group!r}: call it labels-… or pseudo-… with lower-case letters, digits and '-'")
-    if "labels" not in other.groups:
-        raise ValueError(f"{labels_url}: has no group 'labels', only {', '.join(other.groups)}")
-    numbers = {scene.name: number for number, scene in enumerate(other.scenes)}
-    for scene in base.scenes:
-        if scene.name not in numbers:
-            raise ValueError(f"{labels_url}: has no labels of scene {scene.name}; label it, or attach to a smaller set")
-        have = other.scenes[numbers[scene.name]].frames
-        if have != scene.frames:
-            raise ValueError(f"{labels_url}: has {have} frames of scene {scene.name}, {url} has {scene.frames}")
-    by_number: dict[int, list[SceneEntry]] = {}
-    for scene in base.scenes:
-        by_number.setdefault(scene.shard, []).append(scene)
-    header = {
-        "format": FORMAT_VERSION,
-        "group": group,
-        "source": base.source,
-        "grid": other.grid.to_dict(),
-        "taxonomy": other.taxonomy,
-        "classes": list(other.classes),
-        "labels": other.labels,
-    }
-    reader = ShardReader(other, ("labels",))
-    entries = []
-    for number, scenes in sorted(by_number.items()):
-        target = storage.join(url, shard_path(group, number))
-        digest = hashlib.blake2b(
-            canonical_json([base.fingerprint, other.fingerprint, group]), digest_size=16
-        ).hexdigest()
-        record = _read_record(target)
-        if not (record and record["digest"] == digest and storage.size(target) == record["size"]):
-            with tempfile.TemporaryDirectory(prefix="occstream-") as folder:
-                writer = ShardWriter(Path(folder) / "labels.tar", header)
-                for scene in scenes:
-                    for index in range(scene.frames):
-                        data = reader.raw("labels", numbers[scene.name], index)
-                        writer.add_raw(frame_key(scene.name, index), data)
-                path, frames = writer.close()
-                found = [{"name": s.name, "frames": s.frames, "attributes": s.attributes} for s in scenes]
-                record = _publish_shard(target, path, group, digest, found, {}, frames, replace=record is not None)
-        entries.append(ShardEntry(group, number, record["size"], record["sha256"]))
-    reader.close()
-    joined = dataclasses.replace(
-        base,
-        grid=other.grid,
-        taxonomy=other.taxonomy,
-        classes=other.classes,
-        labels=other.labels,
-        shards=tuple(entries),
-        label_group=group,
-    )
-    joined.publish_sidecar(base.fingerprint)
-    return base.with_sidecar(group)
-
-
 def _build_all(
     job: Job, plan: list[list[str]], mine: Sequence[int], workers: int, recheck: bool
 ) -> Iterator[tuple[int, dict]]:
@@ -439,7 +361,7 @@ def _build(job: Job, number: int, names: Sequence[str], published: dict[str, int
 def _build_shard(job: Job, number: int, names: Sequence[str], published: dict[str, int], recheck: bool) -> dict:
     digest = job.digest(names)
     urls = {group: storage.join(job.url, shard_path(group, number)) for group in job.groups}
-    records = [_read_record(urls[group]) if group in published else None for group in job.groups]
+    records = [read_record(urls[group]) if group in published else None for group in job.groups]
     whole = [r and r["digest"] == digest and published[r["group"]] == r["size"] and not r["failed"] for r in records]
     if all(whole) and recheck:
         found = [hashlib.sha256(storage.read_bytes(urls[r["group"]])).hexdigest() for r in records]
@@ -472,29 +394,9 @@ def _build_shard(job: Job, number: int, names: Sequence[str], published: dict[st
         for group, writer in writers.items():
             path, index = writer.close()
             records.append(
-                _publish_shard(urls[group], path, group, digest, entries, failed, index, replace=group in published)
+                publish_shard(urls[group], path, group, digest, entries, failed, index, replace=group in published)
             )
     return _summary(records, skipped=False)
-
-
-def _publish_shard(
-    url: str, path: Path, group: str, digest: str, scenes: list, failed: dict, frames: list, *, replace: bool
-) -> dict:
-    """Publishes a tar, then its record, and returns that."""
-    record = {
-        "group": group,
-        "digest": digest,
-        "size": path.stat().st_size,
-        "sha256": storage.sha256_file(path),
-        "scenes": scenes,
-        "failed": failed,
-        "frames": frames,
-    }
-    if replace:
-        storage.remove(url[:-4] + ".json")  # or, after a kill between the two, it would describe the wrong tar
-    storage.publish(path, url)
-    storage.publish(canonical_json(record), url[:-4] + ".json")
-    return record
 
 
 def _summary(records: list[dict], skipped: bool) -> dict:
@@ -505,65 +407,6 @@ def _summary(records: list[dict], skipped: bool) -> dict:
         "sha256": {r["group"]: r["sha256"] for r in records},
         "skipped": skipped,
     }
-
-
-def _read_record(url: str) -> dict | None:
-    """Record of the shard at a URL; None if there is none that can be used."""
-    try:
-        record = json.loads(storage.read_bytes(url[:-4] + ".json"))
-        return record if {"digest", "size", "sha256", "scenes", "failed", "group"} <= record.keys() else None
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-
-
-class ShardWriter:
-    """Writes one tar; the bytes depend on the members alone."""
-
-    def __init__(self, path: Path, header: dict):
-        self.path, self.index = path, []
-        self._file = path.open("w+b")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        self._write(HEADER, canonical_json(header))
-
-    def add(self, key: str, members: list[tuple[str, bytes]]) -> None:
-        """Adds the members of one frame."""
-        start = self._file.tell()
-        for name, data in members:
-            self._write(name, data)
-        self.index.append([key, start, self._file.tell() - start])
-
-    def add_raw(self, key: str, data: bytes) -> None:
-        """Adds the members of one frame as another tar has them."""
-        self.index.append([key, self._file.tell(), len(data)])
-        self._file.write(data)
-        self._tar.offset = self._file.tell()
-
-    def mark(self) -> tuple[int, int]:
-        """A place to go back to."""
-        return self._file.tell(), len(self.index)
-
-    def back_to(self, mark: tuple[int, int]) -> None:
-        """Forgets what was added since."""
-        self._file.seek(mark[0])
-        self._file.truncate()
-        self._tar.offset = mark[0]
-        del self.index[mark[1] :]
-
-    def close(self) -> tuple[Path, list]:
-        """Path and index (key, offset, length of each frame) of the finished tar."""
-        self._tar.close()
-        self._file.close()
-        return self.path, self.index
-
-    def _write(self, name: str, data: bytes) -> None:
-        if len(name) > 100:
-            raise ValueError(
-                f"member name {name!r} is longer than 100 characters; shorten the scene's or camera's name"
-            )
-        info = tarfile.TarInfo(name)  # its defaults: mtime 0, uid 0, mode 0644
-        info.size = len(data)
-        self._tar.addfile(info, io.BytesIO(data))
-        self._tar.members.clear()  # or it remembers every member
 
 
 @dataclass(frozen=True)

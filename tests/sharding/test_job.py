@@ -16,11 +16,12 @@ import simplejpeg
 
 from occstream.launch import cli
 from occstream.sharding import storage
+from occstream.sharding.attach import attach
 from occstream.sharding.check import inspect, verify
 from occstream.sharding.codec import Coding, decode, encode
 from occstream.sharding.grid import get_grid
 from occstream.sharding.manifest import Manifest
-from occstream.sharding.pack import Job, attach, estimate, merge, pack
+from occstream.sharding.pack import Job, estimate, merge, pack
 from occstream.sharding.prepare import Images, shrink
 from occstream.sharding.schema import Camera, Scene
 from occstream.sharding.stream import ShardReader
