@@ -63,13 +63,13 @@ class DataConfig:
 
 
 @dataclass
-class ReplayConfig:
-    """Replay of pre-training frames (B) during fine-tuning (SPEC A.12). Off for S+B* and S."""
+class ReplaySource:
+    """Where replayed pre-training frames (B) come from."""
 
     url: str = ""
     """Data set with binary labels. Empty: no replay."""
-    batch: int | None = None
-    """B frames per step over all ranks, in addition to ``train.batch`` S frames. None: as many as S (our default)."""
+    weight: int = 1
+    """Share of this source among all sources of replay, as a whole number (2 and 1: two thirds and one third)."""
     scenes: int | None = None
     """Pool of B scenes, cut like ``data.scenes``. None: all."""
     draw: int | None = None
@@ -82,6 +82,19 @@ class ReplayConfig:
     """As ``data.labels``."""
     mask: Mask = "none"
     """As ``data.mask``."""
+
+    def __post_init__(self):
+        _need(self.weight >= 1, f"weight is {self.weight}, must be a whole number from 1")
+
+
+@dataclass
+class ReplayConfig(ReplaySource):
+    """Replay of pre-training frames (B) during fine-tuning (SPEC A.12). Off for S+B* and S."""
+
+    batch: int | None = None
+    """B frames per step over all ranks, in addition to ``train.batch`` S frames. None: as many as S (our default)."""
+    more: tuple[ReplaySource, ...] = ()
+    """Further sources, mixed by ``weight``: ``replay.more=[{url: s3://…, weight: 2}]``."""
 
 
 @dataclass
@@ -152,6 +165,8 @@ class TrainConfig:
     """Steps between log lines."""
     threads: int = 2
     """Reader threads per stream and rank."""
+    data_timeout: float = 300.0
+    """Seconds that a step waits for data before it is an error on all ranks; less than ``timeout_minutes``."""
     timeout_minutes: float = 10.0
     """A collective that takes longer ends the job (raise it for slow storage)."""
 

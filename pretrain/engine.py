@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import math
 import os
 import random
@@ -34,6 +35,37 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def agree(self, error: Exception | None) -> None:
+        """Raises on every rank if any rank brings an error: nobody is left waiting in a collective.
+
+        Raises:
+            DataError: naming the first such rank and its error; the error itself on a single process.
+        """
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return
+        bad = torch.tensor([0 if error is None else 1])
+        dist.all_reduce(bad, group=control_group())
+        if not bad.item():
+            return
+        said: list[str | None] = [None] * self.size
+        dist.all_gather_object(
+            said, None if error is None else f"{type(error).__name__}: {error}", group=control_group()
+        )
+        rank, text = next((r, t) for r, t in enumerate(said) if t)
+        raise DataError(f"rank {rank}: {text}") from error
+
+
+class DataError(ValueError):
+    """Some rank could not get its data."""
+
+
+@functools.cache
+def control_group() -> dist.ProcessGroup:
+    """A gloo group for small agreements on the CPU, beside NCCL; all ranks must call it first at the same place."""
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def init_distributed(timeout_minutes: float = 10.0) -> World:

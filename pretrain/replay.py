@@ -6,8 +6,9 @@ positions go into the checkpoint and know nothing of ranks.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from occstream.pretrain.config import Config
 from occstream.pretrain.engine import World
 from occstream.sharding import storage
 from occstream.sharding.manifest import Manifest
-from occstream.sharding.order import Order, evaluation_batches, share, training_batches
+from occstream.sharding.order import Order, Quotas, evaluation_batches, training_batches
 from occstream.sharding.stream import Field, ShardReader, Stream, StreamBatch
 
 
@@ -43,7 +44,7 @@ class TrainData:
         else:
             scenes = manifest.subset(data.scenes, data.subset_seed, data.holdout)
         self.cameras = data.cameras or _cameras(manifest, scenes[0])
-        order = Order(manifest.fingerprint, scenes, [manifest.scenes[i].frames for i in scenes], cfg.seed)
+        order = _order(manifest, scenes, cfg.seed, None, cfg.batch)
         self.epoch_samples = order.epoch(0).size
         filler = FrameFiller(
             config.augment,
@@ -57,43 +58,58 @@ class TrainData:
             data.binary_from,
         )
         micro = cfg.batch // cfg.accumulate
-        self._main = _Feed(manifest, order, filler, micro, config, world)
+        self._feeds = {"main": _Feed(manifest, order, filler, micro, micro, config, world)}
         self.fingerprints = {"data": manifest.fingerprint}
-        self.frames_per_step, self._replay = cfg.batch, None
-        replay = config.replay
-        if replay.url and semantic:
-            pool = _load(config, replay.url, replay.labels)
-            chosen = pool.subset(replay.scenes, replay.subset_seed, replay.holdout)
-            # SPEC A.12: as many B scenes each pass as there are S scenes.
-            draw = min(replay.draw or len(scenes), len(chosen))
-            order = Order(pool.fingerprint, chosen, [pool.scenes[i].frames for i in chosen], cfg.seed, draw)
-            filler = FrameFiller(
-                config.augment, self.cameras, config.voxel_grid, config.classes, cfg.seed, True, replay.mask, False
-            )
-            total = cfg.batch if replay.batch is None else replay.batch
-            if total % cfg.accumulate:
-                raise ValueError(f"replay.batch {total} does not divide by train.accumulate {cfg.accumulate}")
-            self._replay = _Feed(pool, order, filler, total // cfg.accumulate, config, world)
-            self.fingerprints["replay"] = pool.fingerprint
-            self.frames_per_step += total
-        if micro // world.size == 0 and (self._replay is None or self._replay.batch // world.size == 0):
+        self.frames_per_step = cfg.batch
+        if config.replay.url and semantic:
+            self._add_replay(len(scenes))
+        if micro // world.size == 0 and not any(f.least // world.size for f in self._feeds.values()):
             raise ValueError(
                 f"{world.size} processes share {micro} frames per micro-step: some would have none; "
                 f"raise train.batch to at least {world.size * cfg.accumulate} or use fewer processes"
             )
+
+    def _add_replay(self, semantic_scenes: int) -> None:
+        """Opens the sources of B frames; each step takes from them by weight."""
+        config, cfg, replay = self.config, self.config.train, self.config.replay
+        total = cfg.batch if replay.batch is None else replay.batch
+        if total % cfg.accumulate:
+            raise ValueError(f"replay.batch {total} does not divide by train.accumulate {cfg.accumulate}")
+        sources = (replay, *replay.more)
+        quotas = self._quotas = Quotas([s.weight for s in sources], total // cfg.accumulate)
+        for number, source in enumerate(sources):
+            pool = _load(config, source.url, source.labels)
+            chosen = pool.subset(source.scenes, source.subset_seed, source.holdout)
+            # SPEC A.12: as many B scenes each pass as there are S scenes.
+            draw = min(source.draw or semantic_scenes, len(chosen))
+            most = quotas.most(number)
+            order = _order(pool, chosen, cfg.seed, draw, most * cfg.accumulate)
+            filler = FrameFiller(
+                config.augment, self.cameras, config.voxel_grid, config.classes, cfg.seed, True, source.mask, False
+            )
+            batch = most if len(sources) == 1 else functools.partial(quotas.of, number)
+            name = f"replay-{number}" if number else "replay"
+            self._feeds[name] = _Feed(pool, order, filler, batch, most, config, self.world)
+            self.fingerprints[name] = pool.fingerprint
+        self.frames_per_step += total
 
     @property
     def fingerprint(self) -> str:
         return self.fingerprints["data"]
 
     def next(self) -> OccBatch:
-        """The next micro-batch of this rank, on its device. Its CPU buffers are valid until the next call."""
-        main = self._main.next()
-        return concat(main, self._replay.next()) if self._replay else main
+        """The next micro-batch of this rank, on its device. Its CPU buffers are valid until the next call.
 
-    @property
-    def _feeds(self) -> dict[str, _Feed]:
-        return {"main": self._main} | ({"replay": self._replay} if self._replay else {})
+        Raises:
+            DataError: a rank could not get its part; on every rank, naming the first one and what it said.
+        """
+        error, parts = None, []
+        try:
+            parts = [feed.next() for feed in self._feeds.values()]
+        except Exception as problem:
+            error = problem
+        self.world.agree(error)
+        return functools.reduce(concat, parts)
 
     def state_dict(self) -> dict:
         """Positions after the last batch taken: a handful of integers, the same on every rank."""
@@ -103,8 +119,18 @@ class TrainData:
         """Continues from positions; call before the first ``next``."""
         for name, feed in self._feeds.items():
             if name not in state:
-                raise ValueError(f"the checkpoint has no position of the {name} stream: it was made without replay")
-            feed.state = state[name]
+                raise ValueError(
+                    f"the checkpoint has no position of the {name} stream: it was made without this replay"
+                )
+            feed.state = dict(state[name])
+
+    def shares(self) -> dict[str, float]:
+        """Share of each source of B frames among all B frames so far, by name; empty with fewer than two sources."""
+        replays = [name for name in self._feeds if name != "main"]
+        if len(replays) < 2:
+            return {}
+        taken = [self._quotas.taken(n, self._feeds[name].state["batches"]) for n, name in enumerate(replays)]
+        return {name: count / max(1, sum(taken)) for name, count in zip(replays, taken)}
 
     @property
     def waited(self) -> float:
@@ -122,7 +148,7 @@ class TrainData:
 
     @property
     def epoch_position(self) -> float:
-        state = self._main.state
+        state = self._feeds["main"].state
         return state["epoch"] + state["offset"] / self.epoch_samples
 
     def close(self) -> None:
@@ -131,19 +157,35 @@ class TrainData:
 
 
 class _Feed:
-    """One stream, opened at its position when the first batch is asked for."""
+    """One stream, opened at its position when the first batch is asked for.
 
-    def __init__(self, manifest: Manifest, order: Order, filler: FrameFiller, batch: int, config: Config, world: World):
-        self.manifest, self.order, self.filler, self.batch = manifest, order, filler, batch
+    Args:
+        batch: frames of a micro-batch over all ranks, or of micro-batch number n.
+        most: the largest of them.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        order: Order,
+        filler: FrameFiller,
+        batch: int | Callable[[int], int],
+        most: int,
+        config: Config,
+        world: World,
+    ):
+        self.manifest, self.order, self.filler, self.batch, self.most = manifest, order, filler, batch, most
         self.config, self.world = config, world
-        self.state = {"epoch": 0, "offset": 0}
+        self.least = batch if isinstance(batch, int) else 0
+        self.state = {"epoch": 0, "offset": 0, "batches": 0}
         self.stream: Stream | None = None
 
     def next(self) -> OccBatch:
         if self.stream is None:
             batches = training_batches(self.order, self.batch, self.world.rank, self.world.size, **self.state)
-            low, high = share(self.batch, self.world.rank, self.world.size)
-            self.stream = _open(self.manifest, batches, self.filler, high - low, self.config, self.world)
+            # No share of a batch is larger than this.
+            capacity = -(-self.most // self.world.size)
+            self.stream = _open(self.manifest, batches, self.filler, capacity, self.config, self.world)
         got = next(self.stream)
         self.state = got.state
         return to_occ_batch(got, self.world.device)
@@ -151,6 +193,12 @@ class _Feed:
     def close(self) -> None:
         if self.stream:
             self.stream.close()
+
+
+def _order(manifest: Manifest, scenes: list[int], seed: int, draw: int | None, lanes: int) -> Order:
+    entries = [manifest.scenes[i] for i in scenes]
+    shards = [e.shard for e in entries]
+    return Order(manifest.fingerprint, scenes, [e.frames for e in entries], seed, draw, shards, lanes)
 
 
 class EvalData:
@@ -224,6 +272,7 @@ def _open(manifest: Manifest, batches, filler: FrameFiller, capacity: int, confi
         max(1, capacity),
         config.train.threads,
         allocate=allocate,
+        deadline=config.train.data_timeout,
     )
 
 

@@ -274,6 +274,7 @@ class Meter:
             "prog/eta_s": (self.total - self.now) * sum(self.times) / len(self.times),
             "prog/epoch": self.data.epoch_position,
             "data/skipped": float(self.data.skipped),
+            **{f"data/share/{name}": share for name, share in self.data.shares().items()},
         }
         if self.world.device.type == "cuda":
             out["mem/max_alloc_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -249,10 +250,15 @@ class Manifest:
             raise ValueError(f"{self.url}: labels use taxonomy {self.taxonomy!r}, the recipe wants {taxonomy!r}")
 
     def shard(self, group: str, number: int) -> ShardEntry:
-        for entry in self.shards:
-            if entry.group == group and entry.number == number:
-                return entry
-        raise ValueError(f"{self.url}: manifest names no shard {shard_path(group, number)}")
+        """Entry of a shard. Raises ValueError if there is none."""
+        try:
+            return self._by_place[group, number]
+        except KeyError:
+            raise ValueError(f"{self.url}: manifest names no shard {shard_path(group, number)}") from None
+
+    @functools.cached_property
+    def _by_place(self) -> dict[tuple[str, int], ShardEntry]:
+        return {(s.group, s.number): s for s in self.shards}
 
     @property
     def num_frames(self) -> int:

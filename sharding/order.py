@@ -1,22 +1,25 @@
 """Which frame is sample i: pure functions of (fingerprint, scenes, seed, epoch, position), no I/O.
 
-World size, threads, restarts and cache state cannot change it. An epoch permutes the scenes, lays their frames end to
-end, cuts the sequence into fixed *lanes* and shuffles each lane in blocks; sample i is the (i // L)-th of lane i % L. So
-consecutive samples come from L places, while each lane walks through few shards at a time. Epochs follow each other
-without padding or dropping: a batch may straddle two.
+World size, threads, restarts and cache state cannot change it. An epoch permutes the shards and the scenes within each,
+lays their frames end to end, cuts the sequence into fixed *lanes* and shuffles each lane in blocks; sample i is the
+(i // L)-th of lane i % L. With as many lanes as a global batch has samples, each place in the batch walks through a part
+of the data of its own: a node, which owns some places, fetches only its share. Epochs follow each other without padding
+or dropping: a batch may straddle two.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-MAX_LANES = 64
-BLOCK = 512
+LANES = 64  # where nobody says how many
+WINDOW = 16384  # frames that are shuffled among each other: the blocks of all lanes together
+BLOCK = 256  # frames of a lane's block, at least
 
 
 @dataclass(frozen=True)
@@ -43,20 +46,30 @@ class Order:
         frames: number of frames of each of them.
         seed: of the run.
         draw: scenes drawn afresh without replacement for each epoch (replay, SPEC A.12); None: all, every epoch.
+        shards: number of the shard of each scene: scenes of a shard stay together. None: every scene is one of its own.
+        lanes: samples of a global batch.
 
     Raises:
         ValueError: no frames, or more scenes to draw than there are.
     """
 
     def __init__(
-        self, fingerprint: str, scenes: Sequence[int], frames: Sequence[int], seed: int, draw: int | None = None
+        self,
+        fingerprint: str,
+        scenes: Sequence[int],
+        frames: Sequence[int],
+        seed: int,
+        draw: int | None = None,
+        shards: Sequence[int] | None = None,
+        lanes: int = LANES,
     ):
         self.scenes, self.frames = np.asarray(scenes, np.int64), np.asarray(frames, np.int64)
         if len(self.scenes) != len(self.frames) or self.frames.sum() == 0:
             raise ValueError(f"cannot order {len(self.scenes)} scenes with {int(self.frames.sum())} frames in all")
         if draw is not None and not 1 <= draw <= len(self.scenes):
             raise ValueError(f"cannot draw {draw} scenes an epoch from {len(self.scenes)}; lower replay.draw")
-        self.draw = draw
+        self.shards = None if shards is None else np.asarray(shards, np.int64)
+        self.draw, self.lanes = draw, lanes
         # The scenes enter the key: another subset is another sequence.
         names = hashlib.blake2b(self.scenes.tobytes(), digest_size=8).hexdigest()
         self._key = (fingerprint, names, seed, draw)
@@ -77,7 +90,11 @@ class Order:
         return self.scenes[self._chosen(rng)]
 
     def _chosen(self, rng: np.random.Generator) -> np.ndarray:
-        return rng.permutation(len(self.scenes))[: self.draw]
+        chosen = rng.permutation(len(self.scenes))[: self.draw]
+        if self.shards is None:
+            return chosen
+        _, first, which = np.unique(self.shards[chosen], return_index=True, return_inverse=True)
+        return chosen[np.argsort(first[which], kind="stable")]  # a shard's scenes follow the first of them
 
     def locate(self, epoch: int, offset: int) -> tuple[int, int]:
         """Normal form of a position: ``offset`` lies within ``epoch``."""
@@ -104,7 +121,8 @@ class _Epoch:
         self.starts = self.ends - frames
         self.size = int(self.ends[-1])
         # Few frames, few lanes: a lane shorter than some frames would not mix.
-        self.lanes = max(1, min(MAX_LANES, self.size // 4))
+        self.lanes = max(1, min(order.lanes, self.size // 4))
+        self.block = max(BLOCK, WINDOW // self.lanes)
         self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def sample(self, i: int) -> Sample:
@@ -113,16 +131,17 @@ class _Epoch:
         base, longer = divmod(self.size, self.lanes)
         start = lane * base + min(lane, longer)
         length = base + (lane < longer)
-        block, within = divmod(step, BLOCK)
-        position = start + block * BLOCK + self._block(lane, block, min(BLOCK, length - block * BLOCK))[within]
+        block, within = divmod(step, self.block)
+        position = start + block * self.block + self._permuted(lane, block, length)[within]
         at = int(np.searchsorted(self.ends, position, side="right"))
         return Sample(self.number, int(self.scenes[at]), int(position - self.starts[at]))
 
-    def _block(self, lane: int, block: int, length: int) -> np.ndarray:
+    def _permuted(self, lane: int, block: int, length: int) -> np.ndarray:
         key = (lane, block)
         if key not in self._blocks:
-            self._blocks[key] = generator(*self._key, "block", lane, block).permutation(length)
-            if len(self._blocks) > 2 * MAX_LANES:
+            count = min(self.block, length - block * self.block)
+            self._blocks[key] = generator(*self._key, "block", lane, block).permutation(count)
+            if len(self._blocks) > 2 * self.lanes:
                 self._blocks.popitem(last=False)
         return self._blocks[key]
 
@@ -132,18 +151,71 @@ def share(count: int, rank: int, world: int) -> tuple[int, int]:
     return count * rank // world, count * (rank + 1) // world
 
 
+class Quotas:
+    """How many samples of a batch come from each of several sources: exact in every period, even within it.
+
+    Args:
+        weights: positive integers; the shares are weight / sum.
+        batch: samples of one batch over all ranks.
+
+    Raises:
+        ValueError: a weight is below 1, or their sum is beyond a million.
+    """
+
+    def __init__(self, weights: Sequence[int], batch: int):
+        if not weights or min(weights) < 1 or sum(weights) > 10**6:
+            raise ValueError(f"weights {list(weights)}: need whole numbers from 1, a million in all at most")
+        period = sum(weights) // math.gcd(*weights)
+        ends = (np.arange(1, period + 1)[:, None] * np.array(weights) / sum(weights)).round(12)
+        self.batch, self.period = batch, period
+        # Each place goes to the source that lags most behind its share.
+        counts = np.zeros((period + 1, len(weights)), np.int64)
+        for i, want in enumerate(ends):
+            counts[i + 1] = counts[i]
+            counts[i + 1, np.argmax(want - counts[i])] += 1
+        self._counts = counts
+
+    def taken(self, source: int, batches: int) -> int:
+        """Samples of a source in so many batches from the start."""
+        rounds, rest = divmod(batches * self.batch, self.period)
+        return int(rounds * self._counts[-1, source] + self._counts[rest, source])
+
+    def of(self, source: int, batch: int) -> int:
+        """Samples of a source in batch number ``batch``."""
+        return self.taken(source, batch + 1) - self.taken(source, batch)
+
+    def most(self, source: int) -> int:
+        """The largest of them over all batches."""
+        return max(self.of(source, batch) for batch in range(self.period))
+
+
 def training_batches(
-    order: Order, batch: int, rank: int, world: int, epoch: int = 0, offset: int = 0
+    order: Order,
+    batch: int | Callable[[int], int],
+    rank: int,
+    world: int,
+    epoch: int = 0,
+    offset: int = 0,
+    batches: int = 0,
 ) -> Iterator[tuple[list[Sample], dict[str, int]]]:
-    """This rank's part of each global batch of ``batch`` samples, with the position *after* that batch."""
-    low, high = share(batch, rank, world)
+    """This rank's part of each global batch, with the position *after* that batch.
+
+    Args:
+        order: of the stream.
+        batch: samples of a global batch, or of batch number n as a function.
+        rank, world: this process, and how many there are.
+        epoch, offset, batches: position to go on from.
+    """
     while True:
-        samples, at, to = [], epoch, offset
+        size = batch if isinstance(batch, int) else batch(batches)
+        low, high = share(size, rank, world)
+        samples = []
         for i in range(low, high):
             at, to = order.locate(epoch, offset + i)
             samples.append(order.epoch(at).sample(to))
-        epoch, offset = order.locate(epoch, offset + batch)
-        yield samples, {"epoch": epoch, "offset": offset}
+        epoch, offset = order.locate(epoch, offset + size)
+        batches += 1
+        yield samples, {"epoch": epoch, "offset": offset, "batches": batches}
 
 
 def evaluation_batches(

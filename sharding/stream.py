@@ -199,6 +199,7 @@ class Stream:
         max_skipped: a corrupt sample is replaced by the next frame of its scene (the same on every rank and in every
             replay), counted and named, up to this many; then it is an error.
         warn: gets one line for each skipped sample.
+        deadline: seconds that the consumer waits for a batch before it is an error that names what is not there.
     """
 
     def __init__(
@@ -213,12 +214,13 @@ class Stream:
         allocate: Callable[[tuple[int, ...], str], np.ndarray] | None = None,
         max_skipped: int = 100,
         warn: Callable[[str], None] = print,
+        deadline: float = 600.0,
     ):
         if ring < 2:
             raise ValueError(f"ring is {ring}, needs at least 2: one for the consumer, one to fill")
         allocate = allocate or (lambda shape, dtype: np.zeros(shape, dtype))
         self._reader, self._fill, self._warn = reader, fill, warn
-        self._batches, self._max_skipped = iter(batches), max_skipped
+        self._batches, self._max_skipped, self._deadline = iter(batches), max_skipped, deadline
         self._free: deque[_Slot] = deque(
             _Slot({name: allocate((capacity, *f.shape), f.dtype) for name, f in fields.items()}) for _ in range(ring)
         )
@@ -250,10 +252,12 @@ class Stream:
                 self._free.append(self._lent)
                 self._lent = None
                 self._change.notify_all()
-            self._change.wait_for(
-                lambda: self._error or (self._filling and not self._filling[0].missing) or self._idle()
+            ready = self._change.wait_for(
+                lambda: self._error or (self._filling and not self._filling[0].missing) or self._idle(), self._deadline
             )
             self.waited += time.perf_counter() - began
+            if not ready:
+                raise TimeoutError(self._late())
             if self._error:
                 raise self._error
             if not self._filling:
@@ -277,6 +281,17 @@ class Stream:
         for thread in self._threads:
             thread.join()
         self._reader.close()
+
+    def _late(self) -> str:
+        """With the lock held: what the next batch is waiting for."""
+        manifest, slot = self._reader.manifest, self._filling[0] if self._filling else _Slot({})
+        missing = [s for s, key in zip(slot.samples, slot.keys) if not key]
+        shards = sorted({manifest.scenes[s.scene].shard for s in missing})
+        listed = ", ".join(f"{shard_path(g, n)}" for n in shards[:3] for g in self._reader.groups)
+        return (
+            f"{manifest.url}: {len(missing)} frames of the next batch did not come within {self._deadline:.0f} s, of shards "
+            f"{listed}; see whether the store answers, or raise train.data_timeout"
+        )
 
     def _idle(self) -> bool:
         return self._ended and not self._filling

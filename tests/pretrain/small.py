@@ -39,7 +39,13 @@ def free_port() -> int:
 
 
 def run_jobs(jobs: list[dict], ranks: int, folder: Path) -> None:
-    """Runs jobs (recipe, stage, overrides) in one group of processes; raises if a rank fails."""
+    """Runs jobs (recipe, stage, overrides) in one group of processes; fails if a rank does."""
+    codes, logs = start_jobs(jobs, ranks, folder)
+    assert codes == [0] * ranks, "\n".join(log[-3000:] for log in logs)
+
+
+def start_jobs(jobs: list[dict], ranks: int, folder: Path) -> tuple[list[int], list[str]]:
+    """Runs jobs in one group of processes; returns exit codes and outputs of the ranks."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     port = str(free_port())
@@ -51,8 +57,7 @@ def run_jobs(jobs: list[dict], ranks: int, folder: Path) -> None:
         env = environment(MASTER_ADDR="127.0.0.1", **place)
         processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
     codes = [p.wait(240) for p in processes]
-    logs = "\n".join((folder / f"rank{r}.log").read_text()[-3000:] for r in range(ranks))
-    assert codes == [0] * ranks, logs
+    return codes, [(folder / f"rank{r}.log").read_text() for r in range(ranks)]
 
 
 def losses(run: Path | str) -> dict[int, dict[str, float]]:

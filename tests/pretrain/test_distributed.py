@@ -1,12 +1,15 @@
 """Two gloo processes give what one gives, at every ZeRO stage, with replay and with an empty S part."""
 
 import json
+import time
 
 import pytest
 
-from tests.pretrain.small import RECIPE, losses, pack_small, run_jobs
+from occstream.pretrain.tracking import read_events
+from tests.pretrain.small import RECIPE, losses, pack_small, run_jobs, start_jobs
 
 STAGES = (0, 1, 2, 3)
+CASES = [*((kind, stage) for kind in ("pretrain", "replay") for stage in STAGES), ("mix", 1)]
 
 
 @pytest.fixture(scope="module")
@@ -20,19 +23,28 @@ def runs(tmp_path_factory):
         # A small learning rate: Adam turns the rounding of gradients that are zero into whole steps.
         overrides = [f"data.url={data}", f"output={root}/{kind}-{ranks}-{stage}", f"train.zero_stage={stage}"]
         overrides += ["train.lr=2e-5", "train.warmup=20"]
+        if kind == "mix":
+            # Two sources of B, two to one; a batch of four takes 3 + 1, 2 + 2, 3 + 1.
+            more = f"[{{url: {data}, weight: 1, holdout: 1, subset_seed: 5}}]"
+            overrides += [
+                f"replay.url={data}",
+                "replay.weight=2",
+                f"replay.more={more}",
+                "train.batch=2",
+                "replay.batch=4",
+            ]
+            overrides += ["data.scenes=2", "model.dropout=0.0"]
         if kind == "replay":
             # One S frame per step: rank 0 of two has none. Dropout differs between one and two processes.
             overrides += [f"replay.url={data}", "train.batch=1", "replay.batch=3", "data.scenes=2", "model.dropout=0.0"]
-        return {"recipe": RECIPE, "stage": "finetune" if kind == "replay" else "pretrain", "overrides": overrides}
+        return {"recipe": RECIPE, "stage": "pretrain" if kind == "pretrain" else "finetune", "overrides": overrides}
 
-    kinds = ("pretrain", "replay")
-    run_jobs([job(k, 1, 0) for k in kinds], 1, root / "one")
-    run_jobs([job(k, 2, s) for k in kinds for s in STAGES], 2, root / "two")
+    run_jobs([job(k, 1, 0) for k in ("pretrain", "replay", "mix")], 1, root / "one")
+    run_jobs([job(k, 2, s) for k, s in CASES], 2, root / "two")
     return root
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", ["pretrain", "replay"])
+@pytest.mark.parametrize(("kind", "stage"), CASES)
 def test_one_process_and_two_agree_for_twenty_steps(runs, kind, stage):
     one, two = losses(runs / f"{kind}-1-0"), losses(runs / f"{kind}-2-{stage}")
     assert sorted(one) == sorted(two) == list(range(1, 21))
@@ -41,12 +53,12 @@ def test_one_process_and_two_agree_for_twenty_steps(runs, kind, stage):
         a, b = (dict(run[step]) for run in (one, two))
         assert b.pop("opt/grad_norm") == pytest.approx(a.pop("opt/grad_norm"), rel=1e-2), step
         assert b == pytest.approx(a, abs=1e-5), step
-    if kind == "replay":
+    if kind != "pretrain":
         assert all(two[s]["train/semantic"] > 0 for s in two)
 
 
 GOLDEN = {
-    "pretrain": {1: 0.6772, 5: 0.6794, 10: 0.6809, 20: 0.6673},
+    "pretrain": {1: 0.6772, 5: 0.6766, 10: 0.6828, 20: 0.6719},
     "replay": {1: 1.8584, 5: 1.8478, 10: 1.8525, 20: 1.8357},
 }
 
@@ -64,3 +76,30 @@ def test_evaluation_counts_the_same_voxels_on_one_process_and_two(runs, kind):
     assert results[0]["eval/frames"] == 3
     for other in results[1:]:
         assert other == pytest.approx(results[0], abs=0.05, nan_ok=True)
+
+
+def test_shares_of_replay_sources_are_exact_and_logged(runs):
+    shares = {}
+    for event in read_events(runs / "mix-2-1" / "metrics.jsonl"):
+        if "data/share/replay" in event.get("metrics", {}):
+            shares[event["step"]] = event["metrics"]["data/share/replay"]
+    assert shares[3] == shares[6] == shares[18] == pytest.approx(2 / 3)
+    assert max(abs(v - 2 / 3) for v in shares.values()) < 0.1
+
+
+def test_a_missing_shard_ends_all_ranks_and_is_named(tmp_path):
+    """Only one rank needs it, and only after a while; the other must not wait in a collective until it times out."""
+    data = tmp_path / "data"
+    pack_small(str(data), scenes=9)
+    (data / "labels/labels-000002.tar").unlink()
+    job = {
+        "recipe": RECIPE,
+        "stage": "pretrain",
+        "overrides": [f"data.url={data}", f"output={tmp_path}/run", "train.steps=200"],
+    }
+    began = time.monotonic()
+    codes, logs = start_jobs([job], 2, tmp_path / "logs")
+    assert time.monotonic() - began < 90
+    assert 0 not in codes
+    assert all("labels-000002.tar: shard is missing" in log for log in logs)
+    assert all("DataError: rank " in log for log in logs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from itertools import islice, pairwise
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from occstream.sharding.codec import CorruptSample
 from occstream.sharding.manifest import Manifest
-from occstream.sharding.order import Order, Sample, evaluation_batches, share, training_batches
+from occstream.sharding.order import Order, Quotas, Sample, evaluation_batches, share, training_batches
 from occstream.sharding.pack import pack
 from occstream.sharding.stream import Field, ShardReader, Stream
 from tests.sharding.toy import GRID, ToySource
@@ -39,7 +40,7 @@ def test_an_epoch_holds_every_frame_once(frames, seed, epoch):
 def test_world_size_and_restarts_do_not_change_the_sequence(frames, world, batch, skip):
     order = make_order(frames)
     want = list(islice(order.samples(0, 0), batch * 10))
-    state = {"epoch": 0, "offset": 0}
+    state = {"epoch": 0, "offset": 0, "batches": 0}
     for _, state in islice(training_batches(make_order(frames), batch, 0, 1), skip):  # noqa: B007
         pass
     ranks = [training_batches(make_order(frames), batch, r, world, **state) for r in range(world)]
@@ -94,6 +95,78 @@ def test_cost_of_forty_million_frames():
     seen = [next(batches)[0][0] for _ in range(50)]
     assert {s.epoch for s in seen} == {3, 4}  # straddles the epochs
     assert time.process_time() - began < 60  # no speed claim: only that nothing is listed frame by frame
+
+
+@given(
+    frames=FRAMES,
+    per_shard=st.integers(1, 4),
+    lanes=st.integers(1, 20),
+    worlds=st.lists(st.sampled_from([1, 2, 3, 4, 6, 8]), min_size=1, max_size=5),
+    takes=st.lists(st.integers(0, 6), min_size=5, max_size=5),
+)
+@settings(deadline=None, max_examples=80)
+def test_resuming_again_and_again_on_other_world_sizes_loses_and_repeats_nothing(
+    frames, per_shard, lanes, worlds, takes
+):
+    """Save, resume, save, resume, each time with another number of ranks, from a state that is integers only."""
+    batch = 24
+
+    def fresh():
+        shards = [i // per_shard for i in range(len(frames))]
+        return Order("f", range(len(frames)), frames, 5, None, shards, lanes)
+
+    state, got = {"epoch": 0, "offset": 0, "batches": 0}, []
+    for world, count in zip(worlds, takes):
+        ranks = [training_batches(fresh(), batch, r, world, **json.loads(json.dumps(state))) for r in range(world)]
+        for _ in range(count):
+            parts = [next(r) for r in ranks]
+            state = parts[-1][1]
+            got += [s for part in parts for s in part[0]]
+    assert got == list(islice(fresh().samples(0, 0), len(got)))
+    plan = fresh().epoch(0)
+    assert len({(s.scene, s.frame) for s in got[: plan.size]}) == min(plan.size, len(got))
+
+
+@pytest.mark.parametrize("nodes", [8, 64])
+def test_every_node_fetches_only_its_share(nodes):
+    """Shards fetched in an epoch, summed over the nodes, are hardly more than there are; their scenes stay together."""
+    scenes, per_shard, batch = 8000, 10, 256
+    shards = np.arange(scenes) // per_shard
+    order = Order("f", np.arange(scenes), np.full(scenes, 40), 3, None, shards, batch)
+    plan = order.epoch(1)
+    fetched = 0
+    for node in range(nodes):
+        low, high = share(batch, node, nodes)
+        lanes = range(low, high)
+        # A lane is a piece of the sequence: its ends tell which shards it touches.
+        base, longer = divmod(plan.size, plan.lanes)
+        touched = set()
+        for lane in lanes:
+            start = lane * base + min(lane, longer)
+            stop = start + base + (lane < longer)
+            first, last = np.searchsorted(plan.ends, [start, stop - 1], side="right")
+            touched |= set(shards[plan.scenes[first : last + 1]].tolist())
+        for i in range(3):  # and the samples themselves are from these
+            assert all(shards[plan.sample(i * batch + lane).scene] in touched for lane in lanes)
+        fetched += len(touched)
+    assert fetched <= 1.1 * scenes / per_shard
+
+
+@given(
+    weights=st.lists(st.integers(1, 12), min_size=1, max_size=5), batch=st.integers(0, 20), start=st.integers(0, 10**9)
+)
+@settings(deadline=None)
+def test_quotas_are_exact_in_every_period_and_add_up(weights, batch, start):
+    quotas = Quotas(weights, batch)
+    parts = [[quotas.of(k, start + b) for k in range(len(weights))] for b in range(quotas.period)]
+    assert all(sum(p) == batch for p in parts)
+    assert all(n >= 0 for p in parts for n in p)
+    total = np.array(parts).sum(0)
+    np.testing.assert_allclose(total / max(1, total.sum()), np.array(weights) / sum(weights) * (batch > 0), atol=1e-12)
+    for k in range(len(weights)):
+        assert quotas.most(k) >= max(p[k] for p in parts)
+        # At no time does a source lag by more than a place or so.
+        assert abs(quotas.taken(k, start) - start * batch * weights[k] / sum(weights)) < len(weights)
 
 
 @given(total=st.integers(0, 50), world=st.integers(1, 9))
@@ -206,6 +279,15 @@ def test_errors_in_threads_reach_the_consumer_and_threads_end(data):
         next(stream)
     assert threading.active_count() == before
     with pytest.raises(ValueError, match="closed"):
+        next(stream)
+
+
+def test_a_batch_that_does_not_come_is_an_error_that_names_its_shard(data, monkeypatch):
+    monkeypatch.setattr(ShardReader, "frame", lambda *_: time.sleep(3))
+    with (
+        make_stream(data, 2, deadline=0.3) as stream,
+        pytest.raises(TimeoutError, match=r"frames .* of shards labels/labels-0"),
+    ):
         next(stream)
 
 
