@@ -239,12 +239,12 @@ class ShardCache:
         )
 
     def _download(self, url: str, path: Path, length: int) -> None:
+        """With the shard's lock held, so that its partial file, left by a process that was killed, is ours to replace."""
         self._make_room(length)
         fs, remote = _fs(url)
-        handle, partial = tempfile.mkstemp(dir=self.folder, prefix=".part-")
-        os.close(handle)
+        partial = path.with_suffix(".part")
         try:
-            retry(lambda: fs.get_file(remote, partial), url)
+            retry(lambda: fs.get_file(remote, str(partial)), url)
             os.replace(partial, path)
         except FileNotFoundError:
             raise FileNotFoundError(f"{url}: shard is missing") from None
@@ -253,16 +253,24 @@ class ShardCache:
                 os.unlink(partial)
 
     def _make_room(self, need: int) -> None:
-        kept = sorted(self.folder.glob("*.tar"), key=lambda p: p.stat().st_mtime)
-        total = sum(p.stat().st_size for p in kept)
-        for old in kept:
+        """Removes the least recently used shards, and what killed processes left."""
+        for partial in self.folder.glob("*.part"):
+            with contextlib.suppress(OSError), self._lock(partial.stem, wait=False):
+                partial.unlink()
+        kept = {}
+        for path in self.folder.glob("*.tar"):
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                kept[path] = path.stat()
+        total = sum(s.st_size for s in kept.values())
+        for old in sorted(kept, key=lambda p: kept[p].st_mtime):
             if total + need <= self.limit:
                 break
-            total -= old.stat().st_size
+            total -= kept[old].st_size
             old.unlink(missing_ok=True)  # readers keep it through their open file
 
     @contextlib.contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
+    def _lock(self, name: str, wait: bool = True) -> Iterator[None]:
+        """Holds a shard's lock, which the kernel takes back from a killed process. Raises BlockingIOError if not to wait."""
         with (self.folder / f".{name}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             yield

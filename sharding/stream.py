@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -29,6 +30,15 @@ class Field:
     dtype: str
 
 
+@dataclass
+class _Shard:
+    """An open shard: file (None: ranges are read from the store), byte range by frame key, readers at work on it."""
+
+    file: int | None
+    index: dict[str, tuple[int, int]]
+    users: int = 0
+
+
 class ShardReader:
     """Random access to the frames of a data set: one read per frame and group. Thread-safe.
 
@@ -36,14 +46,21 @@ class ShardReader:
         manifest: of the data set.
         groups: which groups to read; others are never touched.
         cache: for remote data; None reads ranges straight from the store.
+        keep_open: shards kept open with their index; the least recently used go.
     """
 
-    def __init__(self, manifest: Manifest, groups: tuple[str, ...], cache: storage.ShardCache | None = None):
+    def __init__(
+        self,
+        manifest: Manifest,
+        groups: tuple[str, ...],
+        cache: storage.ShardCache | None = None,
+        keep_open: int = 128,
+    ):
         self.manifest, self.groups, self.cache = manifest, groups, cache
         self.bytes_read = 0
         self._lock = threading.Lock()
-        self._indexes: dict[tuple[str, int], dict[str, tuple[int, int]]] = {}
-        self._files: dict[tuple[str, int], int] = {}
+        self._keep = keep_open
+        self._open: OrderedDict[tuple[str, int], _Shard] = OrderedDict()
         for group in groups:
             if group not in manifest.groups:
                 raise ValueError(f"{manifest.url}: has no group {group!r}, only {', '.join(manifest.groups)}")
@@ -69,71 +86,107 @@ class ShardReader:
         except CorruptSample as error:
             raise CorruptSample(f"shard {entry.shard:06d}: {error}") from None
 
+    def clip(self, scene: int, index: int, length: int, step: int = 1) -> list[Frame]:
+        """A window of a scene that ends at frame ``index``, oldest first, every ``step``-th frame; before the scene's
+        beginning its first frame is repeated. Raises as ``frame``."""
+        wanted = [max(0, index - step * back) for back in range(length - 1, -1, -1)]
+        found = {i: self.frame(scene, i) for i in sorted(set(wanted))}
+        return [found[i] for i in wanted]
+
     def raw(self, group: str, scene: int, index: int) -> bytes:
         """The bytes of a frame's members in the tar of a group, headers included. Raises as ``frame``."""
         entry = self.manifest.scenes[scene]
         return self._read(group, entry.shard, frame_key(entry.name, index))
 
+    def prefetch(self, number: int) -> None:
+        """Brings the shards of a number into the cache; nothing without one. Errors are left to whoever needs them."""
+        for group in self.groups if self.cache else ():
+            entry = self.manifest.shard(group, number)
+            with contextlib.suppress(OSError, ValueError):
+                self.cache.fetch(storage.join(self.manifest.url, entry.path), entry.size, entry.sha256)
+
     def close(self) -> None:
+        """Closes all files that nobody reads from; safe to call twice."""
         with self._lock:
-            for file in self._files.values():
-                os.close(file)
-            self._files.clear()
+            self._evict(0)
 
     def _read(self, group: str, number: int, key: str) -> bytes:
         url = storage.join(self.manifest.url, shard_path(group, number))
+        shard = self._acquire(group, number, url)
         try:
-            offset, length = self._index(group, number)[key]
-        except KeyError:
-            raise ValueError(f"{url}: its index has no frame {key}, though the manifest says so; verify it") from None
-        if storage.is_local(url) or self.cache:
-            data = os.pread(self._open(group, number, url), length, offset)
-        else:
-            data = storage.read_bytes(url, offset, length)
+            if key not in shard.index:
+                raise ValueError(f"{url}: its index has no frame {key}, though the manifest says so; verify it")
+            offset, length = shard.index[key]
+            if shard.file is not None:
+                data = os.pread(shard.file, length, offset)
+            else:
+                data = storage.read_bytes(url, offset, length)
+        finally:
+            with self._lock:
+                shard.users -= 1
         if len(data) != length:
             raise ValueError(f"{url}: truncated ({len(data)} of {length} bytes of frame {key}); pack it again")
         with self._lock:
             self.bytes_read += length
         return data
 
-    def _index(self, group: str, number: int) -> dict[str, tuple[int, int]]:
+    def _acquire(self, group: str, number: int, url: str) -> _Shard:
+        """The open shard, with one user more."""
+        place = group, number
         with self._lock:
-            found = self._indexes.get((group, number))
-        if found is None:
-            url = storage.join(self.manifest.url, shard_path(group, number)[:-4] + ".json")
-            try:
-                record = json.loads(storage.read_bytes(url))
-            except FileNotFoundError:
-                raise FileNotFoundError(f"{url}: index of a shard is missing; run `occstream verify`") from None
-            want = self.manifest.shard(group, number)
-            if (record["size"], record["sha256"]) != (want.size, want.sha256):
-                raise ValueError(
-                    f"{url}: belongs to another version of the shard than the manifest names; pack it again"
-                )
-            found = {key: (offset, length) for key, offset, length in record["frames"]}
-            with self._lock:
-                self._indexes[group, number] = found
-        return found
+            if found := self._open.get(place):
+                found.users += 1
+                self._open.move_to_end(place)
+                return found
+        file = self._open_file(group, number, url)
+        try:
+            index = self._load_index(group, number, url)
+        except BaseException:
+            if file is not None:
+                os.close(file)
+            raise
+        with self._lock:
+            if found := self._open.get(place):  # another thread was faster
+                if file is not None:
+                    os.close(file)
+            else:
+                found = self._open[place] = _Shard(file, index)
+            found.users += 1
+            self._evict(self._keep)
+            return found
 
-    def _open(self, group: str, number: int, url: str) -> int:
-        with self._lock:
-            if (group, number) in self._files:
-                return self._files[group, number]
+    def _evict(self, keep: int) -> None:
+        """With the lock held: closes what was not used for longest and is not in use."""
+        for place in [p for p, s in self._open.items() if not s.users][: max(0, len(self._open) - keep)]:
+            file = self._open.pop(place).file
+            if file is not None:
+                os.close(file)
+
+    def _load_index(self, group: str, number: int, url: str) -> dict[str, tuple[int, int]]:
+        where = url[:-4] + ".json"
+        try:
+            record = json.loads(storage.read_bytes(where))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{where}: index of a shard is missing; run `occstream verify`") from None
+        want = self.manifest.shard(group, number)
+        if (record["size"], record["sha256"]) != (want.size, want.sha256):
+            raise ValueError(f"{where}: belongs to another version of the shard than the manifest names; pack it again")
+        return {key: (offset, length) for key, offset, length in record["frames"]}
+
+    def _open_file(self, group: str, number: int, url: str) -> int | None:
         entry = self.manifest.shard(group, number)
+        if not storage.is_local(url) and not self.cache:
+            return None
         path = storage.local_path(url) if storage.is_local(url) else self.cache.fetch(url, entry.size, entry.sha256)
         try:
             file = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise FileNotFoundError(f"{url}: shard is missing; pack it again or mend the data set's folder") from None
-        if os.fstat(file).st_size != entry.size:
+        size = os.fstat(file).st_size
+        if size != entry.size:
             os.close(file)
-            raise ValueError(f"{url}: {path.stat().st_size} bytes, the manifest says {entry.size}; pack it again")
-        with self._lock:
-            if (group, number) in self._files:  # another thread was faster
-                os.close(file)
-            else:
-                self._files[group, number] = file
-            return self._files[group, number]
+            raise ValueError(f"{url}: {size} bytes, the manifest says {entry.size}; pack it again")
+        return file
 
 
 def tar_members(data: bytes, key: str) -> dict[str, bytes]:
@@ -199,6 +252,7 @@ class Stream:
         max_skipped: a corrupt sample is replaced by the next frame of its scene (the same on every rank and in every
             replay), counted and named, up to this many; then it is an error.
         warn: gets one line for each skipped sample.
+        lookahead: batches beyond those in the ring whose shards are fetched into the cache ahead of need.
         deadline: seconds that the consumer waits for a batch before it is an error that names what is not there.
     """
 
@@ -214,6 +268,7 @@ class Stream:
         allocate: Callable[[tuple[int, ...], str], np.ndarray] | None = None,
         max_skipped: int = 100,
         warn: Callable[[str], None] = print,
+        lookahead: int = 64,
         deadline: float = 600.0,
     ):
         if ring < 2:
@@ -232,7 +287,12 @@ class Stream:
         self._change = threading.Condition()
         self.waited = 0.0
         self.skipped: list[str] = []
-        self._threads = [threading.Thread(target=self._work, daemon=True, name=f"stream-{i}") for i in range(threads)]
+        self._planned: deque[tuple[list[Sample], dict[str, int]]] = deque()
+        self._lookahead = lookahead if reader.cache else 0
+        self._wanted: deque[int] = deque()  # shard numbers to prefetch, in order of need
+        self._known: set[int] = set()
+        work = [self._work] * threads + [self._fetch] * (2 if self._lookahead else 0)
+        self._threads = [threading.Thread(target=w, daemon=True, name=f"stream-{i}") for i, w in enumerate(work)]
         for thread in self._threads:
             thread.start()
 
@@ -300,12 +360,15 @@ class Stream:
         """With the lock held: opens the next batch if a buffer is free. True if that gave tasks."""
         if self._ended or not self._free:
             return False
-        try:
-            samples, state = next(self._batches)
-        except StopIteration:
+        while len(self._planned) <= self._lookahead and (batch := next(self._batches, None)):
+            self._planned.append(batch)
+            if self._lookahead:
+                self._want(batch[0])
+        if not self._planned:
             self._ended = True
             self._change.notify_all()
             return False
+        samples, state = self._planned.popleft()
         slot = self._free.popleft()
         slot.samples, slot.state, slot.missing = samples, state, len(samples)
         slot.keys = [""] * len(samples)
@@ -314,6 +377,25 @@ class Stream:
         if not samples:
             self._change.notify_all()
         return True
+
+    def _want(self, samples: list[Sample]) -> None:
+        """With the lock held: shards that a planned batch needs go to the prefetching threads."""
+        for number in dict.fromkeys(self._reader.manifest.scenes[s.scene].shard for s in samples):
+            if number not in self._known:
+                self._known.add(number)
+                self._wanted.append(number)
+                self._change.notify_all()
+        if len(self._known) > 4096:  # by now the first of them may have been evicted
+            self._known = {self._reader.manifest.scenes[s.scene].shard for batch, _ in self._planned for s in batch}
+
+    def _fetch(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._wanted or self._closed or self._error)
+                if self._closed or self._error:
+                    return
+                number = self._wanted.popleft()
+            self._reader.prefetch(number)
 
     def _work(self) -> None:
         while True:

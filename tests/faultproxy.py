@@ -25,6 +25,8 @@ class Faults:
         stalls: so many requests wait ``stall`` seconds first.
         forbid_after: requests beyond this number are answered with 403; None: none.
         seen: counts by what was done.
+        sent: bytes of answers to GET by path.
+        pace: seconds that an answer takes to arrive, in ten pieces; 0: at once.
     """
 
     errors: float = 0.0
@@ -35,6 +37,8 @@ class Faults:
     forbid_after: int | None = None
     seed: int = 0
     seen: Counter = field(default_factory=Counter)
+    sent: Counter = field(default_factory=Counter)
+    pace: float = 0.0
 
     def __post_init__(self):
         self.random, self.lock = random.Random(self.seed), threading.Lock()
@@ -103,7 +107,12 @@ def before(endpoint: str, faults: Faults) -> Iterator[str]:
                     self.wfile.write(data[: len(data) // 2])
                     self.close_connection = True
                 else:
-                    self.wfile.write(data)
+                    faults.sent[urlsplit(self.path).path] += len(data) if self.command == "GET" else 0
+                    piece = max(1, -(-len(data) // 10)) if faults.pace else max(1, len(data))
+                    for start in range(0, len(data), piece):
+                        self.wfile.write(data[start : start + piece])
+                        self.wfile.flush()
+                        time.sleep(faults.pace / 10)
             upstream.close()
 
         def answer(self, code: int, body: bytes):

@@ -1,6 +1,5 @@
 """Packing to and streaming from a real S3 server."""
 
-import contextlib
 import hashlib
 import random
 import subprocess
@@ -17,7 +16,7 @@ from occstream.sharding.check import verify
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.pack import merge, pack
 from occstream.sharding.stream import ShardReader
-from tests import faultproxy, objectstore
+from tests import objectstore
 from tests.faultproxy import Faults
 from tests.pretrain.small import RECIPE, ROOT, environment, pack_small
 from tests.sharding.test_job import COUNTS, kill_and_finish
@@ -25,50 +24,11 @@ from tests.sharding.test_shards import digests
 from tests.sharding.toy import GRID, ToySource
 
 
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory):
-    with objectstore.running(tmp_path_factory.mktemp("swift") / "run") as url:
-        yield url
-
-
-@pytest.fixture
-def s3(endpoint, monkeypatch, tmp_path):
-    for name, value in {
-        "AWS_ENDPOINT_URL_S3": endpoint,
-        "AWS_ACCESS_KEY_ID": objectstore.KEY,
-        "AWS_SECRET_ACCESS_KEY": objectstore.SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "OCCSTREAM_CACHE": str(tmp_path / "cache"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    yield "s3://shards"
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
 def objects(url: str) -> dict[str, str]:
     """SHA-256 by name of everything below a URL."""
     fs, path = storage._fs(url)
     fs.invalidate_cache()
     return {name[len(path) + 1 :]: hashlib.sha256(fs.cat_file(name)).hexdigest() for name in fs.find(path)}
-
-
-@pytest.fixture
-def through(endpoint, s3, monkeypatch):
-    """Sends everything through a faulty proxy: ``with through(Faults(…)) as faults``."""
-
-    @contextlib.contextmanager
-    def switch(faults):
-        with faultproxy.before(endpoint, faults) as url:
-            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
-            s3fs.S3FileSystem.clear_instance_cache()
-            try:
-                yield faults
-            finally:
-                monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-                s3fs.S3FileSystem.clear_instance_cache()
-
-    return switch
 
 
 @pytest.fixture

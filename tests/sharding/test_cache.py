@@ -1,0 +1,196 @@
+"""The node-local cache and streaming from an object store: kills, two sets, damage, eviction, prefetch, bytes fetched."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from occstream.sharding import storage
+from occstream.sharding.manifest import Manifest
+from occstream.sharding.order import Order, training_batches
+from occstream.sharding.pack import pack
+from occstream.sharding.storage import ShardCache
+from occstream.sharding.stream import Field, ShardReader, Stream
+from tests.faultproxy import Faults
+from tests.pretrain.small import ROOT, environment
+from tests.sharding.toy import GRID, ToySource
+
+COUNTS = (3, 5, 2, 4, 6, 1, 2)
+
+
+def frames_of(manifest, cache, groups=("labels",), skip=None, count=20, world=1, rank=0, threads=2, **more):
+    """(keys, times) of the next batches of eight."""
+    scenes = range(len(manifest.scenes))
+    shards = [s.shard for s in manifest.scenes]
+    order = Order("f", scenes, [s.frames for s in manifest.scenes], 3, None, shards, 8)
+
+    def fill(frame, epoch, views):
+        views["time"][...] = frame.timestamp
+
+    batches = training_batches(order, 8, rank, world, **(skip or {}))
+    reader = ShardReader(manifest, groups, cache)
+    keys, state = [], skip
+    with Stream(reader, batches, {"time": Field((), "int64")}, fill, 8, threads, **more) as stream:
+        for got in itertools.islice(stream, count):
+            keys.append(got.keys)
+            state = got.state
+    return keys, state
+
+
+def whole(files: Path) -> list[str]:
+    return sorted(p.suffix for p in files.iterdir() if not p.name.startswith("."))
+
+
+def test_two_sets_with_equal_names_never_mix(s3, tmp_path):
+    a, b = (pack(ToySource(c), f"{s3}/{n}", grid=GRID) for n, c in (("mix-a", (2, 2)), ("mix-b", (3, 1))))
+    cache = ShardCache(tmp_path / "c")
+    for _ in range(2):
+        for manifest in (a, b):
+            frame = ShardReader(manifest, ("labels",), cache).frame(0, 1)
+            np.testing.assert_array_equal(
+                frame.labels.semantic, ToySource((3, 3)).load("toy-0").frames[1].labels.semantic
+            )
+    assert whole(tmp_path / "c") == [".tar", ".tar"]
+
+
+def test_damage_in_the_cache_is_healed_after_a_restart(s3, tmp_path):
+    manifest = pack(ToySource((2,)), f"{s3}/heal", grid=GRID)
+    ShardReader(manifest, ("labels",), ShardCache(tmp_path / "c")).frame(0, 0)
+    [file] = (tmp_path / "c").glob("*.tar")
+    good = file.read_bytes()
+    for harm in (good[:-600], good[:700] + b"\xff" + good[701:], b""):
+        file.write_bytes(harm)
+        assert ShardReader(manifest, ("labels",), ShardCache(tmp_path / "c")).frame(0, 1).labels is not None
+        assert file.read_bytes() == good
+
+
+def test_the_limit_holds_and_the_least_used_goes(s3, tmp_path):
+    manifest = pack(ToySource(COUNTS), f"{s3}/limit", grid=GRID)
+    sizes = [s.size for s in manifest.shards if s.group == "labels"]
+    cache = ShardCache(tmp_path / "c", limit=3 * max(sizes))
+    reader = ShardReader(manifest, ("labels",), cache, keep_open=2)
+    for scene in (0, 1, 2, 0, 3, 4, 5, 6, 0, 1):
+        assert reader.frame(scene, 0).scene == f"toy-{scene}"
+        assert sum(p.stat().st_size for p in (tmp_path / "c").glob("*.tar")) <= cache.limit
+        assert len(os.listdir("/proc/self/fd")) < 200
+
+
+FETCH = """
+import json, sys
+from occstream.sharding.manifest import Manifest
+from occstream.sharding.storage import ShardCache
+from occstream.sharding.stream import ShardReader
+url, folder = json.loads(sys.argv[1])
+print("ready", flush=True)
+ShardReader(Manifest.load(url), ("labels",), ShardCache(folder)).frame(0, 0)
+"""
+
+
+def test_killed_in_the_middle_of_a_fetch(s3, through, tmp_path):
+    """The next start works at once; what the killed one left goes away by itself."""
+    manifest = pack(ToySource((2, 3)), f"{s3}/killed", grid=GRID)
+    folder = tmp_path / "c"
+    with through(Faults(pace=5.0)):
+        child = subprocess.Popen(
+            [sys.executable, "-c", FETCH, json.dumps([manifest.url, str(folder)])],
+            env=environment(),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+        )
+        child.stdout.readline()
+        for _ in range(200):
+            if list(folder.glob("*.part")) and next(folder.glob("*.part")).stat().st_size:
+                break
+            time.sleep(0.05)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert whole(folder) == [".part"]
+    began = time.monotonic()
+    ShardReader(manifest, ("labels",), ShardCache(folder)).frame(1, 0)  # another shard: it sweeps as well
+    assert time.monotonic() - began < 3
+    assert whole(folder) == [".tar"]
+    ShardReader(manifest, ("labels",), ShardCache(folder)).frame(0, 0)
+    assert whole(folder) == [".tar", ".tar"]
+
+
+def test_ranks_of_a_node_fetch_each_shard_once(s3, through, tmp_path):
+    manifest = pack(ToySource(COUNTS), f"{s3}/node", grid=GRID)
+    with through(Faults()) as faults:
+        script = FETCH.replace(".frame(0, 0)", "; [r.frame(s, 0) for s in range(7)]").replace(
+            "ShardReader(", "r = ShardReader("
+        )
+        command = [sys.executable, "-c", script, json.dumps([manifest.url, str(tmp_path / "c")])]
+        children = [subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(3)]
+        assert [c.wait(60) for c in children] == [0, 0, 0]
+    for shard in manifest.shards:
+        path = "/" + storage.join(manifest.url, shard.path).removeprefix("s3://")
+        assert faults.sent[path] == (shard.size if shard.group == "labels" else 0)
+
+
+@pytest.mark.parametrize(
+    "faults", [Faults(errors=0.15, seed=4), Faults(truncate=0.15, seed=5), Faults(stalls=1, stall=2.0)]
+)
+def test_the_same_samples_through_faults_restarts_and_world_sizes(s3, through, tmp_path, monkeypatch, faults):
+    monkeypatch.setattr(storage, "PAUSE", 0.01)
+    local = pack(ToySource(COUNTS), str(tmp_path / "local"), grid=GRID)
+    remote = pack(ToySource(COUNTS), f"{s3}/same", grid=GRID)
+    want, _ = frames_of(local, None)
+    got, state = [], None
+    with through(faults):
+        manifest = Manifest.load(remote.url)
+        for run, (world, count, threads) in enumerate([(1, 4, 1), (2, 5, 3), (4, 4, 1), (1, 7, 4)]):
+            folder = tmp_path / f"c{run % 2}"  # sometimes with a warm cache, sometimes with a cold one
+            parts = [
+                frames_of(manifest, ShardCache(folder), skip=state, count=count, world=world, rank=r, threads=threads)
+                for r in range(world)
+            ]
+            got += [[k for part in batch for k in part] for batch in zip(*(p[0] for p in parts))]
+            state = parts[0][1]
+    assert got == want
+    assert faults.seen["requests"] > 20
+
+
+def test_only_the_groups_asked_for_are_fetched(s3, through, tmp_path):
+    manifest = pack(ToySource(COUNTS), f"{s3}/groups", grid=GRID)
+    with through(Faults()) as faults:
+        frames_of(manifest, ShardCache(tmp_path / "c"), ("cameras", "labels"))
+    by_group = {g: sum(n for path, n in faults.sent.items() if f"/{g}/" in path) for g in manifest.groups}
+    assert by_group["cameras"] > 0
+    assert by_group["labels"] > 0
+    assert by_group["lidar"] == 0
+
+
+def test_shards_are_fetched_ahead_of_need(s3, through, tmp_path):
+    """The first batch is enough for the whole epoch to come in; afterwards nothing waits for the store."""
+    manifest = pack(ToySource(COUNTS), f"{s3}/ahead", grid=GRID)
+    order = Order("f", range(7), COUNTS, 3, None, range(7), 4)
+    with through(Faults()) as faults:
+        reader = ShardReader(manifest, ("labels",), ShardCache(tmp_path / "c"))
+        batches = training_batches(order, 4, 0, 1)
+        with Stream(reader, batches, {"x": Field((), "int64")}, lambda *_: None, 4, 1, lookahead=8) as stream:
+            next(stream)
+            for _ in range(100):
+                if len(list((tmp_path / "c").glob("*.tar"))) == 7:
+                    break
+                time.sleep(0.05)
+            assert len(list((tmp_path / "c").glob("*.tar"))) == 7
+            before = sum(n for path, n in faults.sent.items() if path.endswith(".tar"))
+            for _ in range(5):
+                next(stream)
+            assert sum(n for path, n in faults.sent.items() if path.endswith(".tar")) == before
+
+
+def test_clips_end_at_their_frame_and_repeat_the_first(tmp_path):
+    manifest = pack(ToySource((6, 2)), str(tmp_path), grid=GRID)
+    reader = ShardReader(manifest, ("labels",))
+    assert [f.index for f in reader.clip(0, 5, 3)] == [3, 4, 5]
+    assert [f.index for f in reader.clip(0, 5, 3, step=2)] == [1, 3, 5]
+    assert [f.index for f in reader.clip(0, 1, 4)] == [0, 0, 0, 1]
+    assert {f.scene for f in reader.clip(1, 1, 3)} == {"toy-1"}
