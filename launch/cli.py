@@ -121,11 +121,14 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("bench", _bench, "measure our speed against what this machine can do, as ratios within one run")
     p.add_argument(
-        "what", choices=("pack",), help="pack: shards and labels against reading, JPEG work, zstd and hashing"
+        "what",
+        choices=("pack", "stream"),
+        help="pack: against reading, JPEG work, zstd and hashing; stream: against the same "
+        "decoding from memory, and the peers that are installed",
     )
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--scenes", type=int, default=12, help="of 4 frames each (default 12)")
+    p.add_argument("--scenes", type=int, default=None, help="default 12 of 4 frames (pack), 30 of 10 (stream)")
     p.add_argument("--json", default="", help="also write the numbers here")
 
     p = command("demo", _demo, "the whole path on synthetic scenes: shards, pre-training, fine-tuning, comparison")
@@ -176,9 +179,14 @@ def _doctor(args) -> int:
 def _bench(args) -> int:
     import json
 
-    from occstream.launch.bench import bench_pack
+    if args.what == "pack":
+        from occstream.launch.bench_pack import bench_pack
 
-    found = bench_pack(args.scenes, workers=args.workers, repeats=args.repeats)
+        found = bench_pack(args.scenes or 12, workers=args.workers, repeats=args.repeats)
+    else:
+        from occstream.launch.bench_stream import bench_stream
+
+        found = bench_stream(args.scenes or 30, repeats=args.repeats)
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))
     return 0

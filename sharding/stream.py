@@ -246,7 +246,7 @@ class Stream:
         fill: writes one sample into its views (``fill(frame, epoch, views)``), called from several threads; raises
             ValueError for a sample that cannot be used.
         capacity: most samples in a batch.
-        threads: reader threads.
+        threads: reader threads; 0: the consumer itself reads, when it asks for a batch.
         ring: batches in flight, including the consumer's.
         allocate: makes a buffer of a shape and dtype (for pinned memory); default numpy.
         max_skipped: a corrupt sample is replaced by the next frame of its scene (the same on every rank and in every
@@ -284,13 +284,14 @@ class Stream:
         self._lent: _Slot | None = None
         self._ended = self._closed = False
         self._error: BaseException | None = None
-        self._change = threading.Condition()
+        self._change = threading.Condition()  # its lock is reentrant
         self.waited = 0.0
         self.skipped: list[str] = []
         self._planned: deque[tuple[list[Sample], dict[str, int]]] = deque()
         self._lookahead = lookahead if reader.cache else 0
         self._wanted: deque[int] = deque()  # shard numbers to prefetch, in order of need
         self._known: set[int] = set()
+        self._decoders = threads
         work = [self._work] * threads + [self._fetch] * (2 if self._lookahead else 0)
         self._threads = [threading.Thread(target=w, daemon=True, name=f"stream-{i}") for i, w in enumerate(work)]
         for thread in self._threads:
@@ -312,6 +313,8 @@ class Stream:
                 self._free.append(self._lent)
                 self._lent = None
                 self._change.notify_all()
+            if not self._decoders:
+                self._work_until_ready()
             ready = self._change.wait_for(
                 lambda: self._error or (self._filling and not self._filling[0].missing) or self._idle(), self._deadline
             )
@@ -341,6 +344,14 @@ class Stream:
         for thread in self._threads:
             thread.join()
         self._reader.close()
+
+    def _work_until_ready(self) -> None:
+        """With the lock held: reads the next batch in the consumer's own thread."""
+        while not (self._filling and not self._filling[0].missing) and (self._tasks or self._plan()):
+            while self._tasks:
+                slot, i = self._tasks.popleft()
+                self._load(slot, i)
+                slot.missing -= 1
 
     def _late(self) -> str:
         """With the lock held: what the next batch is waiting for."""

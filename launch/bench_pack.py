@@ -1,4 +1,4 @@
-"""``occstream bench``: our speed against what the machine can do, as ratios within one run. Speed is measured here and
+"""``occstream bench pack``: our speed against what the machine can do, as ratios within one run. Speed is measured here and
 nowhere asserted."""
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def _bench_labels() -> dict:
 
 def _bench_memory(root: Path) -> dict:
     """Peak memory of a packing process after a fifth of its scenes and at the end, in a process of its own."""
-    code = "import sys; from occstream.launch.bench import memory_probe; memory_probe(sys.argv[1])"
+    code = "import sys; from occstream.launch.bench_pack import memory_probe; memory_probe(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", code, str(root / "memory")], capture_output=True, text=True, check=True
     )

@@ -1,0 +1,329 @@
+"""``occstream bench stream``: this loader, the same decoding from memory, and the peers that are installed.
+
+Every measurement is a process of its own, ``python -m occstream.launch.bench_stream LOADER FOLDER WORKERS``, which prints
+JSON; they take turns. All decode the same bytes with the same functions into batches of the same arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import itertools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+
+from occstream.sharding.codec import decode
+from occstream.sharding.grid import VoxelGrid, get_grid
+from occstream.sharding.manifest import Manifest
+from occstream.sharding.order import Order, training_batches
+from occstream.sharding.pack import pack
+from occstream.sharding.schema import OCC3D, Frame, Scene, Taxonomy
+from occstream.sharding.sources import open_source
+from occstream.sharding.stream import Field, ShardReader, Stream, tar_members
+
+GROUPS = ("cameras", "lidar", "labels")
+IMAGE = (256, 704)
+POINTS = 32_768
+BATCH = 2
+FIELDS = {
+    "images": Field((6, *IMAGE, 3), "uint8"),
+    "points": Field((POINTS, 4), "float32"),
+    "semantic": Field((200, 200, 16), "uint8"),
+    "mask": Field((200, 200, 16), "bool"),
+}
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A few rendered frames, again and again: enough to measure reading, without hours of rendering."""
+
+    frames: tuple[Frame, ...]
+    scenes: int
+    name = "repeated"
+    taxonomy: Taxonomy = OCC3D
+
+    @property
+    def grid(self) -> VoxelGrid:
+        return get_grid("occ3d")
+
+    def scene_names(self) -> list[str]:
+        return [f"repeated-{i:03d}" for i in range(self.scenes)]
+
+    def load(self, name: str) -> Scene:
+        return Scene(name, [dataclasses.replace(f, scene=name, index=i) for i, f in enumerate(self.frames)])
+
+    def __repr__(self) -> str:
+        return f"Repeated({len(self.frames)}, {self.scenes})"
+
+
+def fill(frame: Frame, views: dict[str, np.ndarray]) -> None:
+    """Decodes a frame into one sample's arrays: what every loader here does with its bytes."""
+    for i, name in enumerate(sorted(frame.cameras)):
+        simplejpeg.decode_jpeg(frame.cameras[name].jpeg, "RGB", buffer=views["images"][i])
+    count = min(len(frame.lidar.xyz), POINTS)
+    views["points"][:count, :3] = frame.lidar.xyz[:count]
+    views["points"][:count, 3] = frame.lidar.intensity[:count]
+    views["points"][count:] = 0
+    views["semantic"][...] = frame.labels.semantic
+    views["mask"][...] = frame.labels.mask_lidar
+
+
+def sample_of(members: dict[str, bytes]) -> dict[str, np.ndarray]:
+    """A peer's sample: members of all groups by ``<group>.<rest>`` -> fresh arrays."""
+    parts = [{k[len(g) + 1 :]: v for k, v in members.items() if k.startswith(f"{g}.")} for g in GROUPS]
+    arrays = {name: np.empty(f.shape, f.dtype) for name, f in FIELDS.items()}
+    fill(decode(parts), arrays)
+    return arrays
+
+
+def collate(samples: list[dict[str, np.ndarray]]) -> dict:
+    """Stacks samples as tensors, as a training script would."""
+    import torch
+
+    return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in FIELDS}
+
+
+# Each loader: (folder, workers, offset in samples) -> batches of one pass.
+
+
+def ours(folder: Path, workers: int, skip: int) -> Iterator:
+    manifest = Manifest.load(str(folder / "ours"))
+    order = _order(manifest)
+    batches = itertools.islice(training_batches(order, BATCH, 0, 1, offset=skip), (manifest.num_frames - skip) // BATCH)
+    with Stream(
+        ShardReader(manifest, GROUPS), batches, FIELDS, lambda frame, epoch, views: fill(frame, views), BATCH, workers
+    ) as stream:
+        for got in stream:
+            yield got.arrays
+
+
+def _order(manifest: Manifest) -> Order:
+    shards = [s.shard for s in manifest.scenes]
+    return Order(manifest.fingerprint, range(len(shards)), [s.frames for s in manifest.scenes], 0, None, shards, BATCH)
+
+
+def memory(folder: Path, workers: int, skip: int) -> Iterator:
+    """The ideal: bytes in memory, no container, one thread, buffers that are there."""
+    manifest = Manifest.load(str(folder / "ours"))
+    reader = ShardReader(manifest, GROUPS)
+    held = [
+        [tar_members(reader.raw(g, s, i), f"{e.name}-{i:04d}") for g in GROUPS]
+        for s, e in enumerate(manifest.scenes)
+        for i in range(e.frames)
+    ]
+    buffers = {name: np.empty((BATCH, *f.shape), f.dtype) for name, f in FIELDS.items()}
+    views = [{name: b[i] for name, b in buffers.items()} for i in range(BATCH)]
+    yield None  # the clock starts after loading
+    for start in range(skip, len(held) - BATCH + 1, BATCH):
+        for i in range(BATCH):
+            fill(decode(held[start + i]), views[i])
+        yield buffers
+
+
+def webdataset(folder: Path, workers: int, skip: int) -> Iterator:
+    import torch
+    import webdataset as wds
+
+    urls = sorted(str(p) for p in (folder / "merged").glob("*.tar"))
+    data = wds.WebDataset(urls, shardshuffle=100, seed=0, workersplitter=wds.split_by_worker).shuffle(64)
+    data = data.map(lambda s: sample_of({k: v for k, v in s.items() if not k.startswith("__")}))
+    loader = torch.utils.data.DataLoader(data, BATCH, num_workers=workers, collate_fn=collate)
+    yield from itertools.islice(loader, skip // BATCH, None)  # it cannot go on from a place: it reads up to it
+
+
+def mosaicml(folder: Path, workers: int, skip: int) -> Iterator:
+    import torch
+    from streaming import StreamingDataLoader, StreamingDataset
+
+    class Samples(StreamingDataset):
+        def __getitem__(self, i):
+            return sample_of({k.replace("/", "."): v for k, v in super().__getitem__(i).items() if v})
+
+    data = Samples(local=str(folder / "mds"), shuffle=True, batch_size=BATCH)
+    loader = StreamingDataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=collate)
+    if skip:
+        data.load_state_dict(
+            {
+                "epoch": 0,
+                "sample_in_epoch": skip,
+                "num_canonical_nodes": 1,
+                "shuffle_seed": 9176,
+                "initial_physical_nodes": 1,
+            }
+        )
+    assert torch is not None
+    yield from loader
+
+
+LOADERS: dict[str, Callable] = {"ours": ours, "memory": memory, "webdataset": webdataset, "streaming": mosaicml}
+MODULES = {"webdataset": "webdataset", "streaming": "streaming"}
+
+
+def prepare(folder: Path, scenes: int, variety: int = 10) -> dict[str, float]:
+    """Writes the samples in every form; returns bytes per sample on disk by loader."""
+    made = open_source("synthetic", {"scenes": 1, "frames": variety, "image_size": IMAGE, "grid": "occ3d"})
+    frames = tuple(made.load(made.scene_names()[0]).frames)
+    manifest = pack(Repeated(frames, scenes), str(folder / "ours"), scenes_per_shard=5)
+    reader = ShardReader(manifest, GROUPS)
+    samples = []
+    for number, entry in enumerate(manifest.scenes):
+        for index in range(entry.frames):
+            key = f"{entry.name}-{index:04d}"
+            parts = {g: tar_members(reader.raw(g, number, index), key) for g in GROUPS}
+            samples.append((key, {f"{g}.{k}": v for g, part in parts.items() for k, v in part.items()}))
+    reader.close()
+    if importlib.util.find_spec("webdataset"):
+        import webdataset as wds
+
+        (folder / "merged").mkdir()
+        for number in range(0, len(samples), 50):
+            with wds.TarWriter(str(folder / "merged" / f"{number:06d}.tar")) as tar:
+                for key, members in samples[number : number + 50]:
+                    tar.write({"__key__": key, **members})
+    if importlib.util.find_spec("streaming"):
+        from streaming import MDSWriter
+
+        columns = {k.replace(".", "/"): "bytes" for k in sorted({k for _, m in samples for k in m})}
+        with MDSWriter(out=str(folder / "mds"), columns=columns, size_limit=64 << 20) as out:
+            for _, members in samples:
+                out.write({c: members.get(c.replace("/", "."), b"") for c in columns})
+    where = {"ours": "ours", "webdataset": "merged", "streaming": "mds"}
+    size = {k: sum(p.stat().st_size for p in (folder / v).rglob("*") if p.is_file()) for k, v in where.items()}
+    return {k: v / len(samples) for k, v in size.items() if v}
+
+
+def measure(name: str, folder: Path, workers: int, skip: int = 0) -> dict:
+    """One pass (or the rest of one) by a loader, in this process."""
+    before = time.process_time()
+    began = time.perf_counter()
+    batches = LOADERS[name](folder, workers, skip)
+    if name == "memory":
+        next(batches)
+        before, began = time.process_time(), time.perf_counter()
+    first, count = 0.0, 0
+    for _ in batches:
+        count += BATCH
+        first = first or time.perf_counter() - began
+    wall = time.perf_counter() - began
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)  # worker processes, which have ended
+    cpu = time.process_time() - before + children.ru_utime + children.ru_stime
+    return {"samples/s": count / wall, "cpu_ms": 1e3 * cpu / count, "first_s": first, "peak_mib": resident("VmHWM")}
+
+
+def resident(field: str = "VmRSS") -> float:
+    """MiB of this process's memory, now or at its peak (``VmHWM``; ``ru_maxrss`` would begin with the parent's)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def flat(folder: Path, epochs: int = 5) -> dict:
+    """Memory after each of several passes by one stream."""
+    manifest = Manifest.load(str(folder / "ours"))
+    count, levels = manifest.num_frames // BATCH, []
+    batches = training_batches(_order(manifest), BATCH, 0, 1)
+    reader = ShardReader(manifest, GROUPS)
+    with Stream(reader, batches, FIELDS, lambda frame, epoch, views: fill(frame, views), BATCH, 2) as stream:
+        for _ in range(epochs):
+            for _ in range(count):
+                next(stream)
+            levels.append(resident())
+    return {"mib": levels}
+
+
+def bench_stream(scenes: int = 30, repeats: int = 3) -> dict:
+    """Prints a table and returns its numbers."""
+    result: dict = {}
+    with tempfile.TemporaryDirectory(prefix="occstream-bench-") as name:
+        folder = Path(name)
+        print(
+            f"packing {scenes * 10} samples (6 images of {IMAGE[1]}x{IMAGE[0]}, LiDAR, labels on occ3d) …", flush=True
+        )
+        disk = prepare(folder, scenes)
+        names = [n for n in LOADERS if n not in MODULES or importlib.util.find_spec(MODULES[n])]
+        cases = [(n, w, s) for n in names for w in ((0,) if n == "memory" else (0, 2)) for s in (0, scenes * 5)]
+        cases = [c for c in cases if not (c[0] == "memory" and c[2])]
+        runs: dict[tuple, list[dict]] = {c: [] for c in cases}
+        for turn in range(repeats):
+            for case in cases[turn % len(cases) :] + cases[: turn % len(cases)]:
+                runs[case].append(_process(case, folder))
+        ideal = statistics.median(r["cpu_ms"] for r in runs["memory", 0, 0])
+        head = f"{'loader':<12} {'threads':>7} {'samples/s':>10} {'CPU ms':>8} {'x memory':>9} {'first s':>8} {'resume s':>9}"
+        print(f"{head} {'peak MiB':>9} {'kB/sample':>10}")
+        for n, w, s in cases:
+            if s:
+                continue
+            of = lambda key, case=(n, w, s): statistics.median(r[key] for r in runs[case])  # noqa: E731
+            resumed = statistics.median(r["first_s"] for r in runs[n, w, scenes * 5]) if n != "memory" else float("nan")
+            row = {k: of(k) for k in ("samples/s", "cpu_ms", "first_s", "peak_mib")} | {"resume_s": resumed}
+            result[f"{n}-{w}"] = row | {"bytes": disk.get(n)}
+            kept = f"{disk[n] / 1e3:>10.0f}" if n in disk else f"{'-':>10}"
+            print(
+                f"{n:<12} {w:>7} {row['samples/s']:>10.1f} {row['cpu_ms']:>8.2f} {row['cpu_ms'] / ideal:>9.2f} "
+                f"{row['first_s']:>8.3f} {resumed:>9.3f} {row['peak_mib']:>9.0f} {kept}"
+            )
+        levels = result["memory"] = _process(("flat", 0, 0), folder)["mib"]
+        print(f"memory after each of {len(levels)} epochs, 2 threads: {', '.join(f'{v:.1f}' for v in levels)} MiB")
+    result["full size"] = _bench_full_size()
+    return result
+
+
+def _process(case: tuple[str, int, int], folder: Path) -> dict:
+    command = [sys.executable, "-m", "occstream.launch.bench_stream", case[0], str(folder), str(case[1]), str(case[2])]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-1500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _bench_full_size() -> dict:
+    """A 900 x 1600 JPEG trained at 256 x 704: our augmentation's decoding against a full decode and a resize."""
+    import cv2
+
+    from occstream.pretrain.augment import warp_jpeg
+
+    made = open_source(
+        "synthetic", {"scenes": 1, "frames": 1, "image_size": (900, 1600), "lidar": False, "grid": "tiny"}
+    )
+    jpeg = made.load(made.scene_names()[0]).frames[0].cameras["CAM_FRONT"].jpeg
+    scale = IMAGE[1] / 1600
+    affine = np.array([[scale, 0, 0], [0, scale, IMAGE[0] - 900 * scale]])
+    out = np.empty((3, *IMAGE), np.uint8)
+
+    def plain():
+        image = simplejpeg.decode_jpeg(jpeg, "RGB")
+        return cv2.resize(image, (IMAGE[1], round(900 * scale)), interpolation=cv2.INTER_LINEAR)[-IMAGE[0] :]
+
+    times: dict[str, list[float]] = {"ours": [], "plain": []}
+    for _ in range(60):
+        for key, work in (("ours", lambda: warp_jpeg(jpeg, (1600, 900), affine, out)), ("plain", plain)):
+            began = time.perf_counter()
+            work()
+            times[key].append(time.perf_counter() - began)
+    a, b = (statistics.median(times[k]) * 1e3 for k in ("ours", "plain"))
+    print(
+        f"900x1600 trained at 256x704: ours {a:.2f} ms an image, full decode and resize {b:.2f} ms, ratio {b / a:.2f}"
+    )
+    return {"ours_ms": a, "plain_ms": b, "ratio": b / a}
+
+
+if __name__ == "__main__":
+    loader, place, workers, skip = sys.argv[1:]
+    for module in ("torch", MODULES.get(loader, "json")):
+        importlib.import_module(module)  # outside the clock
+    if loader == "flat":
+        print(json.dumps(flat(Path(place))))
+    else:
+        print(json.dumps(measure(loader, Path(place), int(workers), int(skip))))
