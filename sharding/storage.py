@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ T = TypeVar("T")
 TRIES = 6
 PAUSE = 0.2  # seconds before the second try; doubles with each
 BLOCK = 8 << 20
+PATIENCE, SLOW = 10.0, 2 << 20  # seconds, bytes a second: a download slower than this is asked for a second time
 PART = 32 << 20  # objects beyond twice this are uploaded in parts of it
 
 
@@ -87,6 +89,30 @@ def retry(work: Callable[[], T], what: str, tries: int = TRIES) -> T:
                 ) from error
             time.sleep(PAUSE * 2**attempt * random.uniform(0.5, 1.5))
     raise AssertionError
+
+
+def hedged(work: Callable[[int], T], after: float) -> T:
+    """What ``work(0)`` gives; if that takes longer than ``after`` seconds, what it or ``work(1)`` gives first.
+
+    A request that hangs on one bad peer is cheaper to ask again than to wait for. The slower one runs to its end, unheard.
+
+    Raises:
+        What both raised, if neither succeeded.
+    """
+    pool = ThreadPoolExecutor(2, thread_name_prefix="hedge")
+    try:
+        running = {pool.submit(work, 0)}
+        done, _ = wait(running, timeout=after)
+        if not done:
+            running.add(pool.submit(work, 1))
+        while True:
+            done, left = wait(running, return_when=FIRST_COMPLETED)
+            good = next((f for f in done if not f.exception()), None)
+            if good or not left:
+                return (good or next(iter(done))).result()
+            running = left
+    finally:
+        pool.shutdown(wait=False)
 
 
 def read_bytes(url: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -242,19 +268,23 @@ class ShardCache:
         """With the shard's lock held, so that its partial file, left by a process that was killed, is ours to replace."""
         self._make_room(length)
         fs, remote = _fs(url)
-        partial = path.with_suffix(".part")
+        partials = [path.with_suffix(".part"), path.with_suffix(".part2")]
+
+        def get(number: int) -> Path:
+            retry(lambda: fs.get_file(remote, str(partials[number])), url)
+            return partials[number]
+
         try:
-            retry(lambda: fs.get_file(remote, str(partial)), url)
-            os.replace(partial, path)
+            os.replace(hedged(get, PATIENCE + length / SLOW), path)
         except FileNotFoundError:
             raise FileNotFoundError(f"{url}: shard is missing") from None
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial)
+            for partial in partials:
+                partial.unlink(missing_ok=True)
 
     def _make_room(self, need: int) -> None:
         """Removes the least recently used shards, and what killed processes left."""
-        for partial in self.folder.glob("*.part"):
+        for partial in self.folder.glob("*.part*"):
             with contextlib.suppress(OSError), self._lock(partial.stem, wait=False):
                 partial.unlink()
         kept = {}

@@ -46,18 +46,23 @@ def run_jobs(jobs: list[dict], ranks: int, folder: Path) -> None:
 
 def start_jobs(jobs: list[dict], ranks: int, folder: Path) -> tuple[list[int], list[str]]:
     """Runs jobs in one group of processes; returns exit codes and outputs of the ranks."""
+    processes, logs = launch_ranks(jobs, ranks, folder)
+    codes = [p.wait(240) for p in processes]
+    return codes, [log.read_text() for log in logs]
+
+
+def launch_ranks(jobs: list[dict], ranks: int, folder: Path) -> tuple[list[subprocess.Popen], list[Path]]:
+    """Starts the processes of a group; returns them and the files of their outputs."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     port = str(free_port())
-    processes = []
-    for rank in range(ranks):
+    processes, logs = [], [folder / f"rank{rank}.log" for rank in range(ranks)]
+    for rank, log in enumerate(logs):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
         command = [sys.executable, str(HERE / "worker.py"), str(folder / "jobs.json")]
-        log = (folder / f"rank{rank}.log").open("w")
         env = environment(MASTER_ADDR="127.0.0.1", **place)
-        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-    codes = [p.wait(240) for p in processes]
-    return codes, [(folder / f"rank{r}.log").read_text() for r in range(ranks)]
+        processes.append(subprocess.Popen(command, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT))
+    return processes, logs
 
 
 def losses(run: Path | str) -> dict[int, dict[str, float]]:

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from occstream.pretrain.tracking import read_events
-from tests.pretrain.small import RECIPE, losses, pack_small, run_jobs, start_jobs
+from tests.pretrain.small import RECIPE, launch_ranks, losses, pack_small, run_jobs, start_jobs
 
 STAGES = (0, 1, 2, 3)
 CASES = [*((kind, stage) for kind in ("pretrain", "replay") for stage in STAGES), ("mix", 1)]
@@ -103,3 +103,31 @@ def test_a_missing_shard_ends_all_ranks_and_is_named(tmp_path):
     assert 0 not in codes
     assert all("labels-000002.tar: shard is missing" in log for log in logs)
     assert all("DataError: rank " in log for log in logs)
+
+
+def test_one_rank_killed_and_the_job_started_again(tmp_path):
+    """The other rank ends by itself; the rerun goes on from the checkpoint with the losses of an undisturbed run."""
+    data = str(tmp_path / "data")
+    pack_small(data)
+
+    def job(name):
+        words = [
+            f"data.url={data}",
+            f"output={tmp_path}/{name}",
+            "train.steps=12",
+            "train.save_every=4",
+            "train.lr=2e-5",
+        ]
+        return [{"recipe": RECIPE, "stage": "pretrain", "overrides": words}]
+
+    run_jobs(job("whole"), 2, tmp_path / "one")
+    processes, logs = launch_ranks(job("killed"), 2, tmp_path / "two")
+    for _ in range(600):
+        if list((tmp_path / "killed/checkpoints").glob("step-*/COMPLETE.json")):
+            break
+        time.sleep(0.1)
+    processes[1].kill()
+    assert processes[0].wait(100) != 0, logs[0].read_text()[-2000:]
+    run_jobs(job("killed"), 2, tmp_path / "three")
+    whole, killed = losses(tmp_path / "whole"), losses(tmp_path / "killed")
+    assert killed == whole

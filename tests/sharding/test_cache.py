@@ -157,6 +157,33 @@ def test_the_same_samples_through_faults_restarts_and_world_sizes(s3, through, t
     assert faults.seen["requests"] > 20
 
 
+def test_a_hanging_peer_is_asked_a_second_time(s3, through, tmp_path, monkeypatch):
+    manifest = pack(ToySource((2,)), f"{s3}/hedge", grid=GRID)
+    shard = manifest.shard("labels", 0)
+    monkeypatch.setattr(storage, "PATIENCE", 0.5)
+    url = storage.join(manifest.url, shard.path)
+    with through(Faults(stalls=1, stall=8.0)) as faults:
+        began = time.monotonic()
+        path = ShardCache(tmp_path / "c").fetch(url, shard.size, shard.sha256)
+        assert time.monotonic() - began < 6
+        assert path.stat().st_size == shard.size
+        assert faults.seen["stall"] == 1
+    assert whole(tmp_path / "c") == [".tar"]
+
+
+def test_hedging_gives_the_first_success_and_the_last_error():
+    def work(number):
+        time.sleep([0.3, 0.0][number])
+        if number == 1:
+            raise ValueError("second")
+        return "first"
+
+    assert storage.hedged(work, 0.1) == "first"
+    assert storage.hedged(lambda n: n, 5.0) == 0
+    with pytest.raises(ValueError, match="both"):
+        storage.hedged(lambda n: (_ for _ in ()).throw(ValueError("both")), 0.0)
+
+
 def test_only_the_groups_asked_for_are_fetched(s3, through, tmp_path):
     manifest = pack(ToySource(COUNTS), f"{s3}/groups", grid=GRID)
     with through(Faults()) as faults:
