@@ -8,6 +8,7 @@ Seeds run side by side, one per share of the cores.
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -89,9 +90,9 @@ def _seed(out: Path, seed: int, env: Mapping[str, str], failures: list[str]) -> 
 
 def _run(command: Sequence[str], env: Mapping[str, str], tag: str = "") -> None:
     prefix = f"{tag} " if tag else ""
-    shown = ["occstream" if c == "occstream.launch.cli" else c for c in command]
-    shown = [Path(c).name if c in (sys.executable, str(HERE / "pretrain.py")) else c for c in shown]
-    print(f"{prefix}$ {' '.join(shown)}", flush=True)
+    shown = shlex.join(command).replace(f"{sys.executable} -m occstream.launch.cli", "occstream")
+    shown = shown.replace(sys.executable, "python").replace(f"{HERE}/", "launch/")
+    print(f"{prefix}$ {shown}", flush=True)
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
         if not any(noise in line for noise in _NOISE):
