@@ -19,7 +19,7 @@ from occstream.sharding.schema import get_taxonomy
 NAME = "manifest.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SceneEntry:
     """One scene: its name, number of frames, the number of the shard (of every group) that holds it, attributes."""
 
@@ -29,7 +29,7 @@ class SceneEntry:
     attributes: dict = field(default_factory=dict, hash=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardEntry:
     """One tar: its group, number, size in bytes and SHA-256."""
 
