@@ -44,6 +44,10 @@ class ShardEntry:
         return shard_path(self.group, self.number)
 
 
+def _digest(content: dict) -> str:
+    return hashlib.blake2b(canonical_json(content), digest_size=16).hexdigest()
+
+
 def sidecar_name(group: str) -> str:
     return f"manifest.{group}.json"
 
@@ -96,10 +100,10 @@ class Manifest:
             **({"label_group": self.label_group} if self.label_group != "labels" else {}),
         }
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Names the data everywhere (checkpoints, MLflow): 32 hex digits, a function of the content alone."""
-        return hashlib.blake2b(canonical_json(self.content()), digest_size=16).hexdigest()
+        return _digest(self.content())
 
     def publish(self) -> None:
         """Writes ``manifest.json`` below ``url``."""
@@ -140,8 +144,10 @@ class Manifest:
             shards=tuple(ShardEntry(**s) for s in data["shards"]),
             left_out=tuple(data.get("left_out", ())),
         )
-        if manifest.fingerprint != data["fingerprint"]:
+        # Of what was read, not of what was made of it: a million scenes need not be taken apart again.
+        if _digest({k: v for k, v in data.items() if k != "fingerprint"}) != data["fingerprint"]:
             raise ValueError(f"{where}: its content does not match its fingerprint; it was edited or damaged")
+        manifest.__dict__["fingerprint"] = data["fingerprint"]
         if data["labels"] and tuple(get_taxonomy(manifest.taxonomy).classes) != manifest.classes:
             raise ValueError(f"{where}: classes of taxonomy {manifest.taxonomy!r} differ from this version's")
         return manifest
