@@ -144,32 +144,8 @@ def webdataset(folder: Path, workers: int, skip: int) -> Iterator:
     yield from itertools.islice(loader, skip // BATCH, None)  # it cannot go on from a place: it reads up to it
 
 
-def mosaicml(folder: Path, workers: int, skip: int) -> Iterator:
-    import torch
-    from streaming import StreamingDataLoader, StreamingDataset
-
-    class Samples(StreamingDataset):
-        def __getitem__(self, i):
-            return sample_of({k.replace("/", "."): v for k, v in super().__getitem__(i).items() if v})
-
-    data = Samples(local=str(folder / "mds"), shuffle=True, batch_size=BATCH)
-    loader = StreamingDataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=collate)
-    if skip:
-        data.load_state_dict(
-            {
-                "epoch": 0,
-                "sample_in_epoch": skip,
-                "num_canonical_nodes": 1,
-                "shuffle_seed": 9176,
-                "initial_physical_nodes": 1,
-            }
-        )
-    assert torch is not None
-    yield from loader
-
-
-LOADERS: dict[str, Callable] = {"ours": ours, "memory": memory, "webdataset": webdataset, "streaming": mosaicml}
-MODULES = {"webdataset": "webdataset", "streaming": "streaming"}
+LOADERS: dict[str, Callable] = {"ours": ours, "memory": memory, "webdataset": webdataset}
+MODULES = {"webdataset": "webdataset"}
 
 
 def prepare(folder: Path, scenes: int, variety: int = 10) -> dict[str, float]:
@@ -193,14 +169,7 @@ def prepare(folder: Path, scenes: int, variety: int = 10) -> dict[str, float]:
             with wds.TarWriter(str(folder / "merged" / f"{number:06d}.tar")) as tar:
                 for key, members in samples[number : number + 50]:
                     tar.write({"__key__": key, **members})
-    if importlib.util.find_spec("streaming"):
-        from streaming import MDSWriter
-
-        columns = {k.replace(".", "/"): "bytes" for k in sorted({k for _, m in samples for k in m})}
-        with MDSWriter(out=str(folder / "mds"), columns=columns, size_limit=64 << 20) as out:
-            for _, members in samples:
-                out.write({c: members.get(c.replace("/", "."), b"") for c in columns})
-    where = {"ours": "ours", "webdataset": "merged", "streaming": "mds"}
+    where = {"ours": "ours", "webdataset": "merged"}
     size = {k: sum(p.stat().st_size for p in (folder / v).rglob("*") if p.is_file()) for k, v in where.items()}
     return {k: v / len(samples) for k, v in size.items() if v}
 

@@ -229,6 +229,8 @@ class Sender:
             client.set_terminated(self.run_id, event["status"])
 
     def _experiment(self, client) -> str:
+        from mlflow.exceptions import MlflowException
+
         found = client.get_experiment_by_name(self.state["experiment"])
         if found:
             return found.experiment_id
@@ -240,7 +242,7 @@ class Sender:
             # The tag opens MLflow's page on the runs; untagged, version 3 shows an empty page for language models.
             kind = {"mlflow.experimentKind": "custom_model_development"}
             return client.create_experiment(self.state["experiment"], artifact_location=location, tags=kind)
-        except Exception:
+        except MlflowException:
             found = client.get_experiment_by_name(self.state["experiment"])  # somebody else was faster
             if not found:
                 raise

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from occstream.sharding.grid import VoxelGrid
-from occstream.sharding.labels import LabelConfig, label_scene, sweep_to_grid
+from occstream.sharding.labels import LabelConfig, label_scene, sweep_to_grid, usable_returns
 from occstream.sharding.levelling import level
 from occstream.sharding.schema import LidarSweep, Scene, Taxonomy
 from occstream.sharding.voxelrays import crossings
@@ -127,10 +127,7 @@ def measure(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: LabelConf
             near = min(
                 (s for j, f in enumerate(frames) if j not in held for s in (*f.sweeps, f.lidar)), key=_from(original)
             )
-            pose = sweep_to_grid(original, near, grid)
-            index, inside = grid.to_index(
-                near.xyz[_own(near, config)].astype(np.float64) @ pose[:3, :3].T + pose[:3, 3]
-            )
+            index, inside = grid.to_index(usable_returns(near, sweep_to_grid(original, near, grid), config)[0])
             single = np.zeros(grid.shape, bool)
             single[tuple(index[inside].T)] = True
             labels = made.frames[i].labels
@@ -153,18 +150,12 @@ def _from(frame):
     return lambda sweep: abs(sweep.timestamp - frame.timestamp)
 
 
-def _own(sweep: LidarSweep, config: LabelConfig) -> np.ndarray:
-    ego = sweep.xyz.astype(np.float64) @ sweep.sensor_to_ego[:3, :3].T + sweep.sensor_to_ego[:3, 3]
-    low, high = np.array(config.vehicle[:3]), np.array(config.vehicle[3:])
-    return np.isfinite(ego).all(1) & ~((ego > low) & (ego < high)).all(1)
-
-
 def _score(
     score: Score, frame, occupied: np.ndarray, observed: np.ndarray | None, grid: VoxelGrid, config: LabelConfig
 ):
     sweep = frame.lidar
     pose = sweep_to_grid(frame, sweep, grid)
-    ends = sweep.xyz[_own(sweep, config)].astype(np.float64) @ pose[:3, :3].T + pose[:3, 3]
+    ends = usable_returns(sweep, pose, config)[0].astype(np.float64)
     index, inside = grid.to_index(ends)
     at = tuple(index[inside].T)
     score.returns += int(inside.sum())

@@ -208,7 +208,7 @@ def _gather(scene: Scene, taxonomy: Taxonomy, config: LabelConfig) -> _Clouds:
         before = scene.frames[number - 1] if number else None
         for sweep in (*frame.sweeps, frame.lidar):
             boxes = frame.boxes if sweep is frame.lidar else _boxes_at(before, frame, sweep.timestamp)
-            local, keep = _returns(sweep, from_global @ sweep.ego_to_global @ sweep.sensor_to_ego, config)
+            local, keep = usable_returns(sweep, from_global @ sweep.ego_to_global @ sweep.sensor_to_ego, config)
             classes = np.full(len(local), IGNORE, np.uint8) if sweep.classes is None else sweep.classes[keep]
             # A road user that no box covers has moved by the next frame, unless the data set says that it stood.
             mover = thing[classes] if sweep.moving is None else sweep.moving[keep]
@@ -250,7 +250,7 @@ def _join(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.nd
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
-def _returns(sweep: LidarSweep, pose: np.ndarray, config: LabelConfig) -> tuple[np.ndarray, np.ndarray]:
+def usable_returns(sweep: LidarSweep, pose: np.ndarray, config: LabelConfig) -> tuple[np.ndarray, np.ndarray]:
     """(M, 3) float32 of a sweep's returns moved by a pose, without the vehicle itself; (N,) bool which are left."""
     low, high = np.array(config.vehicle[:3]), np.array(config.vehicle[3:])
     return place_returns(sweep.xyz, sweep.sensor_to_ego[:3].copy(), pose[:3].copy(), low, high, config.max_range)

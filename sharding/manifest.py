@@ -6,8 +6,9 @@ import difflib
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -132,18 +133,7 @@ class Manifest:
             ) from None
         if data.get("format") != FORMAT_VERSION:
             raise ValueError(f"{where}: format version {data.get('format')}, this version reads {FORMAT_VERSION}")
-        manifest = cls(
-            url=url,
-            source=data["source"],
-            grid=VoxelGrid.from_dict(data["grid"]) if data["grid"] else None,
-            taxonomy=data["taxonomy"],
-            classes=tuple(data["classes"]),
-            labels=data["labels"],
-            groups=tuple(data["groups"]),
-            scenes=tuple(SceneEntry(**s) for s in data["scenes"]),
-            shards=tuple(ShardEntry(**s) for s in data["shards"]),
-            left_out=tuple(data.get("left_out", ())),
-        )
+        manifest = cls.from_content(url, data)
         # Of what was read, not of what was made of it: a million scenes need not be taken apart again.
         if _digest({k: v for k, v in data.items() if k != "fingerprint"}) != data["fingerprint"]:
             raise ValueError(f"{where}: its content does not match its fingerprint; it was edited or damaged")
@@ -199,6 +189,22 @@ class Manifest:
         data["shards"] = [asdict(s) for s in self.shards if s.group == self.label_group]
         where = storage.join(self.url, sidecar_name(self.label_group))
         storage.publish(json.dumps(data, indent=1, sort_keys=True).encode(), where)
+
+    @classmethod
+    def from_content(cls, url: str, content: Mapping[str, Any]) -> Manifest:
+        """The inverse of ``content``."""
+        return cls(
+            url=url,
+            source=content["source"],
+            grid=VoxelGrid.from_dict(content["grid"]) if content["grid"] else None,
+            taxonomy=content["taxonomy"],
+            classes=tuple(content["classes"]),
+            labels=content["labels"],
+            groups=tuple(content["groups"]),
+            scenes=tuple(SceneEntry(**s) for s in content["scenes"]),
+            shards=tuple(ShardEntry(**s) for s in content["shards"]),
+            left_out=tuple(content.get("left_out", ())),
+        )
 
     def subset(self, scenes: int | None = None, seed: int = 0, holdout: int = 0) -> list[int]:
         """Scene numbers of a nested subset: the first ``scenes`` of one seeded permutation, so 2000 is in 4000 is in 8000.

@@ -24,7 +24,7 @@ from typing import Protocol
 from occstream.sharding import storage
 from occstream.sharding.codec import FORMAT_VERSION, GROUPS, Coding, canonical_json, encode
 from occstream.sharding.grid import VoxelGrid
-from occstream.sharding.manifest import NAME, Manifest, SceneEntry, ShardEntry, shard_path
+from occstream.sharding.manifest import NAME, Manifest, shard_path
 from occstream.sharding.prepare import Images
 from occstream.sharding.schema import Frame, Scene, Source, Taxonomy, check_scene_name
 from occstream.sharding.shardfile import ShardWriter, publish_shard, read_record
@@ -266,26 +266,22 @@ def _describe(job: Job) -> dict:
 
 
 def _publish(url: str, outcomes: list[dict]) -> Manifest:
-    scenes, entries, failed = [], [], []
+    """Publishes the manifest of what all parts made. Raises ValueError if nothing was, or a shard is gone."""
     about = outcomes[0]["description"]
-    for made in sorted((s for o in outcomes for s in o["shards"]), key=lambda s: s["number"]):
-        scenes += [SceneEntry(s["name"], s["frames"], made["number"], s["attributes"]) for s in made["scenes"]]
-        entries += [ShardEntry(g, made["number"], made["size"][g], made["sha256"][g]) for g in about["groups"]]
-        failed += sorted(made["failed"])
-    manifest = Manifest(
-        url=url,
-        source=about["source"],
-        grid=VoxelGrid.from_dict(about["grid"]) if about["grid"] else None,
-        taxonomy=about["taxonomy"],
-        classes=tuple(about["classes"]),
-        labels=about["labels"],
-        groups=tuple(about["groups"]),
-        scenes=tuple(scenes),
-        shards=tuple(entries),
-        left_out=tuple(failed),
-    )
-    if not scenes:
+    made = sorted((s for o in outcomes for s in o["shards"]), key=lambda s: s["number"])
+    content = {
+        **about,
+        "scenes": [{**scene, "shard": s["number"]} for s in made for scene in s["scenes"]],
+        "shards": [
+            {"group": g, "number": s["number"], "size": s["size"][g], "sha256": s["sha256"][g]}
+            for s in made
+            for g in about["groups"]
+        ],
+        "left_out": [name for s in made for name in sorted(s["failed"])],
+    }
+    if not content["scenes"]:
         raise ValueError(f"{url}: every scene failed; nothing was published")
+    manifest = Manifest.from_content(url, content)
     for group in manifest.groups:
         there = storage.listing(storage.join(url, group))
         for shard in (s for s in manifest.shards if s.group == group):
@@ -312,7 +308,7 @@ def _build_all(
         return
     # Not fork: the parent may hold threads (fsspec's event loop, numba).
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(mine)), context, _adopt, (job,)) as pool:
+    with ProcessPoolExecutor(max(1, min(workers, len(mine))), context, _adopt, (job,)) as pool:
         running: dict[Future, int] = {}
         waiting = iter(mine)
         try:
@@ -435,12 +431,12 @@ def estimate(job: Job, tries: int = 3) -> Estimate:
         began = time.perf_counter()
         try:
             scene = job.prepared(names[number])
-            for frame in scene.frames:
-                for group in job.groups:
-                    size[group] += sum(1024 + len(data) for _, data in job.members(frame, group))
+            encoded = {g: [data for f in scene.frames for _, data in job.members(f, g)] for g in job.groups}
         except Exception as problem:
             error = problem
             continue
+        for group, members in encoded.items():
+            size[group] += sum(1024 + len(data) for data in members)  # a header, and half of two blocks
         frames += len(scene.frames)
         tried += 1
         seconds.append(time.perf_counter() - began)

@@ -7,13 +7,14 @@ import errno
 import fcntl
 import hashlib
 import os
+import queue
 import random
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,22 +98,32 @@ def hedged(work: Callable[[int], T], after: float) -> T:
     A request that hangs on one bad peer is cheaper to ask again than to wait for. The slower one runs to its end, unheard.
 
     Raises:
-        What both raised, if neither succeeded.
+        The error of the last one, if none succeeded.
     """
-    pool = ThreadPoolExecutor(2, thread_name_prefix="hedge")
+    came: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
+
+    def ask(number: int) -> None:
+        try:
+            came.put((work(number), None))
+        except Exception as error:
+            came.put((None, error))
+
+    def start(number: int) -> None:  # a daemon: a request that hangs must not keep the process from ending
+        threading.Thread(target=ask, args=(number,), daemon=True, name=f"hedge-{number}").start()
+
+    start(0)
+    asked = 1
     try:
-        running = {pool.submit(work, 0)}
-        done, _ = wait(running, timeout=after)
-        if not done:
-            running.add(pool.submit(work, 1))
-        while True:
-            done, left = wait(running, return_when=FIRST_COMPLETED)
-            good = next((f for f in done if not f.exception()), None)
-            if good or not left:
-                return (good or next(iter(done))).result()
-            running = left
-    finally:
-        pool.shutdown(wait=False)
+        result, error = came.get(timeout=after)
+    except queue.Empty:
+        start(1)
+        asked = 2
+        result, error = came.get()
+    if error is not None and asked == 2:
+        result, error = came.get()
+    if error is not None:
+        raise error
+    return result
 
 
 def read_bytes(url: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -130,12 +141,6 @@ def read_bytes(url: str, offset: int = 0, length: int | None = None) -> bytes:
         raise FileNotFoundError(f"{url}: no such object") from None
     except PermissionError as error:
         raise PermissionError(f"{url}: access denied; check the credentials ({str(error)[:80]})") from None
-
-
-def exists(url: str) -> bool:
-    fs, path = _fs(url)
-    fs.invalidate_cache()
-    return retry(lambda: fs.exists(path), url)
 
 
 def size(url: str) -> int | None:

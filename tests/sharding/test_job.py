@@ -65,6 +65,14 @@ def test_killed_parts_merged_equal_one_run(tmp_path):
     assert verify(str(parts)) == []
 
 
+def test_more_parts_than_shards(tmp_path):
+    """The last machines have nothing to do, and the whole is complete all the same."""
+    whole = pack(ToySource((2, 1)), str(tmp_path / "whole"), grid=GRID)
+    for i in (1, 2, 3):
+        assert pack(ToySource((2, 1)), str(tmp_path / "parts"), grid=GRID, part=(i, 3), workers=2) is None
+    assert merge(str(tmp_path / "parts")).fingerprint == whole.fingerprint
+
+
 def test_parts_of_different_jobs_do_not_merge(tmp_path):
     pack(ToySource(), str(tmp_path), grid=GRID, part=(1, 2))
     pack(ToySource((3, 5, 2, 4, 1)), str(tmp_path), grid=GRID, part=(2, 2))
