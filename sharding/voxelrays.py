@@ -10,37 +10,52 @@ TINY = 1e-12  # instead of a direction's component of 0: it never reaches its ne
 
 
 @numba.njit(cache=True, nogil=True)
-def _enter(origin, direction, shape, limit):
-    """Parameter range [near, far] of a ray inside the box; near > far if it misses."""
-    near, far, axis = 0.0, limit, -1
-    for a in range(3):
-        if direction[a] == 0.0:
-            if origin[a] < 0.0 or origin[a] >= shape[a]:
-                return 1.0, 0.0, -1
-        else:
-            t0 = -origin[a] / direction[a]
-            t1 = (shape[a] - origin[a]) / direction[a]
-            if t0 > t1:
-                t0, t1 = t1, t0
-            if t0 > near:
-                near, axis = t0, a
-            far = min(far, t1)
-    return near, far, axis
+def _begin(ox, oy, oz, dx, dy, dz, shape, limit):
+    """The start of a walk along origin + t * direction, 0 <= t <= limit.
+
+    Returns:
+        inside: whether the ray enters the grid at all.
+        axis: of the face it enters by, -1 if it begins inside.
+        at, turn: voxel, and t of its next face on each axis; what ``_advance`` moves.
+        step, pace: direction and distance in t of the faces on each axis; what it needs for that.
+    """
+    nx, ny, nz = shape
+    dx = dx if abs(dx) > TINY else TINY
+    dy = dy if abs(dy) > TINY else TINY
+    dz = dz if abs(dz) > TINY else TINY
+    ix, iy, iz = 1.0 / dx, 1.0 / dy, 1.0 / dz
+    near_x, near_y, near_z = min(-ox * ix, (nx - ox) * ix), min(-oy * iy, (ny - oy) * iy), min(-oz * iz, (nz - oz) * iz)
+    far = min(max(-ox * ix, (nx - ox) * ix), max(-oy * iy, (ny - oy) * iy), max(-oz * iz, (nz - oz) * iz), limit)
+    near, axis = 0.0, -1
+    if near_x > near:
+        near, axis = near_x, 0
+    if near_y > near:
+        near, axis = near_y, 1
+    if near_z > near:
+        near, axis = near_z, 2
+    x = min(max(int(np.floor(ox + near * dx)), 0), nx - 1)
+    y = min(max(int(np.floor(oy + near * dy)), 0), ny - 1)
+    z = min(max(int(np.floor(oz + near * dz)), 0), nz - 1)
+    step = 1 if dx > 0 else -1, 1 if dy > 0 else -1, 1 if dz > 0 else -1
+    turn = (x + (dx > 0) - ox) * ix, (y + (dy > 0) - oy) * iy, (z + (dz > 0) - oz) * iz
+    return near < far, axis, (x, y, z), turn, step, (abs(ix), abs(iy), abs(iz))
 
 
 @numba.njit(cache=True, nogil=True)
-def _start(origin, direction, shape, near, cell, step, t_next, t_step):
-    for a in range(3):
-        at = origin[a] + near * direction[a]
-        cell[a] = min(max(int(np.floor(at)), 0), shape[a] - 1)
-        if direction[a] > 0.0:
-            step[a], t_step[a] = 1, 1.0 / direction[a]
-            t_next[a] = (cell[a] + 1 - origin[a]) / direction[a]
-        elif direction[a] < 0.0:
-            step[a], t_step[a] = -1, -1.0 / direction[a]
-            t_next[a] = (cell[a] - origin[a]) / direction[a]
-        else:
-            step[a], t_step[a], t_next[a] = 0, np.inf, np.inf
+def _advance(at, turn, step, pace):
+    """(t, axis, at, turn): where the walk leaves a voxel, by which axis, and the next voxel."""
+    x, y, z = at
+    tx, ty, tz = turn
+    if tx <= ty and tx <= tz:
+        return tx, 0, (x + step[0], y, z), (tx + pace[0], ty, tz)
+    if ty <= tz:
+        return ty, 1, (x, y + step[1], z), (tx, ty + pace[1], tz)
+    return tz, 2, (x, y, z + step[2]), (tx, ty, tz + pace[2])
+
+
+@numba.njit(cache=True, nogil=True)
+def _within(at, shape):
+    return 0 <= at[0] < shape[0] and 0 <= at[1] < shape[1] and 0 <= at[2] < shape[2]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -56,27 +71,18 @@ def first_hit(solid, origins, directions):
         voxel: (N,) int64 flat index in C order, -1 where nothing is hit.
         axis: (N,) int8, 0..2: the axis whose face was entered, -1 where the ray began in the voxel.
     """
-    shape = np.array(solid.shape)
+    shape = solid.shape
     voxel, faces = np.full(len(origins), -1), np.full(len(origins), -1, np.int8)
-    cell, step = np.zeros(3, np.int64), np.zeros(3, np.int64)
-    t_next, t_step = np.zeros(3), np.zeros(3)
     for i in range(len(origins)):
-        near, far, axis = _enter(origins[i], directions[i], shape, np.inf)
-        if near > far:
-            continue
-        _start(origins[i], directions[i], shape, near, cell, step, t_next, t_step)
-        while True:
-            if solid[cell[0], cell[1], cell[2]]:
-                voxel[i] = (cell[0] * shape[1] + cell[1]) * shape[2] + cell[2]
+        o, d = origins[i], directions[i]
+        inside, axis, at, turn, step, pace = _begin(o[0], o[1], o[2], d[0], d[1], d[2], shape, np.inf)
+        while inside:
+            if solid[at]:
+                voxel[i] = (at[0] * shape[1] + at[1]) * shape[2] + at[2]
                 faces[i] = axis
                 break
-            axis = 0 if t_next[0] <= t_next[1] else 1
-            if t_next[2] < t_next[axis]:
-                axis = 2
-            cell[axis] += step[axis]
-            t_next[axis] += t_step[axis]
-            if cell[axis] < 0 or cell[axis] >= shape[axis]:
-                break
+            _, axis, at, turn = _advance(at, turn, step, pace)
+            inside = _within(at, shape)
     return voxel, faces
 
 
@@ -89,54 +95,19 @@ def mark_free(passed, xyz, pose):
         xyz: (N, 3) float32, returns in the sensor's axes.
         pose: (3, 4) float64, sensor -> voxel units.
     """
-    nx, ny, nz = passed.shape
+    shape = passed.shape
     ox, oy, oz = pose[0, 3], pose[1, 3], pose[2, 3]
     for n in range(len(xyz)):
         px, py, pz = np.float64(xyz[n, 0]), np.float64(xyz[n, 1]), np.float64(xyz[n, 2])
         dx = pose[0, 0] * px + pose[0, 1] * py + pose[0, 2] * pz
         dy = pose[1, 0] * px + pose[1, 1] * py + pose[1, 2] * pz
         dz = pose[2, 0] * px + pose[2, 1] * py + pose[2, 2] * pz
-        dx = dx if abs(dx) > TINY else TINY
-        dy = dy if abs(dy) > TINY else TINY
-        dz = dz if abs(dz) > TINY else TINY
-        ix, iy, iz = 1.0 / dx, 1.0 / dy, 1.0 / dz
-        # Where the ray is inside the grid: t of the nearer and the further face of each axis.
-        near = max(0.0, min(-ox * ix, (nx - ox) * ix), min(-oy * iy, (ny - oy) * iy), min(-oz * iz, (nz - oz) * iz))
-        far = min(1.0, max(-ox * ix, (nx - ox) * ix), max(-oy * iy, (ny - oy) * iy), max(-oz * iz, (nz - oz) * iz))
-        if near >= far:
-            continue
-        x = min(max(int(np.floor(ox + near * dx)), 0), nx - 1)
-        y = min(max(int(np.floor(oy + near * dy)), 0), ny - 1)
-        z = min(max(int(np.floor(oz + near * dz)), 0), nz - 1)
-        last_x, last_y, last_z = int(np.floor(ox + dx)), int(np.floor(oy + dy)), int(np.floor(oz + dz))
-        sx, sy, sz = 1 if dx > 0 else -1, 1 if dy > 0 else -1, 1 if dz > 0 else -1
-        tx = (x + (sx > 0) - ox) * ix
-        ty = (y + (sy > 0) - oy) * iy
-        tz = (z + (sz > 0) - oz) * iz
-        ax, ay, az = abs(ix), abs(iy), abs(iz)
-        while not (x == last_x and y == last_y and z == last_z):
-            passed[x, y, z] = True
-            if tx <= ty and tx <= tz:
-                if tx > 1.0:
-                    break
-                x += sx
-                tx += ax
-                if x < 0 or x >= nx:
-                    break
-            elif ty <= tz:
-                if ty > 1.0:
-                    break
-                y += sy
-                ty += ay
-                if y < 0 or y >= ny:
-                    break
-            else:
-                if tz > 1.0:
-                    break
-                z += sz
-                tz += az
-                if z < 0 or z >= nz:
-                    break
+        last = int(np.floor(ox + dx)), int(np.floor(oy + dy)), int(np.floor(oz + dz))
+        inside, _, at, turn, step, pace = _begin(ox, oy, oz, dx, dy, dz, shape, 1.0)
+        while inside and at != last:
+            passed[at] = True
+            t, _, at, turn = _advance(at, turn, step, pace)
+            inside = t <= 1.0 and _within(at, shape)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -152,75 +123,32 @@ def crossings(solid, origin, ends, slack):
     Returns:
         (N, 2) int64: voxels passed, and solid ones among them.
     """
-    shape = np.array(solid.shape)
+    shape = solid.shape
     out = np.zeros((len(ends), 2), np.int64)
-    cell, step = np.zeros(3, np.int64), np.zeros(3, np.int64)
-    t_next, t_step = np.zeros(3), np.zeros(3)
     for i in range(len(ends)):
-        direction = ends[i] - origin
-        limit = 1.0 - slack / max(np.sqrt((direction**2).sum()), 1e-9)
-        near, far, _ = _enter(origin, direction, shape, limit)
-        if near > far:
-            continue
-        _start(origin, direction, shape, near, cell, step, t_next, t_step)
-        while True:
+        dx, dy, dz = ends[i, 0] - origin[0], ends[i, 1] - origin[1], ends[i, 2] - origin[2]
+        limit = 1.0 - slack / max(np.sqrt(dx * dx + dy * dy + dz * dz), 1e-9)
+        inside, _, at, turn, step, pace = _begin(origin[0], origin[1], origin[2], dx, dy, dz, shape, limit)
+        while inside:
             out[i, 0] += 1
-            out[i, 1] += solid[cell[0], cell[1], cell[2]]
-            axis = 0 if t_next[0] <= t_next[1] else 1
-            if t_next[2] < t_next[axis]:
-                axis = 2
-            if t_next[axis] > limit:
-                break
-            cell[axis] += step[axis]
-            t_next[axis] += t_step[axis]
-            if cell[axis] < 0 or cell[axis] >= shape[axis]:
-                break
+            out[i, 1] += solid[at]
+            t, _, at, turn = _advance(at, turn, step, pace)
+            inside = t <= limit and _within(at, shape)
     return out
 
 
 @numba.njit(cache=True, nogil=True)
-def _look(solid, seen, ox, oy, oz, ex, ey, ez):
+def _look(solid, seen, origin, a, b, c):
     """Marks the voxels from one point to another, up to the first solid one."""
-    nx, ny, nz = solid.shape
-    dx, dy, dz = ex - ox, ey - oy, ez - oz
-    dx = dx if abs(dx) > TINY else TINY
-    dy = dy if abs(dy) > TINY else TINY
-    dz = dz if abs(dz) > TINY else TINY
-    ix, iy, iz = 1.0 / dx, 1.0 / dy, 1.0 / dz
-    near = max(0.0, min(-ox * ix, (nx - ox) * ix), min(-oy * iy, (ny - oy) * iy), min(-oz * iz, (nz - oz) * iz))
-    x = min(max(int(np.floor(ox + near * dx)), 0), nx - 1)
-    y = min(max(int(np.floor(oy + near * dy)), 0), ny - 1)
-    z = min(max(int(np.floor(oz + near * dz)), 0), nz - 1)
-    sx, sy, sz = 1 if dx > 0 else -1, 1 if dy > 0 else -1, 1 if dz > 0 else -1
-    tx = (x + (sx > 0) - ox) * ix
-    ty = (y + (sy > 0) - oy) * iy
-    tz = (z + (sz > 0) - oz) * iz
-    ax, ay, az = abs(ix), abs(iy), abs(iz)
-    while True:
-        seen[x, y, z] = True
-        if solid[x, y, z]:
+    shape = solid.shape
+    ox, oy, oz = origin[0], origin[1], origin[2]
+    inside, _, at, turn, step, pace = _begin(ox, oy, oz, a - ox, b - oy, c - oz, shape, 1.0)
+    while inside:
+        seen[at] = True
+        if solid[at]:
             return
-        if tx <= ty and tx <= tz:
-            if tx > 1.0:
-                return
-            x += sx
-            tx += ax
-            if x < 0 or x >= nx:
-                return
-        elif ty <= tz:
-            if ty > 1.0:
-                return
-            y += sy
-            ty += ay
-            if y < 0 or y >= ny:
-                return
-        else:
-            if tz > 1.0:
-                return
-            z += sz
-            tz += az
-            if z < 0 or z >= nz:
-                return
+        t, _, at, turn = _advance(at, turn, step, pace)
+        inside = t <= 1.0 and _within(at, shape)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -255,7 +183,7 @@ def mark_visible(solid, wanted, seen, origin, to_camera, intrinsics, width, heig
                     v = intrinsics[1, 0] * x + intrinsics[1, 1] * y + intrinsics[1, 2]
                     if u <= -0.5 or u >= width - 0.5 or v <= -0.5 or v >= height - 0.5:
                         continue
-                    _look(solid, seen, origin[0], origin[1], origin[2], a, b, c)
+                    _look(solid, seen, origin, a, b, c)
 
 
 @numba.njit(cache=True, nogil=True)
