@@ -21,18 +21,19 @@ Head = Literal["sigmoid_focal", "softmax_focal"]
 
 @dataclass
 class EvalResult:
-    """Scores in percent. ``miou``, ``iou`` and ``per_class`` are None when the network has no semantic part.
+    """Scores in percent. ``miou``, ``iou`` and ``per_class`` are None when the network has no semantic part, ``binary_iou``
+    when it has no binary head.
 
     Attributes:
         frames: evaluated over all ranks.
-        binary_iou: on the binary decoder's own grid, labels pooled (SPEC A.7).
+        binary_iou: on the binary head's own grid, labels pooled (SPEC A.7).
         iou: geometric, of the semantic output. miou: by the convention.
         per_class: IoU by class name; NaN for classes that do not occur.
         seconds: wall time. mask, convention: as declared.
     """
 
     frames: int
-    binary_iou: float
+    binary_iou: float | None
     iou: float | None = None
     miou: float | None = None
     per_class: dict[str, float] = field(default_factory=dict)
@@ -42,7 +43,9 @@ class EvalResult:
 
     def metrics(self) -> dict[str, float]:
         """MLflow metrics."""
-        out = {"eval/binary_iou": self.binary_iou, "eval/frames": float(self.frames)}
+        out = {"eval/frames": float(self.frames)}
+        if self.binary_iou is not None:
+            out["eval/binary_iou"] = self.binary_iou
         if self.miou is not None:
             out |= {"eval/iou": self.iou, "eval/miou": self.miou}
             out |= {f"eval/class/{name}": value for name, value in self.per_class.items()}
@@ -50,8 +53,8 @@ class EvalResult:
 
     def summary(self) -> str:
         """One line."""
-        semantic = "" if self.miou is None else f", IoU {self.iou:.2f}, mIoU {self.miou:.2f}"
-        return f"binary IoU {self.binary_iou:.2f}{semantic} (mask {self.mask})"
+        scores = (("binary IoU", self.binary_iou), ("IoU", self.iou), ("mIoU", self.miou))
+        return ", ".join(f"{name} {value:.2f}" for name, value in scores if value is not None) + f" (mask {self.mask})"
 
     def table(self) -> str:
         """For the terminal."""
@@ -72,8 +75,12 @@ def classify(logits: Tensor, kind: Head = "sigmoid_focal", threshold: float = 0.
         (S, X, Y, Z) uint8, K = free.
     """
     best, index = logits.max(1)
-    limit = 0.0 if kind == "softmax_focal" else float(torch.logit(torch.tensor(threshold)))
-    return torch.where(best > limit, index, logits.shape[1]).to(torch.uint8)
+    return torch.where(best > free_logit(kind, threshold), index, logits.shape[1]).to(torch.uint8)
+
+
+def free_logit(kind: Head, threshold: float = 0.25) -> float:
+    """The logit that a class must beat not to be free."""
+    return 0.0 if kind == "softmax_focal" else float(torch.logit(torch.tensor(threshold)))
 
 
 @torch.no_grad()
@@ -108,17 +115,19 @@ def evaluate(
     model.eval()
     confusion, binary, frames = ConfusionMatrix(taxonomy.num_classes), BinaryCounts(), torch.zeros(1, dtype=torch.int64)
     device = torch.device("cpu")
-    semantic = False
+    semantic, has_binary = False, True
     try:
         for batch, counted in _in_step(batches):
             outputs = model(batch)
             if not counted:
                 continue
-            device = outputs.binary_logits.device
+            device = batch.images.device
             frames += batch.size
             logits = outputs.binary_logits
-            truth, valid = pool_binary(batch.binary, batch.binary_valid, tuple(logits.shape[1:]))
-            binary.update(logits > 0, truth, valid)
+            has_binary = logits is not None
+            if has_binary:
+                truth, valid = pool_binary(batch.binary, batch.binary_valid, tuple(logits.shape[1:]))
+                binary.update(logits > 0, truth, valid)
             if outputs.semantic_logits is not None and batch.num_semantic:
                 semantic = True
                 confusion.update(classify(outputs.semantic_logits, kind, threshold), batch.semantic)
@@ -132,7 +141,7 @@ def evaluate(
     semantic = bool(sum_over_ranks(torch.tensor([int(semantic)]), device).item())
     result = EvalResult(
         frames=int(frames),
-        binary_iou=100 * binary.iou(),
+        binary_iou=100 * binary.iou() if has_binary else None,
         seconds=time.perf_counter() - began,
         mask=mask,
         convention=convention,

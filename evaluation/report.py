@@ -132,10 +132,11 @@ def prediction_picture(
     # Labels are already mirrored with the scene, and so is the geometry of the batch.
     pixels, depth = project(points[None].float(), _one(batch, index))
     panels = [("labels", render(known, colors))]
-    logits = outputs.binary_logits[index]
-    factors = [a // b for a, b in zip(grid.shape, logits.shape)]
-    found = _numpy(logits > 0).repeat(factors[0], 0).repeat(factors[1], 1).repeat(factors[2], 2)
-    panels.append(("binary prediction (colour: height)", render(found & valid, height_colors(grid.shape))))
+    if outputs.binary_logits is not None:
+        logits = outputs.binary_logits[index]
+        factors = [a // b for a, b in zip(grid.shape, logits.shape)]
+        found = _numpy(logits > 0).repeat(factors[0], 0).repeat(factors[1], 1).repeat(factors[2], 2)
+        panels.append(("binary prediction (colour: height)", render(found & valid, height_colors(grid.shape))))
     if has_semantic and outputs.semantic_logits is not None:
         classes = _numpy(classify(outputs.semantic_logits[index : index + 1], kind)[0])
         shown = (classes != taxonomy.free_id) & valid & (truth != IGNORE)

@@ -107,6 +107,27 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--picture", default="", help="also write a picture of the first frame here")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. eval.mask=camera")
 
+    p = command(
+        "predict",
+        _predict,
+        "write a checkpoint's predictions beside a data set's images, as labels to train on",
+        "Rerunning skips what is done. Split over machines or GPUs with --part 1/8 … 8/8; the last one publishes.",
+    )
+    p.add_argument("checkpoint", help="a fine-tuned run's folder or one of its step-… folders")
+    p.add_argument("url", help="the data set")
+    p.add_argument("--name", required=True, help="of the new group, pseudo-…; train with data.labels=NAME")
+    p.add_argument(
+        "--keep",
+        choices=("top1", "top2", "logits"),
+        default="top1",
+        help="the best class (default), the two best with their logits (train with data.soft=true), or all logits",
+    )
+    p.add_argument("--flips", action="store_true", help="average over mirror images of the scene (four forwards)")
+    p.add_argument("--truth", type=int, default=0, help="so many scenes of the nested subset keep their own labels")
+    p.add_argument("--holdout", type=int, default=0, help="with --truth: as data.holdout")
+    p.add_argument("--part", default="1/1", help="i/n: only every n-th shard, for n machines")
+    p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. eval.batch=2")
+
     p = command("compare", _compare, "compare the runs of an MLflow experiment in one table")
     p.add_argument("--uri", default="sqlite:///runs/mlflow.db", help="MLflow tracking URI")
     p.add_argument("--experiment", default="occstream")
@@ -143,6 +164,38 @@ def _evaluate(args) -> int:
     overrides = [*args.settings, *([f"eval.url={args.data}"] if args.data else [])]
     result = evaluate_checkpoint(args.checkpoint, overrides, picture=Path(args.picture) if args.picture else None)
     print(result.table())
+    return 0
+
+
+def _predict(args) -> int:
+    from occstream.launch.predict import predict_checkpoint
+
+    found = predict_checkpoint(
+        args.checkpoint,
+        args.url,
+        args.name,
+        keep=args.keep,
+        flips=args.flips,
+        truth=args.truth,
+        holdout=args.holdout,
+        part=data.parse_part(args.part),
+        overrides=tuple(args.settings),
+        progress=lambda done, total: print(f"{done}/{total} shards", flush=True) if done % 10 in (0, total) else None,
+    )
+    if found.frames:
+        print(
+            f"{args.name}: {found.frames} frames in {found.seconds:.0f} s, {found.voxels / found.frames:,.0f} voxels and "
+            f"{found.bytes / found.frames / 1e3:.1f} kB a frame"
+        )
+    if found.skipped:
+        print(f"{found.skipped} shards were there")
+    if found.manifest is None:
+        print(f"part {args.part} is done; the part that finishes last publishes {args.name}")
+    else:
+        print(
+            f"published {args.name} at {args.url}; train with data.labels={args.name}, fingerprint "
+            f"{found.manifest.fingerprint}"
+        )
     return 0
 
 

@@ -123,12 +123,7 @@ def _run_job(args, source, groups, grid, label, images, coding) -> int:
 
     if not args.out:
         raise ValueError("where to? give --out FOLDER, file://… or s3://…")
-    try:
-        part = tuple(int(v) for v in args.part.split("/"))
-        if len(part) != 2:
-            raise ValueError
-    except ValueError:
-        raise ValueError(f"--part {args.part}: needs i/n, like 1/8") from None
+    part = parse_part(args.part)
     if args.dry_run:
         found = estimate(Job(source, args.out, groups, grid, label, images, coding, args.scenes_per_shard))
         print(f"{source.name} -> {args.out}: {found.scenes} scenes in {found.shards} shard numbers")
@@ -165,6 +160,15 @@ def _run_job(args, source, groups, grid, label, images, coding) -> int:
     else:
         print(_published(manifest))
     return 0
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """ "3/8" -> (3, 8). Raises ValueError."""
+    try:
+        number, count = (int(v) for v in text.split("/"))
+    except ValueError:
+        raise ValueError(f"--part {text}: needs i/n, like 1/8") from None
+    return number, count
 
 
 def _published(manifest) -> str:

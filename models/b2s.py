@@ -1,7 +1,14 @@
-"""B2S: binary first, semantic second (seed paper 001; SPEC section A).
+"""B2S: binary first, semantic second (seed paper 001; SPEC section A), in both families and with every head strategy.
 
-Images -> features -> compact volume B -> binary decoder -> B' and binary logits (all frames) -> voxels that B' says are
-occupied -> sparse transformer -> back into B' -> up-sampled B'' -> semantic logits (semantic frames only).
+Images -> features -> compact volume B (Lift-Splat, or learned voxel queries) -> dense transformer layers -> binary decoder
+-> B'. Then, by strategy (the paper's Fig. 4):
+
+* intermediate (ours): binary logits of B' (all frames) -> voxels that they say are occupied -> sparse transformer -> back
+  into B' -> up-sampled B'' -> semantic logits (semantic frames only).
+* replacing: B' -> B''; its binary head is thrown away after pre-training, a semantic one takes its place.
+* multi: as replacing, but the binary head stays beside the semantic one.
+* offboard: as intermediate, but the labels say what is occupied; there is no binary head and no pre-training.
+
 Shape legend: see ``batch``.
 """
 
@@ -14,22 +21,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from occstream.models.attention import ImageAttention, VolumeAttention
 from occstream.models.backbones import ImageEncoder
 from occstream.models.batch import OccBatch, OccOutputs, pool_binary
-from occstream.models.layers import AxialEmbedding, SyncBatchNorm, VolumeEncoder, conv_bn
-from occstream.models.lift import LiftSplat, project
+from occstream.models.layers import SyncBatchNorm, VolumeEncoder, checkpointed, conv_bn
+from occstream.models.lift import LiftSplat
 from occstream.models.registry import register
+from occstream.models.transformer import DenseTransformer, TransformerLayer, VoxelTokens
 from occstream.sharding.grid import VoxelGrid
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
+Strategy = Literal["intermediate", "replacing", "multi", "offboard"]
 
 
 @dataclass
 class B2SConfig:
-    """Sizes and open points of B2S. Defaults are the paper's onboard LS model, or SPEC's where the paper is silent."""
+    """Sizes and open points of both families. Defaults are the paper's onboard LS model, or SPEC's where the paper is
+    silent."""
 
+    strategy: Strategy = "intermediate"
+    """Head strategy of the paper's Fig. 4 and section 3.4; see the module."""
     backbone: str = "resnet50"
     """Image backbone: resnet18, 34, 50 or 101."""
     backbone_width: int = 64
@@ -37,29 +48,11 @@ class B2SConfig:
     backbone_weights: str = ""
     """Initial weights: a path or a hub id (SPEC A.3: ImageNet; the paper gives none)."""
     checkpointing: bool = False
-    """Recompute the backbone's activations in the backward pass."""
+    """Recompute activations in the backward pass: backbone, volumes, dense layers, heads."""
     feature_channels: int = 256
     """Channels of the image features."""
     feature_stride: int = 16
     """Stride of the image features: 8, 16 or 32."""
-    depth: tuple[float, float, float] = (1.0, 45.0, 0.5)
-    """Depth bins: first, end, step, in metres (SPEC A.4: 88 bins; OpenScene 1, 60, 0.5)."""
-    depth_blocks: int = 3
-    """Residual blocks of the depth net."""
-    depth_aspp: bool = True
-    """Depth net with the atrous pyramid."""
-    lift_channels: int = 32
-    """Channels that are lifted into the volume."""
-    volume_block: bool = True
-    """A residual block on the full-resolution volume before it is reduced (SPEC A.4)."""
-    encoder_channels: tuple[int, ...] = (32, 64, 128)
-    """Volume encoder: channels of its levels."""
-    encoder_blocks: tuple[int, ...] = (1, 2, 4)
-    """Volume encoder: residual blocks of its levels."""
-    encoder_strides: tuple[int, ...] = (1, 2, 2)
-    """Volume encoder: strides of its levels."""
-    encoder_out: int = 32
-    """Channels the levels are merged to."""
     compact_channels: int = 256
     """C of the compact volume B."""
     compact_factor: int = 4
@@ -71,7 +64,7 @@ class B2SConfig:
     semantic_channels: int = 64
     """C'' of B''. Not stated."""
     attention_channels: int = 256
-    """Width of the sparse transformer."""
+    """Width of the transformer."""
     heads: int = 8
     """Attention heads."""
     self_points: int = 4
@@ -82,22 +75,45 @@ class B2SConfig:
     """Hidden width of the transformer's feed-forward part."""
     dropout: float = 0.1
     """Dropout in the transformer."""
+    dense_layers: int = 0
+    """Transformer layers over all of B (the paper: LS ours 0, LS baselines 1, BEVFormer ours 2, its baselines 3)."""
     sparse_layers: int = 1
-    """Sparse transformer layers."""
+    """Sparse transformer layers (intermediate and offboard)."""
     query: Literal["sparse", "dense"] = "sparse"
     """What the deformable self-attention samples: B' (sparse), or B' set to zero outside the selection (dense): the two
     readings of the paper's section 3.2 and appendix A.2 (SPEC A.8)."""
     selection: Literal["predicted", "gt", "union"] = "predicted"
     """Which voxels the sparse transformer refines: predicted occupied, occupied in the pooled labels, or both while
-    training (SPEC A.7)."""
+    training (SPEC A.7). Offboard always takes the labels."""
     threshold: float = 0.5
     """Probability from which a voxel counts as occupied."""
     floor: int = 1024
     """At least so many voxels are refined (the most probable ones), so that there are always some."""
     cap: int = 30_000
     """At most so many, to bound memory."""
-    strategy: Literal["intermediate"] = "intermediate"
-    """Head strategy of the paper's Fig. 4."""
+    head_rows: int = 0
+    """Rows of B' (along x) that the full-resolution heads take at a time; their activations are computed again in the
+    backward pass. 0: all at once."""
+    depth: tuple[float, float, float] = (1.0, 45.0, 0.5)
+    """Lift-Splat: depth bins: first, end, step, in metres (SPEC A.4: 88 bins; OpenScene 1, 60, 0.5)."""
+    depth_blocks: int = 3
+    """Lift-Splat: residual blocks of the depth net."""
+    depth_aspp: bool = True
+    """Lift-Splat: depth net with the atrous pyramid."""
+    lift_channels: int = 32
+    """Lift-Splat: channels that are lifted into the volume."""
+    volume_block: bool = True
+    """Lift-Splat: a residual block on the full-resolution volume before it is reduced (SPEC A.4)."""
+    encoder_channels: tuple[int, ...] = (32, 64, 128)
+    """Lift-Splat: volume encoder: channels of its levels."""
+    encoder_blocks: tuple[int, ...] = (1, 2, 4)
+    """Lift-Splat: volume encoder: residual blocks of its levels."""
+    encoder_strides: tuple[int, ...] = (1, 2, 2)
+    """Lift-Splat: volume encoder: strides of its levels."""
+    encoder_out: int = 32
+    """Lift-Splat: channels the levels are merged to."""
+    cameras: int = 8
+    """BEVFormer: cameras that there is an embedding for; a rig may have fewer."""
     pixel_mean: tuple[float, float, float] = field(default=PIXEL_MEAN)
     """RGB mean of the input."""
     pixel_std: tuple[float, float, float] = field(default=PIXEL_STD)
@@ -117,59 +133,137 @@ class B2SConfig:
             )
         if self.binary_factor not in (1, 2):
             raise ValueError(f"binary_factor is {self.binary_factor}, must be 1 or 2")
+        if self.sparse_layers < 1 or self.dense_layers < 0:
+            raise ValueError(
+                f"sparse_layers is {self.sparse_layers} and dense_layers {self.dense_layers}; need at least 1 and 0"
+            )
 
 
-class SparseLayer(nn.Module):
-    """Self-attention to B', image cross-attention, feed-forward; post-norm (SPEC A.8)."""
+class LiftVolume(nn.Module):
+    """Image features -> compact volume by predicted depth (SPEC A.4)."""
 
-    def __init__(self, c: B2SConfig):
+    def __init__(self, c: B2SConfig, grid: VoxelGrid, compact: VoxelGrid, image_size: tuple[int, int]):
         super().__init__()
-        width = c.attention_channels
-        self.volume = VolumeAttention(width, c.heads, c.self_points, c.dropout)
-        self.images = ImageAttention(width, c.feature_channels, c.heads, c.cross_points, c.dropout)
-        self.ffn = nn.Sequential(
-            nn.Linear(width, c.ffn_channels),
-            nn.ReLU(),
-            nn.Dropout(c.dropout),
-            nn.Linear(c.ffn_channels, width),
-            nn.Dropout(c.dropout),
+        self.shape, self.checkpointing = compact.shape, c.checkpointing
+        self.splat = LiftSplat(
+            c.feature_channels, c.lift_channels, c.depth, grid, image_size, c.depth_blocks, c.depth_aspp
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        block = VolumeEncoder(c.lift_channels, (c.lift_channels,), (1,), (1,), c.lift_channels)
+        self.raw = block if c.volume_block else None
+        self.encoder = VolumeEncoder(
+            c.lift_channels, c.encoder_channels, c.encoder_blocks, c.encoder_strides, c.encoder_out
+        )
+        self.compact = nn.Conv3d(c.encoder_out, c.compact_channels, 1)
 
-    def forward(self, x: Tensor, position: Tensor, references, volume, pixels, visible, features) -> Tensor:
-        x = self.norms[0](x + self.volume(x + position, references, volume))
-        x = self.norms[1](x + self.images(x + position, pixels, visible, features))
-        return self.norms[2](x + self.ffn(x))
+    def forward(self, features: Tensor, batch: OccBatch) -> tuple[Tensor, Tensor]:
+        """Features (B, V, C_f, h, w) -> B (B, C, Xc, Yc, Zc), depth (B, V, D, h, w) summing to 1 over D."""
+        volume, depth = self.splat(features, batch)
+        if self.raw is not None:
+            volume = checkpointed(self.raw, volume, volume.shape[2:], when=self.checkpointing)
+        encoded = checkpointed(self.encoder, volume, self.shape, when=self.checkpointing)
+        return self.compact(encoded), depth
 
 
-class SemanticPart(nn.Module):
-    """Everything after the binary decoder: selection, sparse transformer, B'', semantic head.
+class QueryVolume(nn.Module):
+    """Learned voxel queries in place of a lift; the dense layers fill them (SPEC A.5)."""
 
-    No batch norm: a rank may hold no semantic frame. Args: ``grid`` is the full output grid.
+    def __init__(self, c: B2SConfig, grid: VoxelGrid, compact: VoxelGrid, image_size: tuple[int, int]):
+        super().__init__()
+        if not c.dense_layers:
+            raise ValueError("dense_layers is 0: voxel queries see the images through dense layers; set 1 or more")
+        self.queries = nn.Parameter(0.02 * torch.randn(c.compact_channels, *compact.shape))
+
+    def forward(self, features: Tensor, batch: OccBatch) -> tuple[Tensor, None]:
+        """Features (B, V, C_f, h, w) -> B (B, C, Xc, Yc, Zc) before the layers; no depth."""
+        return self.queries.expand(len(features), -1, -1, -1, -1), None
+
+
+class CameraEmbedding(nn.Module):
+    """Tells features which camera they are of (SPEC A.5); a level needs no telling, as there is one."""
+
+    def __init__(self, cameras: int, channels: int):
+        super().__init__()
+        self.table = nn.Parameter(0.02 * torch.randn(cameras, channels))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, V, C, h, w). Raises ValueError for more cameras than there are embeddings."""
+        views = features.shape[1]
+        if views > len(self.table):
+            raise ValueError(f"{views} cameras, but the model has embeddings for {len(self.table)}: set model.cameras")
+        return features + self.table[:views, :, None, None]
+
+
+class FullHead(nn.Module):
+    """Tokens of B' -> B'' -> logits on the full grid: a network of each voxel alone, so it can be run in parts.
+
+    No batch norm: a rank may hold no semantic frame.
+
+    Args:
+        inputs: channels of the tokens.
+        hidden: C''.
+        shape: (Xb, Yb, Zb) of B'.
+        factor: grid voxels per voxel of B' in x and y.
+        outputs: heads by name, with their channels.
+        rows: rows of B' at a time, 0: all.
     """
 
-    def __init__(self, c: B2SConfig, grid: VoxelGrid, num_classes: int, image_size: tuple[int, int]):
+    def __init__(
+        self, inputs: int, hidden: int, shape: tuple[int, int, int], factor: int, outputs: dict[str, int], rows: int
+    ):
         super().__init__()
-        self.c, self.image_size = c, image_size
-        coarse = grid.coarsen((c.binary_factor, c.binary_factor, 1))
-        self.shape = coarse.shape
-        self.register_buffer(
-            "centers", torch.tensor(coarse.centers().reshape(-1, 3), dtype=torch.float32), persistent=False
-        )
+        self.shape, self.factor, self.rows = shape, factor, rows or shape[0]
+        self.up = nn.Linear(inputs, factor * factor * hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.heads = nn.ModuleDict()
+        for name, channels in outputs.items():
+            last = nn.Linear(hidden, channels)
+            if name == "semantic":
+                nn.init.constant_(last.bias, -4.595)  # prior probability 0.01 (SPEC A.9)
+            self.heads[name] = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), last)
+
+    def forward(self, tokens: Tensor, name: str) -> Tensor:
+        """tokens (B, N, inputs) -> (B, channels, X, Y, Z) float32, channels last in memory."""
+        x, y, z = self.shape
+        parts = tokens.unflatten(1, (x, y * z)).split(self.rows, 1)
+        several = len(parts) > 1
+        found = [checkpointed(self._part, p, name, when=several) for p in parts]
+        return torch.cat(found, 1).movedim(-1, 1) if several else found[0].movedim(-1, 1)
+
+    def _part(self, tokens: Tensor, name: str) -> Tensor:
+        """(B, x, Yb Zb, inputs) -> (B, x factor, Y, Z, channels)."""
+        b, x = tokens.shape[:2]
+        y, f = self.shape[1], self.factor
+        up = self.up(tokens).view(b, x, y, -1, f, f, self.norm.normalized_shape[0]).permute(0, 1, 4, 2, 5, 3, 6)
+        up = up.reshape(b, x * f, y * f, -1, up.shape[-1])
+        return self.heads[name](F.relu(self.norm(up))).float()
+
+
+class SparsePart(nn.Module):
+    """Everything after the binary decoder of the intermediate head: selection, sparse transformer, B'', semantic head.
+
+    Args:
+        c: settings.
+        binary: grid of B'.
+        num_classes: K.
+        image_size: (H, W) of the network's input.
+    """
+
+    def __init__(self, c: B2SConfig, binary: VoxelGrid, num_classes: int, image_size: tuple[int, int]):
+        super().__init__()
+        self.c, self.shape = c, binary.shape
         self.into = nn.Linear(c.binary_channels, c.attention_channels)
         self.volume = nn.Conv3d(c.binary_channels, c.attention_channels, 1)
-        self.position = AxialEmbedding(coarse.shape, c.attention_channels)
-        self.layers = nn.ModuleList(SparseLayer(c) for _ in range(c.sparse_layers))
+        self.tokens = VoxelTokens(binary, c.attention_channels, image_size)
+        self.layers = nn.ModuleList(TransformerLayer(c) for _ in range(c.sparse_layers))
         self.out = nn.Linear(c.attention_channels, c.binary_channels)
-        up = (c.binary_factor, c.binary_factor, 1)
-        self.up = nn.ConvTranspose3d(2 * c.binary_channels, c.semantic_channels, up, up)
-        self.norm = nn.GroupNorm(8 if c.semantic_channels % 8 == 0 else 1, c.semantic_channels)
-        self.head = nn.Sequential(
-            nn.Conv3d(c.semantic_channels, c.semantic_channels, 1),
-            nn.ReLU(),
-            nn.Conv3d(c.semantic_channels, num_classes, 1),
+        self.full = FullHead(
+            2 * c.binary_channels,
+            c.semantic_channels,
+            binary.shape,
+            c.binary_factor,
+            {"semantic": num_classes},
+            c.head_rows,
         )
-        nn.init.constant_(self.head[-1].bias, -4.595)  # prior probability 0.01 (SPEC A.9)
 
     def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Voxels to refine: those above the threshold, best first, at least ``floor`` and at most ``cap``.
@@ -187,12 +281,14 @@ class SemanticPart(nn.Module):
         index = scores.topk(int(count.max()), dim=1).indices
         return index, torch.arange(index.shape[1], device=index.device) < count.unsqueeze(1)
 
-    def forward(self, volume: Tensor, logits: Tensor, features: Tensor, batch: OccBatch) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, volume: Tensor, logits: Tensor | None, features: Tensor, batch: OccBatch
+    ) -> tuple[Tensor, Tensor]:
         """Refines.
 
         Args:
             volume: (S, C', Xb, Yb, Zb), B' of the semantic frames.
-            logits: (S, Xb, Yb, Zb) binary logits.
+            logits: (S, Xb, Yb, Zb) binary logits; None: the labels say what is occupied.
             features: (S, V, C_f, h, w).
             batch: the S frames' geometry and labels.
 
@@ -200,111 +296,140 @@ class SemanticPart(nn.Module):
             semantic logits (S, K, X, Y, Z) fp32, and the number of refined voxels (S,).
         """
         s = volume.shape[0]
-        index, used = self.select(self._scores(logits, batch))
+        index, used = self.select(self.scores(logits, batch))
         flat = volume.flatten(2).mT  # (S, N, C')
-        tokens = flat.gather(1, index.unsqueeze(-1).expand(-1, -1, flat.shape[-1]))
-        steps = torch.stack(torch.unravel_index(index, self.shape), -1)
-        references = (steps + 0.5) / steps.new_tensor(self.shape)
-        position = self.position(steps)
-        pixels, depth = project(self.centers[index], batch)
-        height, width = self.image_size
-        pixels = pixels / pixels.new_tensor([width, height])
-        visible = (depth > 1e-5) & ((pixels > 0) & (pixels < 1)).all(-1) & used.unsqueeze(1)
-        pixels = torch.where(visible.unsqueeze(-1), pixels, pixels.new_zeros(()))
+        x = self.into(flat.gather(1, index.unsqueeze(-1).expand(-1, -1, flat.shape[-1])))
+        position, references = self.tokens.places(index)
+        pixels, visible = self.tokens.views(index, used, batch)
         sampled = volume
         if self.c.query == "dense":
             mask = volume.new_zeros(s, flat.shape[1]).scatter(1, index, used.to(volume.dtype))
             sampled = volume * mask.view(s, 1, *self.shape)
         sampled = self.volume(sampled)
-        x = self.into(tokens)
         for layer in self.layers:
             x = layer(x, position, references, sampled, pixels, visible, features)
         refined = self.out(x) * used.unsqueeze(-1)
         # Scatter by addition: padding repeats no voxel (top-k indices differ) and adds zero.
         dense = refined.new_zeros(flat.shape).scatter_add(1, index.unsqueeze(-1).expand_as(refined), refined)
-        dense = dense.mT.unflatten(2, self.shape)
-        up = F.relu(self.norm(self.up(torch.cat([dense, volume.to(dense.dtype)], 1))))
-        return self.head(up).float(), used.sum(1)
+        return self.full(torch.cat([dense, flat.to(dense.dtype)], -1), "semantic"), used.sum(1)
 
-    def _scores(self, logits: Tensor, batch: OccBatch) -> Tensor:
-        scores = logits.detach().float().sigmoid().flatten(1)
-        if self.c.selection == "predicted" or (self.c.selection == "union" and not self.training):
-            return scores
-        truth, _ = pool_binary(batch.binary[: len(logits)], batch.binary_valid[: len(logits)], self.shape)
+    def scores(self, logits: Tensor | None, batch: OccBatch) -> Tensor:
+        """(S, N): how much each voxel wants to be refined."""
+        predicted = logits.detach().float().sigmoid().flatten(1) if logits is not None else None
+        selection = "gt" if logits is None else self.c.selection
+        if selection == "predicted" or (selection == "union" and not self.training):
+            return predicted
+        frames = slice(0, len(batch.images))
+        truth, _ = pool_binary(batch.binary[frames], batch.binary_valid[frames], self.shape)
         truth = truth.flatten(1).float() * 2
-        return truth if self.c.selection == "gt" else torch.maximum(scores, truth)
+        return truth if selection == "gt" else torch.maximum(predicted, truth)
 
 
 class B2S(nn.Module):
-    """LS-based B2S with the intermediate head.
+    """B2S with one family's way to the compact volume and one head strategy.
 
     Args:
         c: settings.
-        grid: full-resolution output grid, ego frame.
+        grid: full-resolution output grid, in the frame that the batch's ``camera_to_ego`` leads to.
         num_classes: K without free.
         image_size: (H, W) of the input.
-        semantic: False leaves out everything after the binary decoder (pre-training).
+        semantic: False leaves out everything after the binary head (pre-training).
+        family: ``LiftVolume`` or ``QueryVolume``.
+
+    Raises:
+        ValueError: the grid does not divide, or offboard is to be pre-trained.
     """
 
-    def __init__(self, c: B2SConfig, grid: VoxelGrid, num_classes: int, image_size: tuple[int, int], semantic: bool):
+    def __init__(
+        self,
+        c: B2SConfig,
+        grid: VoxelGrid,
+        num_classes: int,
+        image_size: tuple[int, int],
+        semantic: bool,
+        family: type[nn.Module],
+    ):
         super().__init__()
-        x, y, z = grid.shape
-        if x % c.compact_factor or y % c.compact_factor:
+        if any(n % c.compact_factor for n in grid.shape[:2]):
             raise ValueError(
                 f"grid {grid.name!r} {grid.shape} does not divide by compact_factor {c.compact_factor} in x and y"
             )
-        if grid.frame != "ego":
-            raise ValueError(
-                f"grid {grid.name!r} is in the {grid.frame} frame; camera models need labels in the ego frame"
-            )
-        self.compact_shape = (x // c.compact_factor, y // c.compact_factor, z)
+        if c.strategy == "offboard" and not semantic:
+            raise ValueError("strategy offboard has no binary head, so there is nothing to pre-train; fine-tune it")
+        self.c, self.semantic_stage = c, semantic
+        compact = grid.coarsen((c.compact_factor, c.compact_factor, 1))
+        binary = grid.coarsen((c.binary_factor, c.binary_factor, 1))
         self.register_buffer("pixel_mean", torch.tensor(c.pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(c.pixel_std).view(3, 1, 1), persistent=False)
         self.images = ImageEncoder(
             c.backbone, c.backbone_width, c.feature_channels, c.feature_stride, c.backbone_weights, c.checkpointing
         )
-        self.lift = LiftSplat(
-            c.feature_channels, c.lift_channels, c.depth, grid, image_size, c.depth_blocks, c.depth_aspp
-        )
-        block = VolumeEncoder(c.lift_channels, (c.lift_channels,), (1,), (1,), c.lift_channels)
-        self.raw = block if c.volume_block else None
-        self.encoder = VolumeEncoder(
-            c.lift_channels, c.encoder_channels, c.encoder_blocks, c.encoder_strides, c.encoder_out
-        )
-        self.compact = nn.Conv3d(c.encoder_out, c.compact_channels, 1)
+        self.views = CameraEmbedding(c.cameras, c.feature_channels) if family is QueryVolume else None
+        self.lift = family(c, grid, compact, image_size)
+        self.dense = DenseTransformer(c, compact, image_size, c.dense_layers) if c.dense_layers else None
         if c.compact_factor == c.binary_factor:
             first = conv_bn(3, c.compact_channels, c.binary_channels)
         else:
             up = nn.ConvTranspose3d(c.compact_channels, c.binary_channels, (2, 2, 1), (2, 2, 1), bias=False)
             first = nn.Sequential(up, SyncBatchNorm(c.binary_channels), nn.ReLU(inplace=True))
         self.decoder = nn.Sequential(first, conv_bn(3, c.binary_channels, c.binary_channels))
-        self.binary_head = nn.Conv3d(c.binary_channels, 1, 1)
-        self.semantic = SemanticPart(c, grid, num_classes, image_size) if semantic else None
+        sparse = c.strategy in ("intermediate", "offboard")
+        self.binary_head = nn.Conv3d(c.binary_channels, 1, 1) if c.strategy == "intermediate" else None
+        self.semantic = SparsePart(c, binary, num_classes, image_size) if sparse and semantic else None
+        outputs = {"binary": 1} if not semantic or c.strategy == "multi" else {}
+        outputs |= {"semantic": num_classes} if semantic else {}
+        full = (c.binary_channels, c.semantic_channels, binary.shape, c.binary_factor, outputs, c.head_rows)
+        self.full = None if sparse else FullHead(*full)
+
+    @property
+    def predicts_binary(self) -> bool:
+        """Whether there is a binary head to train and evaluate."""
+        return self.binary_head is not None or (self.full is not None and "binary" in self.full.heads)
 
     def transfer_keys(self) -> list[str]:
-        """Keys of ``state_dict()`` that must come from a pre-training checkpoint: all up to the binary head."""
-        return [k for k in self.state_dict() if not k.startswith("semantic.")]
+        """Keys of ``state_dict()`` that must come from a pre-training checkpoint: all up to its binary head, which the
+        multi and the intermediate head keep."""
+        return [k for k in self.state_dict() if not k.startswith(("semantic.", "full.heads.semantic."))]
+
+    def dropped_keys(self) -> tuple[str, ...]:
+        """Prefixes of a pre-training checkpoint's keys that this strategy throws away."""
+        return () if self.predicts_binary else ("full.heads.binary.", "binary_head.")
 
     def forward(self, batch: OccBatch) -> OccOutputs:
         b, v = batch.images.shape[:2]
         pixels = (batch.images.flatten(0, 1).float() - self.pixel_mean) / self.pixel_std
         features = self.images(pixels.contiguous(memory_format=torch.channels_last)).unflatten(0, (b, v))
-        volume = self.lift(features, batch)
-        if self.raw is not None:
-            volume = self.raw(volume, volume.shape[2:])
-        compact = self.compact(self.encoder(volume, self.compact_shape))
-        binary = self.decoder(compact)
-        logits = self.binary_head(binary).squeeze(1).float()
-        if self.semantic is None:
-            return OccOutputs(logits)
+        if self.views is not None:
+            features = self.views(features)
+        # No module hands features on beside what it makes: ZeRO-3 follows the outputs of modules, and where features are
+        # cut off below it would count differently on each rank.
+        compact, depth = self.lift(features, batch)
+        if self.dense is not None:
+            compact = self.dense(compact, features, batch)
+        binary = checkpointed(self.decoder, compact, when=self.c.checkpointing)
+        logits = None
+        if self.binary_head is not None:
+            logits = self.binary_head(binary).squeeze(1).float()
+        elif self.predicts_binary:
+            logits = self.full(binary.flatten(2).mT, "binary").squeeze(1)
+        outputs = OccOutputs(logits, depth=depth, depth_bins=None if depth is None else self.lift.splat.depths)
+        if not self.semantic_stage:
+            return outputs
         # B frames stop here. A rank without S frames runs the semantic part on one frame, cut off from the graph, so
         # that every parameter takes part on every rank (OPERATIONS 7); the loss gives it weight 0.
         s = batch.num_semantic
         frames = slice(0, max(s, 1))
-        parts = (binary[frames], logits[frames], features[frames])
-        parts = parts if s else tuple(p.detach() for p in parts)
-        classes, selected = self.semantic(*parts, _first(batch, frames))
-        return OccOutputs(logits, classes, selected[:s])
+        whole = binary[frames] if s else binary[frames].detach()
+        if self.full is not None:
+            outputs.semantic_logits = self.full(whole.flatten(2).mT, "semantic")
+            return outputs
+        parts = (
+            logits[frames].detach() if logits is not None else None,
+            features[frames] if s else features[frames].detach(),
+        )
+        outputs.semantic_logits, selected = self.semantic(whole, *parts, _first(batch, frames))
+        outputs.selected = selected[:s]
+        return outputs
 
 
 def _first(batch: OccBatch, frames: slice) -> OccBatch:
@@ -320,4 +445,12 @@ def b2s_ls(
     config: B2SConfig, *, grid: VoxelGrid, num_classes: int, image_size: tuple[int, int], semantic: bool
 ) -> nn.Module:
     """LS-based B2S (SPEC A.4)."""
-    return B2S(config, grid, num_classes, image_size, semantic)
+    return B2S(config, grid, num_classes, image_size, semantic, LiftVolume)
+
+
+@register(B2SConfig)
+def b2s_bevformer(
+    config: B2SConfig, *, grid: VoxelGrid, num_classes: int, image_size: tuple[int, int], semantic: bool
+) -> nn.Module:
+    """BEVFormer-based B2S (SPEC A.5)."""
+    return B2S(config, grid, num_classes, image_size, semantic, QueryVolume)

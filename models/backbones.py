@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import ResNetBackbone, ResNetConfig
 
-from occstream.models.layers import use_sync_batch_norm
+from occstream.models.layers import checkpointed, use_sync_batch_norm
 
 _DEPTHS = {
     "resnet18": ("basic", (2, 2, 2, 2)),
@@ -70,10 +70,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) normalised -> (N, channels, ceil(H / stride), ceil(W / stride))."""
-        if self.checkpointing and self.training:
-            levels = torch.utils.checkpoint.checkpoint(lambda x: self.body(x).feature_maps, images, use_reentrant=False)
-        else:
-            levels = self.body(images).feature_maps
+        levels = checkpointed(lambda x: self.body(x).feature_maps, images, when=self.checkpointing)
         merged = None
         for conv, level in zip(reversed(self.lateral), reversed(levels)):
             own = conv(level)

@@ -21,7 +21,8 @@ class OccBatch:
     Attributes:
         images: (B, V, 3, H, W) uint8 RGB, augmented; the model normalises.
         intrinsics: (B, V, 3, 3) float32 of the un-augmented image.
-        camera_to_ego: (B, V, 4, 4) float32, camera -> ego at the key-frame, corrected for time (SPEC J.1).
+        camera_to_ego: (B, V, 4, 4) float32, camera -> ego at the key-frame, corrected for time (SPEC J.1); -> LiDAR at
+            the key-frame where the labels' grid is in that frame (OpenOccupancy, SemanticKITTI).
         post_rot, post_tran: (B, V, 3, 3), (B, V, 3) float32: image augmentation, pixel' = post_rot pixel + post_tran
             on (u, v, depth).
         bda: (B, 3, 3) float32: scene augmentation, x' = bda x in the ego frame. Labels are already augmented.
@@ -30,6 +31,10 @@ class OccBatch:
         semantic: (S, X, Y, Z) uint8: class id, ``free_id`` = K, or 255 = ignore; S = ``num_semantic``, may be 0.
         num_semantic: S.
         keys: B frame keys.
+        second, confidence: (S, X, Y, Z) uint8 and float32: second class of a soft label and the probability of the first,
+            which ``semantic`` holds (SPEC J.10); None: labels are hard.
+        depth: (B, V, h, w) float32: distance of the nearest LiDAR point in each cell of the image features, metres, 0
+            where there is none; None unless a depth loss wants it.
     """
 
     images: Tensor
@@ -43,6 +48,9 @@ class OccBatch:
     semantic: Tensor
     num_semantic: int
     keys: list[str] = field(default_factory=list)
+    second: Tensor | None = None
+    confidence: Tensor | None = None
+    depth: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -65,16 +73,21 @@ class OccOutputs:
     """What a network says about an ``OccBatch``.
 
     Attributes:
-        binary_logits: (B, Xb, Yb, Zb) float32 on the binary decoder's grid, > 0 = occupied. None in offboard mode.
+        binary_logits: (B, Xb, Yb, Zb) float32 on the grid of the model's binary head, > 0 = occupied. None without one
+            (replacing head after pre-training, offboard).
         semantic_logits: (max(S, 1), K, X, Y, Z) float32 on the full grid; None if the semantic part does not exist
             (pre-training). With S = 0 the part ran on one detached frame so that every parameter took part
             (DESIGN "Replay"): the loss must weigh it with 0.
         selected: (S,) int64 number of voxels the sparse transformer worked on, for logging; or None.
+        depth, depth_bins: (B, V, D, h, w) float32 depth distribution of the lift and its (D,) bins, metres; None for
+            models without one.
     """
 
     binary_logits: Tensor | None
     semantic_logits: Tensor | None = None
     selected: Tensor | None = None
+    depth: Tensor | None = None
+    depth_bins: Tensor | None = None
 
 
 def concat(semantic: OccBatch, binary: OccBatch | None) -> OccBatch:
@@ -94,17 +107,14 @@ def concat(semantic: OccBatch, binary: OccBatch | None) -> OccBatch:
             )
     if binary.num_semantic:
         binary = dataclasses.replace(binary, num_semantic=0, semantic=binary.semantic[:0])
+    # Only S frames have these.
+    alone = ("semantic", "num_semantic", "second", "confidence")
     joined = {
         f.name: torch.cat([getattr(semantic, f.name), getattr(binary, f.name)])
         for f in dataclasses.fields(OccBatch)
-        if f.name not in ("semantic", "num_semantic", "keys")
+        if f.name not in (*alone, "keys") and getattr(semantic, f.name) is not None
     }
-    return OccBatch(
-        **joined,
-        semantic=semantic.semantic,
-        num_semantic=semantic.num_semantic,
-        keys=semantic.keys + binary.keys,
-    )
+    return OccBatch(**joined, **{name: getattr(semantic, name) for name in alone}, keys=semantic.keys + binary.keys)
 
 
 def pool_binary(binary: Tensor, valid: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+_recomputing = False
 
 
 class _AllReduce(torch.autograd.Function):
@@ -30,6 +34,25 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def checkpointed(work: Callable, *args, when: bool = True):
+    """``work(*args)``; where gradients are kept and ``when`` holds, its activations are computed again in the backward
+    pass instead of kept. Batch norms below it count a batch once."""
+    if not (when and torch.is_grad_enabled()):
+        return work(*args)
+    contexts = lambda: (contextlib.nullcontext(), _recompute())  # noqa: E731
+    return checkpoint(work, *args, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _recompute() -> Iterator[None]:
+    global _recomputing
+    _recomputing = True
+    try:
+        yield
+    finally:
+        _recomputing = False
+
+
 class SyncBatchNorm(nn.Module):
     """Batch norm over the joint batch of all ranks, for (N, C, …) of any rank, on CPU and CUDA.
 
@@ -46,10 +69,13 @@ class SyncBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
+        count_it = self.training and not _recomputing
+        if count_it:
             self.num_batches_tracked += 1
         if not self.training or world_size() == 1:
             mean, var = self.running_mean, self.running_var
+            if self.training and not count_it:
+                mean, var = mean.clone(), var.clone()
             return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
         dims = [0, *range(2, x.ndim)]
         wide = x.float()
@@ -59,9 +85,10 @@ class SyncBatchNorm(nn.Module):
         mean, square = sums[:-1].chunk(2)
         mean, square = mean / total, square / total
         var = (square - mean * mean).clamp_min(0)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * total / (total - 1).clamp_min(1), self.momentum)
+        if count_it:
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * total / (total - 1).clamp_min(1), self.momentum)
         shape = [1, -1] + [1] * (x.ndim - 2)
         scale = self.weight * torch.rsqrt(var + self.eps)
         return (wide * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)

@@ -183,7 +183,7 @@ class DepthNet(nn.Module):
 
 
 class LiftSplat(nn.Module):
-    """Image features -> full-resolution volume (B, context, X, Y, Z).
+    """Image features -> full-resolution volume, and the depth it was lifted by.
 
     Args:
         channels: of the image features.
@@ -206,13 +206,15 @@ class LiftSplat(nn.Module):
     ):
         super().__init__()
         self.grid, self.image_size = grid, image_size
-        self.depths = torch.arange(*depth)
+        self.register_buffer("depths", torch.arange(*depth), persistent=False)
         if len(self.depths) < 2:
             raise ValueError(f"depth {depth}: first, end and step give fewer than two bins")
         self.net = DepthNet(channels, context, len(self.depths), blocks, aspp)
 
-    def forward(self, features: Tensor, batch: OccBatch) -> Tensor:
+    def forward(self, features: Tensor, batch: OccBatch) -> tuple[Tensor, Tensor]:
+        """Features (B, V, C, h, w) -> volume (B, context, X, Y, Z), depth (B, V, D, h, w) summing to 1 over D; fp32."""
         b, v, _, h, w = features.shape
         depth, context = self.net(features.flatten(0, 1), camera_vector(batch).flatten(0, 1))
+        depth = depth.unflatten(0, (b, v))
         points = unproject(frustum(self.image_size, (h, w), self.depths), batch)
-        return voxel_pool(depth.unflatten(0, (b, v)), context.unflatten(0, (b, v)), points, self.grid)
+        return voxel_pool(depth, context.unflatten(0, (b, v)), points, self.grid), depth

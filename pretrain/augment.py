@@ -17,7 +17,7 @@ import simplejpeg
 from occstream.sharding.codec import CorruptSample
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.order import generator
-from occstream.sharding.schema import IGNORE, Frame, Labels, Taxonomy, camera_to_key_ego
+from occstream.sharding.schema import IGNORE, Camera, Frame, Labels, Taxonomy, camera_to_key_ego
 
 cv2.setNumThreads(1)  # the stream's threads are the parallelism; OpenCV's own would fight them
 
@@ -118,6 +118,52 @@ def flip_voxels(array: np.ndarray, flips: tuple[bool, bool]) -> np.ndarray:
     return array[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1]
 
 
+def two_best(labels: Labels) -> tuple[np.ndarray, np.ndarray]:
+    """Second class of each voxel and the probability of the first (SPEC J.10).
+
+    Returns:
+        (X, Y, Z) uint8, ``IGNORE`` where the label is hard, and (X, Y, Z) float32, 1 there.
+    """
+    second = np.full(labels.binary.shape, IGNORE, np.uint8)
+    confidence = np.ones(labels.binary.shape, np.float32)
+    if labels.logits is None:
+        return second, confidence
+    logits, ranked = labels.logits.astype(np.float32), labels.ranked
+    if ranked is None:
+        ranked = np.argsort(-logits, axis=1, kind="stable")[:, :2].astype(np.uint8)
+        logits = np.take_along_axis(logits, ranked.astype(np.int64), 1)
+    if ranked.shape[1] > 1:
+        second[labels.binary] = ranked[:, 1]
+        confidence[labels.binary] = 1 / (1 + np.exp(logits[:, 1] - logits[:, 0]))
+    return second, confidence
+
+
+def depth_map(
+    frame: Frame, camera: Camera, affine: np.ndarray, image_size: tuple[int, int], cell: int, out: np.ndarray
+) -> None:
+    """Writes the distance along the camera's axis of the nearest LiDAR point in each cell of an augmented image.
+
+    Args:
+        frame: with its key sweep.
+        affine: (2, 3) from the source's pixels to the augmented ones.
+        image_size: (H, W) augmented.
+        cell: pixels.
+        out: (ceil(H / cell), ceil(W / cell)) float32, metres; 0 where no point falls.
+    """
+    sweep = frame.lidar
+    to_camera = np.linalg.inv(camera.ego_to_global @ camera.sensor_to_ego) @ sweep.ego_to_global @ sweep.sensor_to_ego
+    points = sweep.xyz.astype(np.float64) @ to_camera[:3, :3].T + to_camera[:3, 3]
+    points = points[points[:, 2] > 0.1]
+    image = points @ camera.intrinsics.T
+    pixels = (image[:, :2] / image[:, 2:]) @ affine[:, :2].T + affine[:, 2]
+    height, width = image_size
+    seen = ((pixels > -0.5) & (pixels < (width - 0.5, height - 0.5))).all(1)
+    cells = np.floor((pixels[seen] + 0.5) / cell).astype(np.int64)
+    nearest = np.full(out.shape, np.inf, np.float32)
+    np.minimum.at(nearest, (cells[:, 1], cells[:, 0]), points[seen, 2].astype(np.float32))
+    out[...] = np.where(np.isinf(nearest), 0, nearest)
+
+
 class FrameFiller:
     """Writes one frame as one sample of an ``OccBatch``; stateless, so threads may share it.
 
@@ -131,6 +177,9 @@ class FrameFiller:
         mask: voxels outside this visibility mask become invalid.
         semantic: also write semantic labels.
         binary_from: binary target from the binary labels, or from the semantic ones (B*, SPEC A.12).
+        soft: also write the two best classes of labels that have them (SPEC J.10).
+        depth_cell: pixels per cell of the depth map made from the LiDAR sweep; 0: none.
+        labels: False: frames need none, and everything counts as free.
 
     Raises:
         ValueError: flips are asked for on a grid that is not symmetric.
@@ -147,9 +196,13 @@ class FrameFiller:
         mask: Literal["none", "lidar", "camera"] = "none",
         semantic: bool = True,
         binary_from: Literal["labels", "semantic"] = "labels",
+        soft: bool = False,
+        depth_cell: int = 0,
+        labels: bool = True,
     ):
         self.config, self.cameras, self.grid, self.taxonomy = config, cameras, grid, taxonomy
         self.seed, self.train, self.mask, self.semantic, self.binary_from = seed, train, mask, semantic, binary_from
+        self.soft, self.depth_cell, self.labels = soft and semantic, depth_cell, labels
         for axis, wanted in enumerate((config.flip_x, config.flip_y)):
             if (
                 train
@@ -162,6 +215,11 @@ class FrameFiller:
                     f"grid {grid.name!r} is not symmetric in {name} ({grid.lower[axis]}..{grid.upper[axis]} m), so the "
                     f"scene cannot be mirrored exactly; set augment.flip_{name}=false"
                 )
+
+    @property
+    def needs_lidar(self) -> bool:
+        """Whether the LiDAR group has to be read: for depth, or for the pose of a grid in the LiDAR's frame."""
+        return bool(self.depth_cell) or self.grid.frame == "lidar"
 
     def fields(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of each array of one sample."""
@@ -176,7 +234,13 @@ class FrameFiller:
             "binary": (self.grid.shape, "bool"),
             "binary_valid": (self.grid.shape, "bool"),
         }
-        return shapes | ({"semantic": (self.grid.shape, "uint8")} if self.semantic else {})
+        if self.semantic:
+            shapes["semantic"] = (self.grid.shape, "uint8")
+        if self.soft:
+            shapes |= {"second": (self.grid.shape, "uint8"), "confidence": (self.grid.shape, "float32")}
+        if self.depth_cell:
+            shapes["depth"] = ((v, -(-h // self.depth_cell), -(-w // self.depth_cell)), "float32")
+        return shapes
 
     def __call__(self, frame: Frame, epoch: int, views: dict[str, np.ndarray]) -> None:
         """Fills the views of one sample.
@@ -187,6 +251,12 @@ class FrameFiller:
         """
         vary = self.train and self.config.enabled
         rng = generator(self.seed, epoch, frame.key) if vary else None
+        to_grid = np.eye(4)
+        if self.needs_lidar:
+            if frame.lidar is None:
+                raise ValueError(f"frame {frame.key} has no LiDAR sweep, which this recipe needs; pack the lidar group")
+            if self.grid.frame == "lidar":
+                to_grid = np.linalg.inv(frame.lidar.sensor_to_ego)
         for i, name in enumerate(self.cameras):
             camera = frame.cameras.get(name)
             if camera is None:
@@ -198,13 +268,18 @@ class FrameFiller:
             except ValueError as error:
                 raise CorruptSample(f"frame {frame.key}, {name}: broken JPEG ({error}); pack its scene again") from None
             views["intrinsics"][i] = camera.intrinsics
-            views["camera_to_ego"][i] = camera_to_key_ego(frame, camera)
+            views["camera_to_ego"][i] = to_grid @ camera_to_key_ego(frame, camera)
             views["post_rot"][i] = np.eye(3)
             views["post_rot"][i, :2, :2] = affine[:, :2]
             views["post_tran"][i] = (*affine[:, 2], 0)
+            if self.depth_cell:
+                depth_map(frame, camera, affine, self.config.image_size, self.depth_cell, views["depth"][i])
         flips = scene_flips(rng, self.config)
         views["bda"][...] = flip_matrix(flips)
-        self._labels(frame, flips, views)
+        if self.labels:
+            self._labels(frame, flips, views)
+        else:
+            views["binary"][...], views["binary_valid"][...] = False, True
 
     def _labels(self, frame: Frame, flips: tuple[bool, bool], views: dict[str, np.ndarray]) -> None:
         labels = frame.labels
@@ -231,6 +306,10 @@ class FrameFiller:
             views["semantic"][...] = flip_voxels(labels.semantic, flips)
             if valid is not None:
                 views["semantic"][~views["binary_valid"]] = IGNORE
+        if self.soft:
+            second, confidence = two_best(labels)
+            views["second"][...] = flip_voxels(second, flips)
+            views["confidence"][...] = flip_voxels(confidence, flips)
 
     def _valid(self, frame: Frame, labels: Labels) -> np.ndarray | None:
         if self.mask == "none":

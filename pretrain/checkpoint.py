@@ -104,6 +104,13 @@ class Checkpoint:
         file = self.path / f"{stem}.safetensors"
         return load_file(file) if file.exists() else {}
 
+    @property
+    def digest(self) -> str:
+        """16 hex digits that name the content of all files."""
+        files = json.loads((self.path / "COMPLETE.json").read_text())["files"]
+        listed = json.dumps({name: want["sha256"] for name, want in sorted(files.items())})
+        return hashlib.sha256(listed.encode()).hexdigest()[:16]
+
     def weights(self) -> dict[str, Tensor]:
         """What to evaluate or to start from: the averaged weights where there are any, else the last ones."""
         return {**self.tensors("model"), **self.tensors("ema")}
@@ -129,7 +136,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ) from None
 
 
-def load_declared(module: nn.Module, weights: Mapping[str, Tensor], expected: Iterable[str], origin: str) -> list[str]:
+def load_declared(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    expected: Iterable[str],
+    origin: str,
+    dropped: tuple[str, ...] = (),
+) -> list[str]:
     """Copies exactly the declared keys into a module.
 
     Args:
@@ -137,12 +150,14 @@ def load_declared(module: nn.Module, weights: Mapping[str, Tensor], expected: It
         weights: by name.
         expected: keys of ``module.state_dict()`` that must come from ``weights``, all of them.
         origin: path, for messages.
+        dropped: prefixes of keys in ``weights`` that are left behind on purpose.
 
     Returns:
         Keys of the module that were not declared and keep their initial values.
 
     Raises:
-        ValueError: a declared key is missing or has another shape; nothing is loaded then.
+        ValueError: a declared key is missing or has another shape, or ``weights`` has keys that nobody declared; nothing
+            is loaded then.
     """
     own = module.state_dict()
     expected = list(expected)
@@ -157,6 +172,12 @@ def load_declared(module: nn.Module, weights: Mapping[str, Tensor], expected: It
             f"{origin} does not fit this model: {len(missing)} of {len(expected)} declared tensors are missing"
             f"{_some(missing)}, {len(shapes)} have another shape{_some(shapes)}. "
             "It was made by another model, grid or size; use the recipe that it was trained with"
+        )
+    left = sorted(k for k in weights.keys() - set(expected) if not k.startswith(dropped))
+    if left:
+        raise ValueError(
+            f"{origin} does not fit this model: it has {len(left)} tensors that this model neither takes nor leaves "
+            f"behind on purpose{_some(left)}. Give a pre-training run of the same family and strategy"
         )
     with torch.no_grad():
         for key in expected:

@@ -54,6 +54,9 @@ class DataConfig:
     """Binary target: the packed binary labels, or B* made from the semantic labels (SPEC A.12)."""
     labels: str = "labels"
     """Group of the labels: the set's own, or one that was attached to it (``occstream attach``)."""
+    soft: bool = False
+    """Learn from both classes of labels that have two (pseudo-labels of ``occstream predict --keep top2``; SPEC J.10);
+    False: from the first alone."""
     mask: Mask = "none"
     """Voxels outside this visibility mask enter neither loss nor metric (SPEC A.9: camera for Occ3D)."""
 

@@ -216,10 +216,11 @@ def to_full(tensor: Tensor, local: Tensor, world: World) -> Tensor:
 
 
 def float_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and floating buffers by name (what an EMA averages)."""
+    """Parameters and floating buffers of the state dict by name (what an EMA averages)."""
+    kept = module.state_dict(keep_vars=True)
     yield from module.named_parameters()
     for name, buffer in module.named_buffers():
-        if buffer.is_floating_point():
+        if buffer.is_floating_point() and name in kept:
             yield name, buffer
 
 

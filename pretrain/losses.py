@@ -1,4 +1,4 @@
-"""Binary and semantic losses (SPEC A.9), fp32, normalised over all ranks.
+"""Binary, semantic and depth losses (SPEC A.9), fp32, normalised over all ranks.
 
 DeepSpeed averages gradients over ranks. So that this equals one process with the joint batch, each rank returns
 ``sum * world / count`` with its own sum and the count of all ranks.
@@ -6,6 +6,7 @@ DeepSpeed averages gradients over ranks. So that this equals one process with th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,9 +25,12 @@ class LossConfig:
     """Weights and forms; defaults are SPEC A.9's where the paper is silent."""
 
     binary_weight: float = 1.0
-    """Weight of the binary cross-entropy on B'."""
+    """Weight of the binary cross-entropy on B'. 0 in fine-tuning: semantic labels alone (data S)."""
     semantic_weight: float = 1.0
     """Weight of the focal loss on B''."""
+    depth_weight: float = 0.0
+    """Weight of the depth loss on LiDAR points (the competing pre-training of Fig. 7; BEVDepth has 3, COTR 0.05). Needs
+    the lidar group and a lifting model."""
     kind: Literal["sigmoid_focal", "softmax_focal"] = "sigmoid_focal"
     """One sigmoid per class with free = no class, or a softmax over the classes (free has the fixed logit 0)."""
     gamma: float = 2.0
@@ -35,6 +39,16 @@ class LossConfig:
     """Weight of positives in the sigmoid focal loss (negatives get 1 - alpha)."""
     normaliser: Literal["occupied", "valid"] = "occupied"
     """The focal loss is divided by the number of occupied voxels, or of all valid ones."""
+    class_weights: tuple[float, ...] | None = None
+    """One weight per class: of its sigmoid, or of the voxels that are labelled so (softmax; then free comes last). None:
+    all 1."""
+
+    def __post_init__(self):
+        for name in ("binary_weight", "semantic_weight", "depth_weight", "gamma"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must not be negative")
+        if not self.binary_weight and not self.semantic_weight and not self.depth_weight:
+            raise ValueError("binary_weight, semantic_weight and depth_weight are all 0: there is nothing to learn")
 
 
 def occupancy_loss(outputs: OccOutputs, batch: OccBatch, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
@@ -46,27 +60,37 @@ def occupancy_loss(outputs: OccOutputs, batch: OccBatch, config: LossConfig) -> 
         config: weights and forms.
 
     Returns:
-        The rank's loss (its mean over ranks is the loss of the joint batch) and detached parts ``binary`` and, if the
-        network has a semantic part, ``semantic`` and ``selected`` (refined voxels per frame).
+        The rank's loss (its mean over ranks is the loss of the joint batch) and detached parts: ``binary`` and
+        ``semantic`` where the network has these outputs, ``depth`` where it is asked for, ``selected`` (refined voxels
+        per frame) where there is a sparse transformer.
+
+    Raises:
+        ValueError: a depth loss of a model without depth, or class weights that do not fit the classes.
     """
-    with torch.autocast(outputs.binary_logits.device.type, enabled=False):
-        logits = outputs.binary_logits.float()
-        target, valid = pool_binary(batch.binary, batch.binary_valid, tuple(logits.shape[1:]))
-        errors = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
-        sums = [torch.where(valid, errors, 0.0).sum()]
-        counts = [valid.sum()]
+    # name -> (sum, what to divide it by, weight; None: only reported)
+    terms: dict[str, tuple[Tensor, Tensor, float | None]] = {}
+    device = batch.images.device
+    with torch.autocast(device.type, enabled=False):
+        if outputs.binary_logits is not None:
+            logits = outputs.binary_logits.float()
+            target, valid = pool_binary(batch.binary, batch.binary_valid, tuple(logits.shape[1:]))
+            errors = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
+            terms["binary"] = (torch.where(valid, errors, 0.0).sum(), valid.sum(), config.binary_weight)
         if outputs.semantic_logits is not None:
-            total, count = _semantic(outputs.semantic_logits.float(), batch, config)
-            sums += [total, outputs.selected.sum()]
-            counts += [count, counts[0].new_tensor(batch.num_semantic)]
-        everywhere = torch.stack(counts).float()
+            terms["semantic"] = (*_semantic(outputs.semantic_logits.float(), batch, config), config.semantic_weight)
+        if config.depth_weight:
+            terms["depth"] = (*_depth(outputs, batch), config.depth_weight)
+        if outputs.selected is not None:
+            terms["selected"] = (outputs.selected.sum(), torch.tensor(batch.num_semantic, device=device), None)
+        everywhere = torch.stack([count.float() for _, count, _ in terms.values()])
         if world_size() > 1:
             dist.all_reduce(everywhere)
-        binary, *semantic = [s * world_size() / n.clamp_min(1) for s, n in zip(sums, everywhere)]
-        loss, parts = config.binary_weight * binary, {"binary": binary.detach()}
-        if semantic:
-            loss = loss + config.semantic_weight * semantic[0]
-            parts |= {"semantic": semantic[0].detach(), "selected": semantic[1]}
+        loss, parts = 0.0, {}
+        for (name, (total, _, weight)), count in zip(terms.items(), everywhere):
+            value = total * world_size() / count.clamp_min(1)
+            parts[name] = value.detach()
+            if weight is not None:
+                loss = loss + weight * value
     return loss, parts
 
 
@@ -78,48 +102,96 @@ def _semantic(logits: Tensor, batch: OccBatch, config: LossConfig) -> tuple[Tens
     valid = batch.semantic != IGNORE
     labels = batch.semantic[valid].long()  # (N,)
     known = logits.movedim(1, -1)[valid]  # (N, K): masks leave a third of the voxels or less
+    targets = [(labels, None)]
+    if batch.second is not None:
+        # Two candidates with their probabilities: the loss is linear in the target, so it is that of each, weighted
+        # (SPEC A.13, J.10).
+        first, second = batch.confidence[valid], batch.second[valid].long()
+        targets = [(labels, first), (torch.where(second == IGNORE, labels, second), 1 - first)]
+    columns = None
+    if config.class_weights:
+        expected = classes + (config.kind == "softmax_focal")
+        if len(config.class_weights) != expected:
+            raise ValueError(f"loss.class_weights has {len(config.class_weights)} values, must have {expected}")
+        columns = known.new_tensor(config.class_weights)
     if config.kind == "sigmoid_focal":
-        total = sigmoid_focal_sum(known, labels, config.gamma, config.alpha)
+        total = sigmoid_focal_sum(known, targets, config.gamma, config.alpha, columns)
     else:
-        total = softmax_focal(torch.cat([known, known.new_zeros(len(known), 1)], 1), labels, config.gamma).sum()
+        wide = torch.cat([known, known.new_zeros(len(known), 1)], 1)
+        total = known.new_zeros(())
+        for index, weight in targets:
+            errors = softmax_focal(wide, index, config.gamma)
+            for factor in (weight, columns[index] if columns is not None else None):
+                errors = errors * factor if factor is not None else errors
+            total = total + errors.sum()
     count = (labels < classes).sum() if config.normaliser == "occupied" else valid.sum()
     return total, count
 
 
-def sigmoid_focal_sum(logits: Tensor, labels: Tensor, gamma: float, alpha: float) -> Tensor:
+def _depth(outputs: OccOutputs, batch: OccBatch) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy of the depth distribution against one-hot LiDAR depth, where there is any (SPEC A.9)."""
+    if outputs.depth is None:
+        raise ValueError("loss.depth_weight is set, but this model predicts no depth; use a lifting model (b2s_ls)")
+    bins = outputs.depth_bins
+    distances = batch.depth.to(outputs.depth.device)  # (B, V, h, w) metres, 0 = none
+    index = ((distances - bins[0]) / (bins[1] - bins[0])).floor().long()
+    known = (distances > 0) & (index >= 0) & (index < len(bins))
+    predicted = outputs.depth.movedim(2, -1)[known]  # (N, D)
+    target = F.one_hot(index[known], len(bins)).float()
+    # Clamped: a softmax may round to exactly 0 or 1.
+    total = F.binary_cross_entropy(predicted.clamp(1e-7, 1 - 1e-7), target, reduction="sum")
+    return total + outputs.depth.sum() * 0.0, known.sum()
+
+
+def sigmoid_focal_sum(
+    logits: Tensor,
+    targets: Sequence[tuple[Tensor, Tensor | None]],
+    gamma: float,
+    alpha: float,
+    columns: Tensor | None = None,
+) -> Tensor:
     """Sum of ``sigmoid_focal`` over voxels and classes, in one pass that keeps one tensor: nearly all targets are 0, so
-    all are taken as 0, with a gradient in closed form, and the few that are 1 are corrected.
+    all are taken as 0, with a gradient in closed form, and the few that are not are corrected.
 
     Args:
         logits: (N, K) float32.
-        labels: (N,) int64; K and above: no class.
+        targets: pairs of labels (N,) int64 (K and above: no class) and their share (N,) of the target, None for all.
+        columns: (K,) weight of each class, or None.
 
     Returns:
         Scalar.
     """
-    rows = (labels < logits.shape[1]).nonzero().squeeze(1)
-    z = logits[rows, labels[rows]]
-    positive = alpha * (1 - z.sigmoid()) ** gamma * F.softplus(-z)
-    negative = (1 - alpha) * z.sigmoid() ** gamma * F.softplus(z)
-    return (1 - alpha) * _NegativeFocal.apply(logits, gamma) + (positive - negative).sum()
+    total = (1 - alpha) * _NegativeFocal.apply(logits, gamma, columns)
+    for labels, share in targets:
+        rows = (labels < logits.shape[1]).nonzero().squeeze(1)
+        index = labels[rows]
+        z = logits[rows, index]
+        positive = alpha * (1 - z.sigmoid()) ** gamma * F.softplus(-z)
+        change = positive - (1 - alpha) * z.sigmoid() ** gamma * F.softplus(z)
+        for factor in (share[rows] if share is not None else None, columns[index] if columns is not None else None):
+            change = change * factor if factor is not None else change
+        total = total + change.sum()
+    return total
 
 
 class _NegativeFocal(torch.autograd.Function):
-    """Sum of p ** gamma * softplus(z), p = sigmoid(z): what the focal loss is where the target is 0."""
+    """Sum of columns * p ** gamma * softplus(z), p = sigmoid(z): what the focal loss is where the target is 0."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, gamma: float) -> Tensor:
+    def forward(ctx, logits: Tensor, gamma: float, columns: Tensor | None) -> Tensor:
         p, error = logits.sigmoid(), F.softplus(logits)
         weight = p * p if gamma == 2 else p**gamma
+        if columns is not None:
+            weight *= columns
         total = torch.dot(weight.flatten(), error.flatten())
         # d/dz = weight * (gamma * (1 - p) * error + p)
         ctx.save_for_backward(error.mul_(1 - p).mul_(gamma).add_(p).mul_(weight))
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         [slope] = ctx.saved_tensors
-        return slope * grad, None
+        return slope * grad, None, None
 
 
 def sigmoid_focal(logits: Tensor, target: Tensor, gamma: float, alpha: float) -> Tensor:

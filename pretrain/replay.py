@@ -43,7 +43,7 @@ class TrainData:
             scenes = manifest.named(data.scene_names)
         else:
             scenes = manifest.subset(data.scenes, data.subset_seed, data.holdout)
-        self.cameras = data.cameras or _cameras(manifest, scenes[0])
+        self.cameras = data.cameras or camera_names(manifest, scenes[0])
         order = _order(manifest, scenes, cfg.seed, None, cfg.batch)
         self.epoch_samples = order.epoch(0).size
         filler = FrameFiller(
@@ -56,6 +56,8 @@ class TrainData:
             data.mask,
             semantic,
             data.binary_from,
+            data.soft,
+            depth_cell(config),
         )
         micro = cfg.batch // cfg.accumulate
         self._feeds = {"main": _Feed(manifest, order, filler, micro, micro, config, world)}
@@ -85,7 +87,15 @@ class TrainData:
             most = quotas.most(number)
             order = _order(pool, chosen, cfg.seed, draw, most * cfg.accumulate)
             filler = FrameFiller(
-                config.augment, self.cameras, config.voxel_grid, config.classes, cfg.seed, True, source.mask, False
+                config.augment,
+                self.cameras,
+                config.voxel_grid,
+                config.classes,
+                cfg.seed,
+                True,
+                source.mask,
+                False,
+                depth_cell=depth_cell(config),
             )
             batch = most if len(sources) == 1 else functools.partial(quotas.of, number)
             name = f"replay-{number}" if number else "replay"
@@ -185,7 +195,7 @@ class _Feed:
             batches = training_batches(self.order, self.batch, self.world.rank, self.world.size, **self.state)
             # No share of a batch is larger than this.
             capacity = -(-self.most // self.world.size)
-            self.stream = _open(self.manifest, batches, self.filler, capacity, self.config, self.world)
+            self.stream = open_stream(self.manifest, batches, self.filler, capacity, self.config, self.world)
         got = next(self.stream)
         self.state = got.state
         return to_occ_batch(got, self.world.device)
@@ -223,7 +233,7 @@ class EvalData:
             raise ValueError(
                 f"{self.total} frames to evaluate on, but {world.size} processes: evaluate on more, or use fewer processes"
             )
-        self.cameras = cameras or config.data.cameras or _cameras(manifest, scenes[0])
+        self.cameras = cameras or config.data.cameras or camera_names(manifest, scenes[0])
         semantic = config.stage == "finetune"
         filler = FrameFiller(
             config.augment,
@@ -237,12 +247,17 @@ class EvalData:
             config.data.binary_from,
         )
         plan = evaluation_batches(scenes, counts, ev.batch, world.rank, world.size)
-        self._open = lambda: _open(manifest, plan, filler, ev.batch, config, world)
+        self._open = lambda: open_stream(manifest, plan, filler, ev.batch, config, world)
 
     def __iter__(self) -> Iterator[OccBatch]:
         with self._open() as stream:
             for got in stream:
                 yield to_occ_batch(got, self.world.device)
+
+
+def depth_cell(config: Config) -> int:
+    """Pixels per cell of the depth maps that the recipe's loss needs; 0 if it needs none."""
+    return config.model.feature_stride if config.loss.depth_weight else 0
 
 
 def to_occ_batch(got: StreamBatch, device: torch.device) -> OccBatch:
@@ -260,12 +275,17 @@ def to_occ_batch(got: StreamBatch, device: torch.device) -> OccBatch:
     return batch
 
 
-def _open(manifest: Manifest, batches, filler: FrameFiller, capacity: int, config: Config, world: World) -> Stream:
+def open_stream(
+    manifest: Manifest, batches, filler: FrameFiller, capacity: int, config: Config, world: World
+) -> Stream:
+    groups = ["cameras"]
+    groups += [manifest.label_group] if filler.labels else []
+    groups += ["lidar"] if filler.needs_lidar else []
     allocate = None
     if world.device.type == "cuda":
         allocate = _pinned
     return Stream(
-        ShardReader(manifest, ("cameras", manifest.label_group), _cache(manifest.url)),
+        ShardReader(manifest, groups, cache(manifest.url)),
         batches,
         {name: Field(shape, dtype) for name, (shape, dtype) in filler.fields().items()},
         filler,
@@ -280,7 +300,7 @@ def _pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return torch.zeros(shape, dtype=getattr(torch, dtype)).pin_memory().numpy()
 
 
-def _cache(url: str) -> storage.ShardCache | None:
+def cache(url: str) -> storage.ShardCache | None:
     """Node-local shard cache for remote data: ``OCCSTREAM_CACHE`` (default ~/.cache/occstream), 64 GiB or
     ``OCCSTREAM_CACHE_GB``."""
     if storage.is_local(url):
@@ -297,9 +317,9 @@ def _load(config: Config, url: str, labels: str = "labels") -> Manifest:
     return manifest
 
 
-def _cameras(manifest: Manifest, scene: int) -> tuple[str, ...]:
+def camera_names(manifest: Manifest, scene: int) -> tuple[str, ...]:
     """Camera names of the first frame of a scene."""
-    reader = ShardReader(manifest, ("cameras",), _cache(manifest.url))
+    reader = ShardReader(manifest, ("cameras",), cache(manifest.url))
     try:
         names = tuple(reader.frame(scene, 0).cameras)
     finally:

@@ -101,15 +101,21 @@ def train(config: Config, world: World) -> Result:
     total = math.ceil(total_samples / cfg.batch)
 
     model = create_model(config)
+    _check_strategy(config, model)
     saved = checkpoint.newest(run / "checkpoints")
     saved = checkpoint.Checkpoint(saved) if saved else None
     if saved:
         _check_same_run(config, data, saved)
         checkpoint.load_declared(model, saved.tensors("model"), model.state_dict(), str(saved.path))
     elif cfg.init:
-        weights = checkpoint.read_weights(cfg.init)
-        fresh = checkpoint.load_declared(model, weights, model.transfer_keys(), cfg.init)
-        _say(world, f"started from {cfg.init}: all {len(weights)} declared tensors loaded, {len(fresh)} new")
+        weights, expected = checkpoint.read_weights(cfg.init), model.transfer_keys()
+        fresh = checkpoint.load_declared(model, weights, expected, cfg.init, model.dropped_keys())
+        left = len(weights) - len(expected)
+        _say(
+            world,
+            f"started from {cfg.init}: all {len(expected)} declared tensors loaded, {len(fresh)} new"
+            f"{f', {left} left behind' if left else ''}",
+        )
 
     parameters = sum(p.numel() for p in model.parameters())
     engine = build_engine(model, cfg, world)
@@ -347,16 +353,56 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), picture
     Raises:
         ValueError: no complete checkpoint, data that does not fit, or nothing to evaluate on.
     """
+    trained = load_trained(path, overrides)
+    config, world = trained.config, trained.world
+    frames = EvalData(config, world, trained.cameras)
+    if not frames.total:
+        raise ValueError("nothing to evaluate on: the recipe holds no scenes out; give --data or eval.scene_names=[…]")
+    drawer = Drawer(config, frames.cameras, config.eval.pictures, picture, trained.step) if picture else None
+    return evaluate_on(config, trained.model, frames, drawer)
+
+
+@dataclass
+class Trained:
+    """A network with the weights of a checkpoint, in this process alone, in evaluation mode.
+
+    Attributes:
+        config: the recipe it was trained with, plus overrides.
+        model: on the device of ``world``.
+        cameras: names in order.
+        path, step: of the checkpoint.
+        digest: of its weights; names them in what is made by them.
+    """
+
+    config: Config
+    model: nn.Module
+    world: World
+    cameras: tuple[str, ...]
+    path: Path
+    step: int
+    digest: str
+
+
+def load_trained(path: str | Path, overrides: Sequence[str] = ()) -> Trained:
+    """Opens a run's folder or one of its checkpoints; averaged weights where there are any.
+
+    Raises:
+        ValueError: no complete checkpoint there, or an override does not fit.
+    """
     saved = checkpoint.Checkpoint(path)
     config = parse_config(merge(saved.state["config"], parse_overrides(overrides)))
     world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    frames = EvalData(config, world, tuple(saved.state["cameras"]))
-    if not frames.total:
-        raise ValueError("nothing to evaluate on: the recipe holds no scenes out; give --data or eval.scene_names=[…]")
     model = create_model(config)
     checkpoint.load_declared(model, saved.weights(), model.state_dict(), str(saved.path))
-    drawer = Drawer(config, frames.cameras, config.eval.pictures, picture, saved.state["step"]) if picture else None
-    return evaluate_on(config, model.to(world.device), frames, drawer)
+    return Trained(
+        config,
+        model.to(world.device).eval(),
+        world,
+        tuple(saved.state["cameras"]),
+        saved.path,
+        saved.state["step"],
+        saved.digest,
+    )
 
 
 class Drawer:
@@ -405,6 +451,18 @@ def _mean_over_ranks(parts: Mapping[str, Tensor], world: World) -> dict[str, flo
         dist.all_reduce(values)
         values /= world.size
     return dict(zip(parts, values.tolist()))
+
+
+def _check_strategy(config: Config, model: nn.Module) -> None:
+    """Raises ValueError if the recipe asks for what the model's head strategy cannot learn."""
+    strategy = config.model.strategy
+    if config.replay.url and config.stage == "finetune" and not model.predicts_binary:
+        raise ValueError(
+            f"strategy {strategy} has no binary head, so replayed binary frames teach nothing: set replay.url= (empty), "
+            "or model.strategy to intermediate or multi"
+        )
+    if strategy == "offboard" and config.train.init:
+        raise ValueError("strategy offboard has no pre-training stage (SPEC A.1): set train.init= (empty)")
 
 
 def _check_same_run(config: Config, data: TrainData, saved: checkpoint.Checkpoint) -> None:

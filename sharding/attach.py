@@ -6,35 +6,115 @@ import dataclasses
 import hashlib
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from occstream.sharding import storage
 from occstream.sharding.codec import FORMAT_VERSION, canonical_json
+from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import Manifest, SceneEntry, ShardEntry, shard_path
 from occstream.sharding.schema import frame_key
 from occstream.sharding.shardfile import ShardWriter, publish_shard, read_record
 from occstream.sharding.stream import ShardReader
 
 
+class Sidecar:
+    """Writes a label group of a data set that exists: one tar for each of its shard numbers, then a manifest
+    (``manifest.<group>.json``). What is published is skipped on a rerun; several machines may each write some numbers.
+
+    Args:
+        base: the data set.
+        group: name, like ``labels-lidar`` or ``pseudo-r1``.
+        grid, taxonomy, classes, labels: of the new labels; ``labels`` says what made them.
+        origin: JSON value that tells these labels from any others; a published tar of another origin is replaced.
+
+    Raises:
+        ValueError: the name cannot be used.
+    """
+
+    def __init__(
+        self,
+        base: Manifest,
+        group: str,
+        grid: VoxelGrid,
+        taxonomy: str,
+        classes: tuple[str, ...],
+        labels: str,
+        origin: Any,
+    ):
+        if not re.fullmatch(r"(labels|pseudo)-[a-z0-9-]{1,40}", group):
+            raise ValueError(f"group {group!r}: call it labels-… or pseudo-… with lower-case letters, digits and '-'")
+        self.base = base
+        self.digest = hashlib.blake2b(canonical_json([base.fingerprint, origin, group]), digest_size=16).hexdigest()
+        self.joined = dataclasses.replace(
+            base, grid=grid, taxonomy=taxonomy, classes=classes, labels=labels, label_group=group
+        )
+        self.scenes: dict[int, list[SceneEntry]] = {}
+        for scene in base.scenes:
+            self.scenes.setdefault(scene.shard, []).append(scene)
+
+    def published(self, number: int) -> dict | None:
+        """Record of a tar that is there and of this origin."""
+        target = self._target(number)
+        record = read_record(target)
+        there = record and record["digest"] == self.digest and storage.size(target) == record["size"]
+        return record if there else None
+
+    def write(self, number: int, fill: Callable[[ShardWriter, list[SceneEntry]], None]) -> dict:
+        """Publishes one tar, filled by ``fill``, unless it is there. Returns its record."""
+        record = self.published(number)
+        if record:
+            return record
+        scenes, joined = self.scenes[number], self.joined
+        header = {
+            "format": FORMAT_VERSION,
+            "group": joined.label_group,
+            "source": joined.source,
+            "grid": joined.grid.to_dict(),
+            "taxonomy": joined.taxonomy,
+            "classes": list(joined.classes),
+            "labels": joined.labels,
+        }
+        with tempfile.TemporaryDirectory(prefix="occstream-") as folder:
+            writer = ShardWriter(Path(folder) / "labels.tar", header)
+            fill(writer, scenes)
+            path, frames = writer.close()
+            found = [{"name": s.name, "frames": s.frames, "attributes": s.attributes} for s in scenes]
+            return publish_shard(
+                self._target(number), path, joined.label_group, self.digest, found, {}, frames, replace=True
+            )
+
+    def publish(self) -> Manifest | None:
+        """Writes the manifest once all tars are there; None (and nothing written) before."""
+        records = {number: self.published(number) for number in sorted(self.scenes)}
+        if not all(records.values()):
+            return None
+        group = self.joined.label_group
+        entries = tuple(ShardEntry(group, n, r["size"], r["sha256"]) for n, r in records.items())
+        dataclasses.replace(self.joined, shards=entries).publish_sidecar(self.base.fingerprint)
+        return self.base.with_sidecar(group)
+
+    def _target(self, number: int) -> str:
+        return storage.join(self.base.url, shard_path(self.joined.label_group, number))
+
+
 def attach(url: str, labels_url: str, group: str) -> Manifest:
     """Adds the labels of another packed data set to this one as a sidecar group, scene by scene and frame by frame.
 
-    Images and everything else stay untouched; the group gets a manifest of its own (``manifest.<group>.json``), last.
-
     Args:
         url: the data set that gets the labels.
-        labels_url: a set with the same scenes, for example of ``occstream label``, or of predictions.
-        group: name, like ``labels-lidar`` or ``pseudo-r1``.
+        labels_url: a set with the same scenes, for example of ``occstream label``.
+        group: name, like ``labels-lidar``.
 
     Returns:
         The manifest with the sidecar's labels in place of the set's own.
 
     Raises:
-        ValueError: the name cannot be used or is taken, or the labels lack a scene or frames.
+        ValueError: the name cannot be used, or the labels lack a scene or frames.
     """
     base, other = Manifest.load(url), Manifest.load(labels_url)
-    if not re.fullmatch(r"(labels|pseudo)-[a-z0-9-]{1,40}", group):
-        raise ValueError(f"group {group!r}: call it labels-… or pseudo-… with lower-case letters, digits and '-'")
+    sidecar = Sidecar(base, group, other.grid, other.taxonomy, other.classes, other.labels, other.fingerprint)
     if "labels" not in other.groups:
         raise ValueError(f"{labels_url}: has no group 'labels', only {', '.join(other.groups)}")
     numbers = {scene.name: number for number, scene in enumerate(other.scenes)}
@@ -44,46 +124,18 @@ def attach(url: str, labels_url: str, group: str) -> Manifest:
         have = other.scenes[numbers[scene.name]].frames
         if have != scene.frames:
             raise ValueError(f"{labels_url}: has {have} frames of scene {scene.name}, {url} has {scene.frames}")
-    by_number: dict[int, list[SceneEntry]] = {}
-    for scene in base.scenes:
-        by_number.setdefault(scene.shard, []).append(scene)
-    header = {
-        "format": FORMAT_VERSION,
-        "group": group,
-        "source": base.source,
-        "grid": other.grid.to_dict(),
-        "taxonomy": other.taxonomy,
-        "classes": list(other.classes),
-        "labels": other.labels,
-    }
     reader = ShardReader(other, ("labels",))
-    entries = []
-    for number, scenes in sorted(by_number.items()):
-        target = storage.join(url, shard_path(group, number))
-        digest = hashlib.blake2b(
-            canonical_json([base.fingerprint, other.fingerprint, group]), digest_size=16
-        ).hexdigest()
-        record = read_record(target)
-        if not (record and record["digest"] == digest and storage.size(target) == record["size"]):
-            with tempfile.TemporaryDirectory(prefix="occstream-") as folder:
-                writer = ShardWriter(Path(folder) / "labels.tar", header)
-                for scene in scenes:
-                    for index in range(scene.frames):
-                        data = reader.raw("labels", numbers[scene.name], index)
-                        writer.add_raw(frame_key(scene.name, index), data)
-                path, frames = writer.close()
-                found = [{"name": s.name, "frames": s.frames, "attributes": s.attributes} for s in scenes]
-                record = publish_shard(target, path, group, digest, found, {}, frames, replace=record is not None)
-        entries.append(ShardEntry(group, number, record["size"], record["sha256"]))
+
+    def copy(writer: ShardWriter, scenes: list[SceneEntry]) -> None:
+        for scene in scenes:
+            for index in range(scene.frames):
+                data = reader.raw("labels", numbers[scene.name], index)
+                writer.add_raw(frame_key(scene.name, index), data)
+
+    for number in sorted(sidecar.scenes):
+        sidecar.write(number, copy)
     reader.close()
-    joined = dataclasses.replace(
-        base,
-        grid=other.grid,
-        taxonomy=other.taxonomy,
-        classes=other.classes,
-        labels=other.labels,
-        shards=tuple(entries),
-        label_group=group,
-    )
-    joined.publish_sidecar(base.fingerprint)
-    return base.with_sidecar(group)
+    joined = sidecar.publish()
+    if joined is None:
+        raise ValueError(f"{url}: labels of {group} have gone while they were attached; attach them again")
+    return joined

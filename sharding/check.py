@@ -189,10 +189,15 @@ def _check_frame(frame: Frame, manifest: Manifest) -> Iterator[str]:
         known = labels.semantic != IGNORE
         if labels.mask_lidar is not None:
             known = known & labels.mask_lidar
-        if (labels.binary[known] != (labels.semantic[known] != taxonomy.free_id)).any():
+        wrong = labels.binary[known] != (labels.semantic[known] != taxonomy.free_id)
+        if manifest.label_group.startswith("pseudo-"):
+            wrong &= ~labels.binary[known]  # a prediction may call free what is known to be occupied
+        if wrong.any():
             yield "labels: binary and semantic disagree on what is occupied"
-    if labels.flow is not None and labels.flow.shape != (int(labels.binary.sum()), 2):
-        yield f"labels: flow has shape {labels.flow.shape} for {int(labels.binary.sum())} occupied voxels"
+    for name in ("flow", "logits", "ranked"):
+        value = getattr(labels, name)
+        if value is not None and len(value) != int(labels.binary.sum()):
+            yield f"labels: {name} has shape {value.shape} for {int(labels.binary.sum())} occupied voxels"
 
 
 def _check_classes(what: str, values: np.ndarray, highest: int) -> Iterator[str]:

@@ -19,7 +19,7 @@ GROUPS = ("cameras", "lidar", "labels")
 LIDAR_LEVEL = 9  # at most: byte planes gain little beyond
 
 _LIDAR_ARRAYS = ("xyz", "intensity", "ring", "time_lag", "classes", "moving")
-_LABEL_ARRAYS = ("binary", "semantic", "mask_lidar", "mask_camera", "flow")
+_LABEL_ARRAYS = ("binary", "semantic", "mask_lidar", "mask_camera", "flow", "logits", "ranked")
 _local = threading.local()
 
 

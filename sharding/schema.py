@@ -225,6 +225,9 @@ class Labels:
         mask_lidar: bool, True = observed (a hit or a free ray passed). None: the data set declares everything known.
         mask_camera: bool, True = observed and in view of a camera; or None.
         flow: (M, 2) float32 m/s in the axes of the grid, one row for each True of ``binary`` in C order; or None.
+        logits: (M, k) float16 of a prediction, rows as of ``flow``; or None. Of all classes with free last if ``ranked``
+            is None; free has the logit from which a class is preferred to it.
+        ranked: (M, k) uint8, the classes that ``logits`` belong to, best first (``free_id`` is one); or None.
     """
 
     binary: np.ndarray
@@ -232,6 +235,8 @@ class Labels:
     mask_lidar: np.ndarray | None = None
     mask_camera: np.ndarray | None = None
     flow: np.ndarray | None = None
+    logits: np.ndarray | None = None
+    ranked: np.ndarray | None = None
 
 
 @dataclass

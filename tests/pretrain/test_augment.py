@@ -1,10 +1,15 @@
 """Augmentation: pixels and matrices tell the same story, and draws depend on nothing but their keys."""
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 
+from occstream.models import OccBatch
+from occstream.models.lift import project
 from occstream.pretrain.augment import AugmentConfig, FrameFiller, flip_matrix, flip_voxels, image_affine, warp_jpeg
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.order import generator
@@ -109,3 +114,44 @@ def test_missing_parts_are_named(frame):
     with pytest.raises(ValueError, match=r"set augment\.flip_x=false"):
         FrameFiller(CONFIG, ("CAM_FRONT",), lopsided, OCC3D, 0, True)
     assert cv2.getNumThreads() == 1
+
+
+def test_depth_maps_hold_the_nearest_point_where_the_image_shows_it():
+    """Points of a sweep, projected by the batch's own geometry, fall into the cells that have a depth."""
+    source = open_source("synthetic", {"scenes": 1, "frames": 2, "image_size": [64, 176], "grid": "tiny"})
+    frame = source.load(source.scene_names()[0]).frames[1]
+    cameras = tuple(frame.cameras)
+    filler = FrameFiller(CONFIG, cameras, get_grid("tiny"), OCC3D, 3, True, depth_cell=8)
+    assert filler.needs_lidar
+    arrays = {n: np.zeros((1, *shape), dtype) for n, (shape, dtype) in filler.fields().items()}
+    assert arrays["depth"].shape == (1, len(cameras), 8, 22)
+    filler(frame, 0, {n: a[0] for n, a in arrays.items()})
+    assert (arrays["depth"] > 0).mean() > 0.2
+    batch = OccBatch(
+        **{n: torch.from_numpy(a) for n, a in arrays.items() if n != "semantic"},
+        semantic=torch.zeros(0),
+        num_semantic=0,
+    )
+    ego = frame.lidar.xyz @ frame.lidar.sensor_to_ego[:3, :3].T + frame.lidar.sensor_to_ego[:3, 3]
+    points = torch.from_numpy(ego).float()[None] @ batch.bda.mT
+    pixels, depth = project(points, batch)
+    for view in range(len(cameras)):
+        seen = (depth[0, view] > 0.1) & ((pixels[0, view] >= 0) & (pixels[0, view] < torch.tensor([175, 63]))).all(-1)
+        cells = (pixels[0, view][seen] / 8 + 1e-4).long()
+        nearest = batch.depth[0, view][cells[:, 1], cells[:, 0]]
+        close = (nearest > 0) & (nearest <= depth[0, view][seen] + 0.05)
+        assert close.float().mean() > 0.9, "pixels at the border of two cells may differ by rounding"
+
+
+def test_labels_in_the_frame_of_the_lidar_move_the_cameras_there():
+    source = open_source("synthetic", {"scenes": 1, "frames": 1, "image_size": [64, 176], "grid": "tiny"})
+    frame = source.load(source.scene_names()[0]).frames[0]
+    found = []
+    for where in ("ego", "lidar"):
+        grid = dataclasses.replace(get_grid("tiny"), frame=where)
+        filler = FrameFiller(CONFIG, tuple(frame.cameras), grid, OCC3D, 3, False, semantic=False)
+        assert filler.needs_lidar == (where == "lidar")
+        arrays = {n: np.zeros(shape, dtype) for n, (shape, dtype) in filler.fields().items()}
+        filler(frame, 0, arrays)
+        found.append(arrays["camera_to_ego"])
+    np.testing.assert_allclose(frame.lidar.sensor_to_ego @ found[1], found[0], atol=1e-5)

@@ -1,6 +1,6 @@
 """Check values of SPEC A.9, and losses whose mean over ranks is that of the joint batch."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,11 +31,55 @@ def test_fast_sum_equals_the_reference_with_its_gradient(gamma):
     labels = torch.randint(0, 8, (300,), generator=g)  # 7: free
     target = F.one_hot(labels, 8)[:, :7].double()
     slow = sigmoid_focal(logits, target, gamma, 0.25).sum()
-    fast = sigmoid_focal_sum(logits, labels, gamma, 0.25)
+    fast = sigmoid_focal_sum(logits, [(labels, None)], gamma, 0.25)
     torch.testing.assert_close(fast, slow)
     weight = torch.tensor(0.37, dtype=torch.float64)
     a, b = (torch.autograd.grad(x * weight, logits)[0] for x in (fast, slow))
     torch.testing.assert_close(a, b)
+
+
+def test_fast_sum_of_soft_labels_and_class_weights_equals_the_reference():
+    g = torch.Generator().manual_seed(3)
+    logits = (torch.randn(200, 5, generator=g, dtype=torch.float64) * 3).requires_grad_()
+    first, second = torch.randint(0, 6, (2, 200), generator=g)  # 5: free
+    share = torch.rand(200, generator=g, dtype=torch.float64)
+    columns = torch.rand(5, generator=g, dtype=torch.float64) + 0.5
+    hard = lambda labels: (sigmoid_focal(logits, F.one_hot(labels, 6)[:, :5].double(), 2.0, 0.25) * columns).sum(1)  # noqa: E731
+    slow = (share * hard(first) + (1 - share) * hard(second)).sum()
+    fast = sigmoid_focal_sum(logits, [(first, share), (second, 1 - share)], 2.0, 0.25, columns)
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (fast, slow)))
+
+
+@pytest.mark.parametrize("kind", ["sigmoid_focal", "softmax_focal"])
+def test_sure_soft_labels_are_hard_ones_and_half_sure_ones_lie_between(kind):
+    batch = make_batch(2, 2)
+    batch.semantic[:, :2] = 255
+    outputs, config = outputs_for(batch), LossConfig(kind=kind, binary_weight=0)
+    hard, _ = occupancy_loss(outputs, batch, config)
+    batch.second = torch.full_like(batch.semantic, 255)
+    batch.confidence = torch.ones(batch.semantic.shape)
+    torch.testing.assert_close(occupancy_loss(outputs, batch, config)[0], hard)
+    other = torch.where(batch.semantic == 255, 255, (batch.semantic.int() + 1) % 18).to(torch.uint8)
+    batch.second, batch.confidence = other, torch.full(batch.semantic.shape, 0.5)
+    half, _ = occupancy_loss(outputs, batch, config)
+    counts = [(labels[labels != 255] < 17).sum() for labels in (batch.semantic, other)]
+    batch.semantic, batch.second = other, None
+    swapped = occupancy_loss(outputs, batch, config)[0] * counts[1] / counts[0]
+    torch.testing.assert_close(half, (hard + swapped) / 2)
+
+
+def test_class_weights_scale_their_class():
+    batch = make_batch(1, 1)
+    batch.semantic[...] = 3
+    outputs = outputs_for(batch)
+    weights = [1.0] * 18
+    weights[3] = 2.5
+    base = LossConfig(kind="softmax_focal", binary_weight=0)
+    plain, heavy = (occupancy_loss(outputs, batch, c)[0] for c in (base, replace(base, class_weights=tuple(weights))))
+    torch.testing.assert_close(heavy, 2.5 * plain)
+    with pytest.raises(ValueError, match="has 18 values, must have 17"):
+        occupancy_loss(outputs, batch, LossConfig(class_weights=tuple(weights)))
 
 
 def test_softmax_focal_stays_finite_when_it_is_sure():
@@ -66,7 +110,7 @@ def test_ignored_and_masked_voxels_have_no_gradient_and_no_weight(kind):
     assert outputs.binary_logits.grad[:, :2].abs().max() == 0
     assert outputs.semantic_logits.grad[:, :, 4:].abs().min() >= 0
     # Whatever stands in ignored voxels changes nothing.
-    changed = dataclasses.replace(batch, binary=batch.binary.clone())
+    changed = replace(batch, binary=batch.binary.clone())
     changed.binary[:, :4] = ~changed.binary[:, :4]
     again, _ = occupancy_loss(outputs, changed, config)
     assert again.item() == loss.item()

@@ -1,0 +1,99 @@
+"""Predictions as labels: what a network says about frames, in the form that shards hold (SPEC A.13)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from occstream.evaluation.evaluate import Head, free_logit
+from occstream.models import OccBatch
+from occstream.sharding.schema import Labels
+
+Keep = Literal["top1", "top2", "logits"]
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    batches: Iterable[OccBatch],
+    *,
+    keep: Keep = "top1",
+    kind: Head = "sigmoid_focal",
+    threshold: float = 0.25,
+    flips: bool = False,
+    occupied: Literal["labels", "predicted"] = "predicted",
+) -> Iterator[tuple[str, Labels]]:
+    """Labels that a network gives to frames, in the order of the batches.
+
+    Args:
+        model: with a semantic part, in evaluation mode.
+        batches: not augmented.
+        keep: the best class alone; the two best classes and their logits; or the logits of all classes.
+        kind, threshold: how logits become classes; free takes part with the logit that a class must beat.
+        flips: mean of the logits over the scene and its mirror images along x and y (four forwards; the grid must be
+            symmetric).
+        occupied: voxels that get a class: occupied in the batch's labels, or predicted not to be free.
+
+    Yields:
+        Key and labels of each frame: ``binary`` are those voxels, ``semantic`` is free elsewhere.
+
+    Raises:
+        ValueError: the network has no semantic part.
+    """
+    mirrors = [(False, False), (True, False), (False, True), (True, True)] if flips else [(False, False)]
+    for batch in batches:
+        batch = dataclasses.replace(batch, num_semantic=batch.size, semantic=batch.semantic[:0])
+        total = None
+        for mirror in mirrors:
+            logits = model(mirrored(batch, mirror)).semantic_logits
+            if logits is None:
+                raise ValueError(
+                    "this network predicts no classes (pre-training ends at the binary head); fine-tune it"
+                )
+            logits = logits.flip(_dims(mirror, 2))
+            total = logits if total is None else total + logits
+        logits = total / len(mirrors)
+        wide = torch.cat([logits, torch.full_like(logits[:, :1], free_logit(kind, threshold))], 1)
+        for index, key in enumerate(batch.keys):
+            truth = batch.binary[index] if occupied == "labels" else None
+            yield key, _labels(wide[index], truth, keep)
+
+
+def mirrored(batch: OccBatch, mirror: tuple[bool, bool]) -> OccBatch:
+    """The same frames in the scene mirrored along x and y: geometry and labels."""
+    if not any(mirror):
+        return batch
+    scale = batch.bda.new_tensor([-1.0 if mirror[0] else 1.0, -1.0 if mirror[1] else 1.0, 1.0])
+    voxels = {name: getattr(batch, name).flip(_dims(mirror, 1)) for name in ("binary", "binary_valid", "semantic")}
+    return dataclasses.replace(batch, bda=scale.diag() @ batch.bda, **voxels)
+
+
+def _dims(mirror: tuple[bool, bool], first: int) -> list[int]:
+    return [first + axis for axis, wanted in enumerate(mirror) if wanted]
+
+
+def _labels(logits: Tensor, truth: Tensor | None, keep: Keep) -> Labels:
+    """logits (K + 1, X, Y, Z) with free last; truth (X, Y, Z) bool or None."""
+    free = len(logits) - 1
+    best = logits.argmax(0)
+    binary = truth if truth is not None else best != free
+    labels = Labels(
+        binary=binary.cpu().numpy(),
+        semantic=torch.where(binary, best, free).to(torch.uint8).cpu().numpy(),
+    )
+    rows = logits.movedim(0, -1)[binary]  # (M, K + 1) in C order
+    if keep == "top2":
+        values, ranked = rows.topk(2, dim=1)
+        labels.logits, labels.ranked = _half(values), ranked.to(torch.uint8).cpu().numpy()
+    elif keep == "logits":
+        labels.logits = _half(rows)
+    return labels
+
+
+def _half(values: Tensor) -> np.ndarray:
+    return values.clamp(-60000, 60000).to(torch.float16).cpu().numpy()
