@@ -134,6 +134,22 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--by", default="arm", help="tag that names the rows (default arm)")
     p.add_argument("--out", default="", help="folder for comparison.csv and comparison.md")
 
+    p = command(
+        "sweep",
+        _sweep,
+        "run a scaling study: scenes, strategies, seeds",
+        "Rerunning does what is missing. key=value changes the study, for example seeds=[0,1].",
+    )
+    p.add_argument("study", help="name of a packaged study, or path of a .yaml file")
+    p.add_argument("--jobs", type=int, default=0, help="trainings at a time (default: one per core, at most 4)")
+    p.add_argument(
+        "--dry-run", action="store_true", help="make the data, check every cell, show the plan, train nothing"
+    )
+    p.add_argument(
+        "--write", default="", metavar="KIND", help="write jobs instead of running them: slurm or kubernetes"
+    )
+    p.add_argument("settings", nargs="*", metavar="key=value")
+
     p = command("sync", _sync, "send the numbers of a run that MLflow has not got yet")
     p.add_argument("run", help="the run's folder")
 
@@ -204,6 +220,14 @@ def _compare(args) -> int:
 
     print(compare(args.uri, args.experiment, by=args.by, out=Path(args.out) if args.out else None))
     return 0
+
+
+def _sweep(args) -> int:
+    from occstream.launch.sweep import sweep
+    from occstream.pretrain.config import parse_overrides
+
+    overrides = parse_overrides(args.settings)
+    return sweep(args.study, jobs=args.jobs, dry_run=args.dry_run, write=args.write, overrides=overrides)
 
 
 def _sync(args) -> int:

@@ -197,6 +197,8 @@ class TrackConfig:
     """MLflow experiment: one per study."""
     tags: dict[str, str] = field(default_factory=dict)
     """Tags of the run, e.g. study, arm: the axes that runs are compared by."""
+    axes: dict[str, float] = field(default_factory=dict)
+    """Numbers of the run's place in a study, logged as metrics ``axis/…`` (MLflow compares tags as text only)."""
 
 
 @dataclass
@@ -251,15 +253,27 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _dotted(cls: type, prefix: str = "") -> Iterable[str]:
+def dotted_keys(cls: type, prefix: str = "") -> Iterable[str]:
+    """All keys of a config dataclass and of those in it."""
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         yield prefix + f.name
         if dataclasses.is_dataclass(hints[f.name]):
-            yield from _dotted(hints[f.name], f"{prefix}{f.name}.")
+            yield from dotted_keys(hints[f.name], f"{prefix}{f.name}.")
 
 
-def _build(cls: type, data: Any, path: str, known: list[str]) -> Any:
+def build_section(cls: type, data: Any, path: str, known: list[str]) -> Any:
+    """A config dataclass from plain values, strictly.
+
+    Args:
+        cls: whose fields may be dataclasses themselves.
+        data: a mapping.
+        path: dotted, of this section; for messages.
+        known: keys that a wrong one may have meant.
+
+    Raises:
+        ValueError: unknown key, with the nearest; or a bad value.
+    """
     if not isinstance(data, Mapping):
         raise ValueError(f"{path or 'recipe'}: expected a section of keys, got {data!r}")
     hints = typing.get_type_hints(cls)
@@ -271,10 +285,17 @@ def _build(cls: type, data: Any, path: str, known: list[str]) -> Any:
             raise ValueError(f"unknown key {full!r}{_nearest(full, str(key), known)}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
-            values[key] = value if isinstance(value, hint) else _build(hint, value, full, known)
+            values[key] = value if isinstance(value, hint) else build_section(hint, value, full, known)
+        elif (
+            isinstance(value, Mapping)
+            and typing.get_origin(hint) is dict
+            and dataclasses.is_dataclass(typing.get_args(hint)[1])
+        ):
+            inner = typing.get_args(hint)[1]
+            values[key] = {n: build_section(inner, v or {}, f"{full}.{n}", known) for n, v in value.items()}
         elif isinstance(value, dict) and any(dataclasses.is_dataclass(a) for a in typing.get_args(hint)):
             inner = next(a for a in typing.get_args(hint) if dataclasses.is_dataclass(a))
-            values[key] = _build(inner, value, full, known)
+            values[key] = build_section(inner, value, full, known)
         else:
             try:
                 values[key] = TypeAdapter(hint).validate_python(value)
@@ -299,10 +320,10 @@ def parse_config(data: Mapping[str, Any]) -> Config:
     """A ``Config`` from nested plain values. Raises ValueError with the dotted key, the value and what would be right."""
     data = dict(data)
     entry = model_entry(data.get("model_name", Config.model_name))
-    known = [*_dotted(Config), *_dotted(entry.config, "model.")]
+    known = [*dotted_keys(Config), *dotted_keys(entry.config, "model.")]
     model = data.pop("model", None)
-    model = model if isinstance(model, entry.config) else _build(entry.config, model or {}, "model", known)
-    return _build(Config, {**data, "model": model}, "", known)
+    model = model if isinstance(model, entry.config) else build_section(entry.config, model or {}, "model", known)
+    return build_section(Config, {**data, "model": model}, "", known)
 
 
 def read_recipe(name: str) -> dict:

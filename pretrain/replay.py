@@ -7,6 +7,7 @@ positions go into the checkpoint and know nothing of ranks.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ class TrainData:
 
     Attributes:
         epoch_samples: S frames of one pass.
+        steps: optimizer steps of the whole run.
+        scenes: names of all scenes that any stream takes frames from.
         frames_per_step: S and B frames of all ranks in one optimizer step.
         fingerprint, fingerprints: of the S manifest; of all.
         cameras: names in order.
@@ -46,6 +49,9 @@ class TrainData:
         self.cameras = data.cameras or camera_names(manifest, scenes[0])
         order = _order(manifest, scenes, cfg.seed, None, cfg.batch)
         self.epoch_samples = order.epoch(0).size
+        samples = cfg.steps * cfg.batch if cfg.steps else round(cfg.epochs * self.epoch_samples)
+        self.steps = math.ceil(samples / cfg.batch)
+        self.scenes = {manifest.scenes[i].name for i in scenes}
         filler = FrameFiller(
             config.augment,
             self.cameras,
@@ -82,6 +88,7 @@ class TrainData:
         for number, source in enumerate(sources):
             pool = _load(config, source.url, source.labels)
             chosen = pool.subset(source.scenes, source.subset_seed, source.holdout)
+            self.scenes |= {pool.scenes[i].name for i in chosen}
             # SPEC A.12: as many B scenes each pass as there are S scenes.
             draw = min(source.draw or semantic_scenes, len(chosen))
             most = quotas.most(number)
@@ -212,10 +219,15 @@ def _order(manifest: Manifest, scenes: list[int], seed: int, draw: int | None, l
 
 
 class EvalData:
-    """Every frame of the evaluation scenes once over all ranks; an iterable of ``OccBatch``."""
+    """Every frame of the evaluation scenes once over all ranks; an iterable of ``OccBatch``.
+
+    Attributes:
+        total: frames; 0: nothing is held out.
+        scenes: their names.
+    """
 
     def __init__(self, config: Config, world: World, cameras: tuple[str, ...] | None = None):
-        self.world, self.total = world, 0
+        self.world, self.total, self.scenes = world, 0, set()
         ev = config.eval
         manifest = _load(config, ev.url or config.data.url)
         if ev.scene_names:
@@ -228,6 +240,7 @@ class EvalData:
         if not scenes:
             return
         counts = [manifest.scenes[i].frames for i in scenes]
+        self.scenes = {manifest.scenes[i].name for i in scenes}
         self.total = sum(counts)
         if self.total < world.size:
             raise ValueError(

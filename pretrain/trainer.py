@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import subprocess
 import sys
 import time
@@ -97,8 +96,7 @@ def train(config: Config, world: World) -> Result:
     run, cfg = Path(config.output), config.train
     data = TrainData(config, world)
     held_out = EvalData(config, world, data.cameras)
-    total_samples = cfg.steps * cfg.batch if cfg.steps else round(cfg.epochs * data.epoch_samples)
-    total = math.ceil(total_samples / cfg.batch)
+    total = data.steps
 
     model = create_model(config)
     _check_strategy(config, model)
@@ -151,6 +149,8 @@ def train(config: Config, world: World) -> Result:
     if world.is_main and not saved:
         (run / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
         tracker.artifact(run / "config.yaml")
+        if config.track.axes:
+            tracker.log(0, {f"axis/{name}": value for name, value in config.track.axes.items()})
     guard = FiniteGuard(engine.module, run, world)
     meter = Meter(step, total, cfg.batch, data, world)
     status, last, evaluation, path = "FAILED", {}, None, saved.path if saved else None

@@ -1,0 +1,181 @@
+"""``occstream sweep STUDY.yaml``: runs a study's cells, here or written as cluster jobs; a rerun does what is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from occstream.launch.study import Run, Study, finish, load_study, plan
+from occstream.pretrain.tracking import EVENTS, read_events
+
+HERE = Path(__file__).resolve().parent
+
+
+def sweep(
+    path: str,
+    *,
+    jobs: int = 0,
+    dry_run: bool = False,
+    write: str = "",
+    overrides: dict | None = None,
+) -> int:
+    """Runs a study.
+
+    Args:
+        path: of the study, or the name of a packaged one.
+        jobs: trainings at a time; 0: one for each core up to 4 (on GPUs: use ``write``, or 1).
+        dry_run: make the data, check every cell and show the plan only.
+        write: "slurm" or "kubernetes": write jobs below the study's folder instead of running them.
+        overrides: of the study.
+
+    Returns:
+        0 if every run is finished, 1 if some failed.
+
+    Raises:
+        ValueError: the study is wrong, or a cell could not start.
+    """
+    study = load_study(path, overrides)
+    for line in study.prepare:
+        print(f"$ occstream {line}", flush=True)
+        command = [sys.executable, "-m", "occstream.launch.cli", *shlex.split(line)]
+        if subprocess.run(command, check=False).returncode:
+            raise ValueError(f"prepare: `occstream {line}` failed")
+    runs = plan(study)
+    finish(runs, study)
+    jobs = jobs or min(4, os.cpu_count() or 1)
+    done = {run.name for run in runs if finished(study, run)}
+    print(outline(study, runs, done, jobs), flush=True)
+    if dry_run:
+        return 0
+    if write:
+        from occstream.launch.clusterjobs import write_jobs
+
+        for file in write_jobs(write, study, [r for r in runs if r.name not in done]):
+            print(f"wrote {file}")
+        return 0
+    failed = _execute(study, runs, done, jobs)
+    if failed:
+        print(f"\n{len(failed)} of {len(runs)} runs failed; the others are done. Mend the cause and run this again:")
+        for name, reason in failed.items():
+            print(f"  {name}: {reason}")
+        return 1
+    print(f"\nall {len(runs)} runs are done; next: occstream compare --uri {study.uri} --experiment {study.name}")
+    return 0
+
+
+def finished(study: Study, run: Run) -> bool:
+    """Whether a run has ended well before, by its own record, with the settings it has now."""
+    events = read_events(Path(study.output) / run.name / EVENTS)
+    status = [e["status"] for e in events if "status" in e]
+    cell = [e["run"]["tags"].get("cell_id") for e in events if "run" in e]
+    if cell and cell[-1] != run.cell_id:
+        raise ValueError(
+            f"{Path(study.output) / run.name}: was trained with other settings (cell {cell[-1]}, now {run.cell_id}); "
+            "give the study another output, or remove that folder"
+        )
+    return bool(status) and status[-1] == "FINISHED"
+
+
+def outline(study: Study, runs: Sequence[Run], done: set[str], jobs: int) -> str:
+    """The plan as text: runs, frames, and time at the rate of the runs that have finished."""
+    rate = study.rate or _rate(study, done)
+    lines = [f"study {study.name}: {sum(len(r.cells) for r in runs)} cells from {len(runs)} runs, {len(done)} done"]
+    for stage in ("pretrain", "finetune"):
+        mine = [r for r in runs if r.config.stage == stage]
+        frames = sum(r.frames for r in mine if r.name not in done)
+        lines.append(f"  {stage}: {len(mine)} runs, {frames:,} frames to train on")
+    left = sum(r.frames for r in runs if r.name not in done)
+    if rate and left:
+        hours = left / rate / 3600
+        lines.append(
+            f"  about {hours:.2f} hours of one worker (GPU or core), {hours / jobs:.2f} with {jobs} at a time, "
+            f"at {rate:.1f} frames/s"
+        )
+    elif left:
+        lines.append("  time: unknown until the first runs have finished, or set rate= (frames/s of one worker)")
+    return "\n".join(lines)
+
+
+def _rate(study: Study, done: set[str]) -> float:
+    rates = []
+    for name in done:
+        for event in reversed(read_events(Path(study.output) / name / EVENTS)):
+            if "perf/samples_per_s" in event.get("metrics", {}):
+                rates.append(event["metrics"]["perf/samples_per_s"])
+                break
+    return statistics.median(rates) if rates else 0.0
+
+
+def command(study: Study, run: Run) -> list[str]:
+    """How a run starts, on one device."""
+    recipe = Path(study.output) / "recipes" / f"{run.name}.yaml"
+    return [sys.executable, str(HERE / f"{run.config.stage}.py"), "--recipe", str(recipe)]
+
+
+def _execute(study: Study, runs: Sequence[Run], done: set[str], jobs: int) -> dict[str, str]:
+    """Runs what is not done, so many at a time; returns reasons by name of what failed or could not start."""
+    failed: dict[str, str] = {}
+    waiting = [run for run in runs if run.name not in done]
+    done = set(done)
+    running: dict[str, tuple[subprocess.Popen, float]] = {}
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    env.setdefault("OMP_NUM_THREADS", threads)
+    began, total = time.perf_counter(), len(waiting)
+    try:
+        while waiting or running:
+            for run in [r for r in waiting if r.needs in failed]:
+                failed[run.name] = f"{run.needs}, whose weights it starts from, failed"
+                waiting.remove(run)
+            for run in [r for r in waiting if not r.needs or r.needs in done][: jobs - len(running)]:
+                waiting.remove(run)
+                log = Path(study.output) / run.name / "log.txt"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                with log.open("a") as file:
+                    # A group of its own: an interrupt reaches it through us, once.
+                    process = subprocess.Popen(
+                        command(study, run), env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                    )
+                running[run.name] = process, time.perf_counter()
+            for name, (process, start) in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del running[name]
+                log = Path(study.output) / name / "log.txt"
+                if code == 0:
+                    done.add(name)
+                else:
+                    last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["said nothing"]
+                    failed[name] = f"exit code {code}: {last[0][:200]} ({log})"
+                ended = total - len(waiting) - len(running)
+                took = time.perf_counter() - start
+                print(f"[{ended}/{total}] {name} {'done' if code == 0 else 'FAILED'} in {took:.0f} s", flush=True)
+            time.sleep(0.2)
+    finally:
+        for process, _ in running.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        for process, _ in running.values():
+            process.wait()
+    print(f"took {time.perf_counter() - began:.0f} s")
+    return failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python launch/sweep.py STUDY.yaml …``: the same as ``occstream sweep``."""
+    from occstream.launch.cli import main as occstream
+
+    return occstream(["sweep", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
