@@ -24,6 +24,7 @@ from occstream.pretrain.replay import EvalData, TrainData
 from occstream.sharding.codec import canonical_json
 
 Control = Literal["longer", "more-s"]
+LABELS = "labels"  # the control of cells of the label curve
 
 
 @dataclass
@@ -79,6 +80,11 @@ class Study:
     controls: tuple[Control, ...] = ()
     """Equal-compute controls. longer: a cell without pre-training trains for as many frames as the largest pre-training
     and its fine-tuning together. more-s: a cell with replay gets S frames in place of its B frames."""
+    reference: str = ""
+    """Strategy of the control ``longer`` and of the label curve. Empty: the first."""
+    label_curve: tuple[int, ...] = ()
+    """Further numbers of labelled scenes for the reference without pre-training, at the steps of ``finetune.scenes[0]``:
+    what pre-training is worth in labelled scenes is read off this curve."""
     rate: float = 0.0
     """Frames per second of one run, for the estimate; 0: as finished runs of the study say."""
 
@@ -96,6 +102,9 @@ class Study:
         names = [n for n in (*self.strategies, *self.families) if not re.fullmatch(r"[A-Za-z0-9+*. _-]{1,40}", n)]
         if names:
             raise ValueError(f"name {names[0]!r}: use letters, digits, blanks and + * . _ -")
+        self.reference = self.reference or next(iter(self.strategies))
+        if self.reference not in self.strategies:
+            raise ValueError(f"reference is {self.reference!r}, must be one of {', '.join(self.strategies)}")
         self.output = self.output or f"runs/{self.name}"
         self.uri = self.uri or f"sqlite:///{self.output}/mlflow.db"
 
@@ -137,24 +146,20 @@ def plan(study: Study) -> list[Run]:
         ValueError: a run could not start; named, with the reason.
     """
     builder = _Builder(study)
-    axes = (
-        study.families,
-        study.finetune.scenes,
-        study.strategies,
-        study.pretrain.scenes,
-        study.seeds,
-    )
-    # Seeds innermost last: the first seed of every cell comes before the second of any.
+    axes = (study.families, study.finetune.scenes, study.strategies, study.pretrain.scenes)
+    # The first seed of every cell comes before the second of any: something to look at early.
     for seed in study.seeds:
-        for family, labelled, strategy, scenes in itertools.product(*axes[:-1]):
+        for family, labelled, strategy, scenes in itertools.product(*axes):
             builder.cell(family, strategy, scenes, labelled, seed, "")
         most = max(study.pretrain.scenes)
         for family, labelled in itertools.product(study.families, study.finetune.scenes):
-            if "longer" in study.controls and 0 in study.pretrain.scenes and most:
-                builder.cell(family, next(iter(study.strategies)), 0, labelled, seed, "longer")
+            if "longer" in study.controls and most:
+                builder.cell(family, study.reference, 0, labelled, seed, "longer")
             for strategy, arm in study.strategies.items():
                 if "more-s" in study.controls and arm.replay and most:
                     builder.cell(family, strategy, most, labelled, seed, "more-s")
+        for family, labelled in itertools.product(study.families, study.label_curve):
+            builder.cell(family, study.reference, 0, labelled, seed, LABELS)
     return list(builder.runs.values())
 
 
@@ -200,6 +205,9 @@ class _Builder:
     def _equal_compute(self, control: str, settings, family: str, arm: ArmSpec, seed: int, strategy: str) -> dict:
         """Steps or batch that make a control as expensive as what it is compared with."""
         study = self.study
+        if control == LABELS:
+            first = [*settings, {"data": {"scenes": study.finetune.scenes[0]}}]
+            return {"train": {"steps": self._size(self._config("finetune", study.finetune.recipe, first))[0]}}
         config = self._config("finetune", study.finetune.recipe, settings)
         steps, _ = self._size(config)
         if control == "longer":
