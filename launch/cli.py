@@ -128,11 +128,18 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--part", default="1/1", help="i/n: only every n-th shard, for n machines")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. eval.batch=2")
 
-    p = command("compare", _compare, "compare the runs of an MLflow experiment in one table")
+    p = command(
+        "compare",
+        _compare,
+        "compare the runs of an MLflow experiment; of a study: curves, laws and a report",
+    )
     p.add_argument("--uri", default="sqlite:///runs/mlflow.db", help="MLflow tracking URI")
     p.add_argument("--experiment", default="occstream")
-    p.add_argument("--by", default="arm", help="tag that names the rows (default arm)")
-    p.add_argument("--out", default="", help="folder for comparison.csv and comparison.md")
+    p.add_argument(
+        "--by", default="", help="tag that names the rows of a plain table (default: arm, unless it is a study)"
+    )
+    p.add_argument("--partial", action="store_true", help="of a study: report although cells are missing")
+    p.add_argument("--out", default="", help="folder for tables and, of a study, pictures and report.html")
 
     p = command(
         "sweep",
@@ -216,9 +223,16 @@ def _predict(args) -> int:
 
 
 def _compare(args) -> int:
-    from occstream.evaluation.compare import compare
+    from mlflow.tracking import MlflowClient
 
-    print(compare(args.uri, args.experiment, by=args.by, out=Path(args.out) if args.out else None))
+    from occstream.evaluation.compare import compare
+    from occstream.evaluation.study import study_report
+
+    out = Path(args.out) if args.out else None
+    report = None
+    if not args.by:
+        report = study_report(MlflowClient(args.uri), args.experiment, out, args.partial)
+    print(report if report is not None else compare(args.uri, args.experiment, by=args.by or "arm", out=out))
     return 0
 
 

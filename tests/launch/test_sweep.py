@@ -1,0 +1,152 @@
+"""Studies: planned, run, interrupted, broken in one cell, written as jobs, reported."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from occstream.launch.cli import main
+from occstream.launch.study import finish, load_study, plan
+from occstream.pretrain.tracking import read_events
+from tests.pretrain.small import RECIPE, environment, pack_small
+
+STUDY = {
+    "name": "little",
+    "pretrain": {"recipe": RECIPE, "scenes": [0, 3], "set": {"train": {"steps": 3}}},
+    "finetune": {"recipe": RECIPE, "scenes": [2], "set": {"train": {"steps": 2, "batch": 2}}},
+    "strategies": {
+        "Multi": {
+            "pretrain": {"model": {"strategy": "replacing", "dense_layers": 1}},
+            "finetune": {"model": {"strategy": "multi", "dense_layers": 1}, "data": {"binary_from": "semantic"}},
+        },
+        "Replacing": {
+            "pretrain": {"model": {"strategy": "replacing", "dense_layers": 1}},
+            "finetune": {"model": {"strategy": "replacing", "dense_layers": 1}},
+        },
+        "S+B*": {"finetune": {"data": {"binary_from": "semantic"}}},
+        "S+B": {"replay": True, "without_replay": {"data": {"binary_from": "semantic"}}},
+    },
+    "reference": "S+B*",
+    "controls": ["longer", "more-s"],
+    "label_curve": [3],
+    "seeds": [0],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    url = str(tmp_path_factory.mktemp("sweep") / "data")
+    pack_small(url)
+    return url
+
+
+def write(folder: Path, data: str, **changes) -> str:
+    content = {
+        **STUDY,
+        "output": str(folder / "runs"),
+        "set": {"data": {"url": data}},
+        "replay": {"url": data},
+        **changes,
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return str(folder / "study.yaml")
+
+
+def test_plan_shares_runs_and_keeps_the_rules(data, tmp_path):
+    runs = plan(load_study(write(tmp_path, data)))
+    names = [r.name for r in runs]
+    assert names.count("pre-LS-Multi-3-s0") == 1, "Multi and Replacing start from the same weights"
+    assert "pre-LS-Replacing-3-s0" not in names
+    by_name = {r.name: r for r in runs}
+    assert by_name["LS-Replacing-3-2-s0"].needs == "pre-LS-Multi-3-s0"
+    both = by_name["LS-SpBx-0-2-s0"]
+    assert [c["strategy"] for c in both.cells] == ["S+B*", "S+B"], "with nothing to replay they are the same"
+    replay, more = by_name["LS-SpB-3-2-s0"], by_name["LS-SpB-3-2-more-s-s0"]
+    assert (replay.frames, more.frames) == (2 * 4, 2 * 4)
+    assert more.config.train.batch == 4
+    assert not more.config.replay.url
+    longer = by_name["LS-SpBx-0-2-longer-s0"]
+    assert longer.frames >= 2 * 2 + by_name["pre-LS-SpBx-3-s0"].frames
+    assert by_name["LS-SpBx-0-3-labels-s0"].frames == 2 * 2
+    for number, run in enumerate(runs):
+        assert not run.needs or run.needs in names[:number]
+
+
+def test_wrong_studies_are_named(data, tmp_path):
+    for changes, reason in (
+        ({"seeds": []}, "seeds must not be empty"),
+        ({"reference": "x"}, "reference is 'x', must be one of Multi"),
+        ({"stratgies": {}}, "unknown key 'stratgies'; did you mean 'strategies'"),
+        ({"finetune": {"recipe": RECIPE, "scenes": [50]}}, "50 scenes asked for"),
+        ({"set": {"data": {"url": data, "holdout": 0}, "eval": {"url": data}}}, "are trained on and evaluated on"),
+        ({"set": {"train": {"lerning": 1}}}, "unknown key 'train.lerning'"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            plan(load_study(write(tmp_path, data, **changes)))
+
+
+def test_a_killed_sweep_goes_on_and_a_broken_cell_stops_nothing_else(data, tmp_path):
+    strategies = {k: STUDY["strategies"][k] for k in ("S+B*", "S+B")}
+    broken = {"finetune": {"train": {"lr": 1e30, "warmup": 1, "clip": 1e30, "steps": 8}}}
+    path = write(tmp_path, data, strategies={**strategies, "Broken": broken}, controls=[], label_curve=[])
+    command = [sys.executable, "-m", "occstream.launch.cli", "sweep", path, "--jobs", "2"]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("[1/"):
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)
+    subprocess.run(["pkill", "-9", "-f", f"{tmp_path}/runs/recipes"], check=False)
+    logs = {p: p.stat().st_mtime for p in (tmp_path / "runs").glob("*/log.txt")}
+    done = {p for p in logs if any(e.get("status") == "FINISHED" for e in read_events(p.parent / "metrics.jsonl"))}
+    assert done
+    again = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 1, again.stdout + again.stderr
+    assert "2 of " in again.stdout
+    assert "not finite" in again.stdout
+    assert all(p.stat().st_mtime == logs[p] for p in done), "finished runs are left alone"
+    finished = [p.parent.name for p in (tmp_path / "runs").glob("*/metrics.jsonl")]
+    assert {"LS-SpBx-0-2-s0", "LS-SpBx-3-2-s0", "LS-SpB-3-2-s0"} <= set(finished)
+    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert main(["compare", "--uri", uri, "--experiment", "little"]) == 2, "broken cells are missing"
+    assert main(["compare", "--uri", uri, "--experiment", "little", "--partial", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/report.html").exists()
+
+
+@pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
+def test_jobs_for_a_cluster(data, tmp_path, kind, capsys):
+    path = write(tmp_path, data)
+    assert main(["sweep", path, "--write", kind]) == 0
+    study = load_study(path)
+    runs = plan(study)
+    finish(runs, study)
+    jobs = tmp_path / "runs/jobs"
+    for stage in ("pretrain", "finetune"):
+        lines = (jobs / f"{stage}.txt").read_text().splitlines()
+        assert len(lines) == sum(r.config.stage == stage for r in runs)
+        assert all(Path(line.split()[-1]).exists() for line in lines)
+        if kind == "slurm":
+            text = (jobs / f"{stage}.sbatch").read_text()
+            assert f"--array=0-{len(lines) - 1}" in text
+            assert subprocess.run(["bash", "-n", str(jobs / f"{stage}.sbatch")], check=False).returncode == 0
+        else:
+            job = yaml.safe_load((jobs / f"{stage}.yaml").read_text())
+            assert job["spec"]["completions"] == len(lines)
+            assert job["spec"]["completionMode"] == "Indexed"
+    if kind == "slurm":
+        fake = tmp_path / "bin"
+        fake.mkdir()
+        (fake / "sbatch").write_text('#!/bin/bash\necho "$@" >> "$CALLS"\necho 17\n')
+        (fake / "sbatch").chmod(0o755)
+        env = {**os.environ, "PATH": f"{fake}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+        subprocess.run(["bash", str(jobs / "submit.sh")], env=env, check=True)
+        calls = (tmp_path / "calls").read_text().splitlines()
+        assert "--dependency" not in calls[0]
+        assert "--dependency=afterany:17" in calls[1]
+    capsys.readouterr()
