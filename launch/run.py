@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 
 def main(stage: str, argv: Sequence[str] | None = None) -> int:
-    """Runs one stage. Returns the exit code: 0 done, 2 wrong input, 3 training failed."""
+    """Runs one stage. Returns the exit code: 0 done, 2 wrong input, 3 training failed, 75 stopped and saved."""
     parser = argparse.ArgumentParser(
         prog=f"launch/{stage}.py",
         description="Pre-trains on binary occupancy." if stage == "pretrain" else "Fine-tunes semantic occupancy.",
@@ -33,6 +33,7 @@ def _run(stage: str, recipe: str, overrides: Sequence[str]) -> int:
     import torch.distributed as dist
 
     from occstream.pretrain.engine import init_distributed
+    from occstream.pretrain.guards import REQUEUE
     from occstream.pretrain.trainer import train
 
     world = init_distributed(config.train.timeout_minutes)
@@ -40,15 +41,27 @@ def _run(stage: str, recipe: str, overrides: Sequence[str]) -> int:
         result = train(config, world)
         if world.is_main:
             speed = f", {result.samples_per_s:.1f} samples/s" if math.isfinite(result.samples_per_s) else ""
+            if result.stopped:
+                print(
+                    f"stopped by {result.stopped} after step {result.steps}; saved at {result.checkpoint}. The same command "
+                    f"goes on from there (exit code {REQUEUE})",
+                    flush=True,
+                )
+                return REQUEUE
             print(
                 f"done: {result.steps} steps, {result.samples} samples, loss {result.loss:.4f}{speed}; "
                 f"checkpoint {result.checkpoint}",
                 flush=True,
             )
+        return REQUEUE if result.stopped else 0
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """CUDA's own error, or the CPU allocator's."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def guarded(work: Callable[[], int]) -> int:
@@ -62,7 +75,19 @@ def guarded(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"{where}interrupted", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, PermissionError, FloatingPointError, ConnectionError) as error:
+    except RuntimeError as error:
+        if not _out_of_memory(error) or os.environ.get("OCCSTREAM_TRACEBACK"):
+            raise
+        said = str(error).splitlines()[0][:200]
+        print(
+            f"{where}error: out of memory ({said}). Use less with: train.accumulate (more micro-steps), "
+            "model.checkpointing=true, train.precision=bf16, train.zero_stage=2 (or 3 on several GPUs), model.head_rows, "
+            "model.cap, augment.image_size, eval.batch=1",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 3
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("OCCSTREAM_TRACEBACK"):
             raise
         print(f"{where}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -17,7 +17,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import queue
 import shutil
+import sys
+import threading
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -26,36 +30,173 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from occstream.sharding import storage
+
 FORMAT = 1
+COMPLETE, LATEST = "COMPLETE.json", "latest.json"
 
 
-def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict, keep: int) -> Path:
-    """Writes one checkpoint (one rank only) and removes the oldest beyond ``keep``.
+def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> Path:
+    """Writes one checkpoint (one rank only).
 
     Args:
         root: folder of the run's checkpoints.
         tensors: file stem -> full CPU tensors by name.
         state: JSON values.
-        keep: number of checkpoints to leave.
+
+    Raises:
+        OSError: the disk is full, for example; what is there stays.
     """
     final = root / f"step-{step:08d}"
     partial = root / f".partial-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for stem, values in tensors.items():
-        save_file({k: v.contiguous() for k, v in values.items()}, partial / f"{stem}.safetensors")
-    (partial / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1))
-    files = {}
-    for path in sorted(partial.iterdir()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    (partial / "COMPLETE.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    for old in complete_steps(root)[:-keep]:
-        shutil.rmtree(old)
+    try:
+        partial.mkdir(parents=True)
+        for stem, values in tensors.items():
+            save_file({k: v.contiguous() for k, v in values.items()}, partial / f"{stem}.safetensors")
+        (partial / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1))
+        files = {}
+        for path in sorted(partial.iterdir()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        (partial / COMPLETE).write_text(json.dumps({"step": step, "files": files}, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(root).free / 2**30
+        raise OSError(
+            f"{final}: cannot be written ({error}; {free:.1f} GiB free there): make room and start the run again, it goes "
+            "on from the checkpoint before"
+        ) from error
     return final
+
+
+def prune(root: Path, keep: int, every: int = 0, best: str = "", busy: Iterable[Path] = ()) -> None:
+    """Removes checkpoints that nothing asks to keep.
+
+    Args:
+        root: folder of the run's checkpoints.
+        keep: so many newest stay.
+        every: those at multiples of so many steps stay; 0: none for that reason.
+        best: the one with the highest value of this metric in ``scores.json`` stays; "": none for that reason.
+        busy: those that are being uploaded stay this time.
+    """
+    there = complete_steps(root)
+    stay = {*there[-keep:], *busy}
+    if every:
+        stay |= {p for p in there if _step(p) % every == 0}
+    if best:
+        scores = {int(step): values.get(best) for step, values in read_scores(root).items()}
+        known = [p for p in there if scores.get(_step(p)) is not None]
+        stay |= {max(known, key=lambda p: scores[_step(p)])} if known else set()
+    for path in there:
+        if path not in stay:
+            shutil.rmtree(path)
+
+
+def read_scores(root: Path) -> dict[str, dict[str, float]]:
+    """Metrics of evaluations by step, of the run whose checkpoints are here."""
+    path = root / "scores.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def add_scores(root: Path, step: int, metrics: Mapping[str, float]) -> None:
+    """Remembers an evaluation, for ``prune``."""
+    root.mkdir(parents=True, exist_ok=True)
+    scores = {**read_scores(root), str(step): {k: v for k, v in metrics.items() if v == v}}
+    temporary = root / ".scores.json"
+    temporary.write_text(json.dumps(scores))
+    temporary.replace(root / "scores.json")
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def upload(path: Path, url: str) -> None:
+    """Copies a complete checkpoint below a URL: its files, then COMPLETE.json, then ``latest.json``, which names it."""
+    names = [*json.loads((path / COMPLETE).read_text())["files"], COMPLETE]
+    for name in names:
+        storage.publish(path / name, storage.join(url, path.name, name))
+    storage.publish(json.dumps({"checkpoint": path.name}).encode(), storage.join(url, LATEST))
+
+
+def latest_remote(url: str) -> int | None:
+    """Step of the newest checkpoint that is complete below a URL; None if there is none."""
+    try:
+        name = json.loads(storage.read_bytes(storage.join(url, LATEST)))["checkpoint"]
+    except FileNotFoundError:
+        return None
+    return int(name.removeprefix("step-"))
+
+
+def download(url: str, step: int, root: Path) -> Path:
+    """Brings a remote checkpoint into ``root``, verified, unless it is there.
+
+    Raises:
+        ValueError: it is not complete there, or damaged.
+    """
+    final, partial = root / f"step-{step:08d}", root / f".partial-{step:08d}-{os.getpid()}"
+    if (final / COMPLETE).is_file():
+        return final
+    source = storage.join(url, final.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        listed = storage.read_bytes(storage.join(source, COMPLETE))
+        for name in json.loads(listed)["files"]:
+            storage.fetch(storage.join(source, Path(name).name), partial / Path(name).name)
+        (partial / COMPLETE).write_bytes(listed)
+        Checkpoint(partial)
+        if not final.exists():
+            partial.rename(final)
+    except FileNotFoundError as error:
+        raise ValueError(f"{source}: incomplete ({error}); remove {LATEST} there to start without it") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+class Uploader:
+    """Uploads checkpoints one after the other in a thread beside training; a failure is told once and does not end the run.
+
+    Attributes:
+        url: below which. busy: checkpoints that wait or are under way. seconds: of the last upload.
+    """
+
+    def __init__(self, url: str):
+        self.url, self.busy, self.seconds, self.failed = url, [], 0.0, ""
+        self._queue: queue.Queue[Path | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
+        self._thread.start()
+
+    def add(self, path: Path) -> None:
+        self.busy.append(path)
+        self._queue.put(path)
+
+    def close(self, wait: float) -> bool:
+        """Waits so many seconds for what is left; whether all is there."""
+        self._queue.put(None)
+        self._thread.join(wait)
+        return not self.busy and not self.failed
+
+    def _work(self) -> None:
+        while (path := self._queue.get()) is not None:
+            began = time.perf_counter()
+            try:
+                upload(path, self.url)
+                self.seconds, self.failed = time.perf_counter() - began, ""
+            except Exception as error:  # the store's trouble is not training's
+                if not self.failed:
+                    print(
+                        f"{path.name} was not uploaded to {self.url} ({error}); it stays here",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                self.failed = str(error)
+            self.busy.remove(path)
 
 
 def complete_steps(root: Path) -> list[Path]:
@@ -81,13 +222,13 @@ class Checkpoint:
 
     def __init__(self, path: str | Path):
         path = Path(path)
-        if not (path / "COMPLETE.json").is_file():
+        if not (path / COMPLETE).is_file():
             candidates = [p for root in (path, path / "checkpoints") if (p := newest(root))]
             if not candidates:
                 raise ValueError(f"{path}: no complete checkpoint there (no step-*/COMPLETE.json)")
             path = candidates[0]
         self.path = path
-        for name, want in json.loads((path / "COMPLETE.json").read_text())["files"].items():
+        for name, want in json.loads((path / COMPLETE).read_text())["files"].items():
             file = path / name
             if not file.is_file():
                 raise ValueError(f"{file}: missing, though {path.name} was complete; take another checkpoint")
@@ -107,7 +248,7 @@ class Checkpoint:
     @property
     def digest(self) -> str:
         """16 hex digits that name the content of all files."""
-        files = json.loads((self.path / "COMPLETE.json").read_text())["files"]
+        files = json.loads((self.path / COMPLETE).read_text())["files"]
         listed = json.dumps({name: want["sha256"] for name, want in sorted(files.items())})
         return hashlib.sha256(listed.encode()).hexdigest()[:16]
 

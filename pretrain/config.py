@@ -164,6 +164,13 @@ class TrainConfig:
     """Steps between checkpoints; 0: at the end only."""
     keep: int = 2
     """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Also keep those at multiples of so many steps."""
+    keep_best: str = ""
+    """Also keep the one with the highest value of this metric, like eval/miou (see ``eval.every``)."""
+    upload: str = ""
+    """URL below which every checkpoint is copied, beside training; a run that starts on another disk goes on from there.
+    Nothing is removed there: give the bucket a lifecycle rule."""
     log_every: int = 10
     """Steps between log lines."""
     threads: int = 2
@@ -171,7 +178,10 @@ class TrainConfig:
     data_timeout: float = 300.0
     """Seconds that a step waits for data before it is an error on all ranks; less than ``timeout_minutes``."""
     timeout_minutes: float = 10.0
-    """A collective that takes longer ends the job (raise it for slow storage)."""
+    """A collective, or a whole step, that takes longer ends the job, with the stacks of all threads in the run's folder
+    (raise it for slow storage)."""
+    log_keys: bool = False
+    """Write the frame keys of every step to ``keys-rank-<n>.txt`` in the run's folder."""
 
     def __post_init__(self):
         _need(self.batch >= 1, f"batch is {self.batch}, must be at least 1")

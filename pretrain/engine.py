@@ -36,8 +36,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def agree(self, error: Exception | None) -> None:
+    def agree(self, error: Exception | None, wish: bool = False) -> bool:
         """Raises on every rank if any rank brings an error: nobody is left waiting in a collective.
+
+        Returns:
+            Whether any rank has a wish.
 
         Raises:
             DataError: naming the first such rank and its error; the error itself on a single process.
@@ -45,11 +48,12 @@ class World:
         if self.size == 1:
             if error is not None:
                 raise error
-            return
-        bad = torch.tensor([0 if error is None else 1])
-        dist.all_reduce(bad, group=control_group())
-        if not bad.item():
-            return
+            return wish
+        flags = torch.tensor([int(error is not None), int(wish)])
+        dist.all_reduce(flags, group=control_group())
+        bad, wished = flags.tolist()
+        if not bad:
+            return bool(wished)
         said: list[str | None] = [None] * self.size
         dist.all_gather_object(
             said, None if error is None else f"{type(error).__name__}: {error}", group=control_group()

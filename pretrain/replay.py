@@ -38,7 +38,7 @@ class TrainData:
     """
 
     def __init__(self, config: Config, world: World):
-        self.config, self.world = config, world
+        self.config, self.world, self.wished = config, world, False
         data, cfg = config.data, config.train
         semantic = config.stage == "finetune"
         manifest = _load(config, data.url, data.labels)
@@ -114,8 +114,11 @@ class TrainData:
     def fingerprint(self) -> str:
         return self.fingerprints["data"]
 
-    def next(self) -> OccBatch:
+    def next(self, wish: bool = False) -> OccBatch:
         """The next micro-batch of this rank, on its device. Its CPU buffers are valid until the next call.
+
+        Args:
+            wish: that this rank has; ``wished`` then says on all ranks whether any has one (no collective of its own).
 
         Raises:
             DataError: a rank could not get its part; on every rank, naming the first one and what it said.
@@ -125,7 +128,7 @@ class TrainData:
             parts = [feed.next() for feed in self._feeds.values()]
         except Exception as problem:
             error = problem
-        self.world.agree(error)
+        self.wished = self.world.agree(error, wish)
         return functools.reduce(concat, parts)
 
     def state_dict(self) -> dict:

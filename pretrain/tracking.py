@@ -5,7 +5,8 @@ remembers how far it came in ``tracking.json``. So a dead or slow server never s
 missing, and ``occstream sync RUN`` does it afterwards. Events carry their own time: sending one twice changes nothing.
 
 Events, one JSON object per line: ``{"run": {name, tags, params}}``, ``{"step", "time", "metrics": {…}}``,
-``{"artifact": path in the run's folder}``, ``{"params": {…}}``, ``{"status": "FINISHED" | "FAILED"}``.
+``{"artifact": path in the run's folder}``, ``{"params": {…}}``, ``{"status": "FINISHED" | "FAILED" | "KILLED" | "RUNNING"}``
+(killed: told to stop; running: started again).
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class Tracker:
         self._file = path.open("a", encoding="utf-8")
         if not any("run" in e for e in events):
             self._append({"run": {"name": name, "tags": dict(tags), "params": flatten(params)}})
+        elif any("status" in e for e in events):
+            self._append({"status": "RUNNING"})
         if uri:
             self._sender = Sender(folder, uri, experiment)
             self._stop, self._wake = threading.Event(), threading.Event()
@@ -226,7 +229,10 @@ class Sender:
                 client.log_artifact(self.run_id, str(path))
         elif "status" in event:
             client.log_batch(self.run_id, tags=[RunTag("status", event["status"])])
-            client.set_terminated(self.run_id, event["status"])
+            if event["status"] == "RUNNING":
+                client.update_run(self.run_id, status="RUNNING")
+            else:
+                client.set_terminated(self.run_id, event["status"])
 
     def _experiment(self, client) -> str:
         from mlflow.exceptions import MlflowException

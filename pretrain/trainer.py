@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from occstream.pretrain.engine import (
     Ema,
     World,
     build_engine,
+    control_group,
     float_state,
     learning_rate,
     load_optimizer_state,
@@ -36,6 +36,7 @@ from occstream.pretrain.engine import (
     to_full,
     to_local,
 )
+from occstream.pretrain.guards import FiniteGuard, Stopper, Watchdog
 from occstream.pretrain.losses import occupancy_loss
 from occstream.pretrain.replay import EvalData, TrainData
 from occstream.pretrain.tracking import Tracker, flatten
@@ -53,16 +54,18 @@ _FREE = (
     "train.epochs",
     "train.zero_stage",
     "train.save_every",
-    "train.keep",
-    "train.log_every",
+    "train.keep",  # and keep_every, keep_best
+    "train.upload",
+    "train.log_",
     "train.threads",
+    "train.data_timeout",
     "train.timeout_minutes",
 )
 
 
 @dataclass
 class Result:
-    """What a run ended with."""
+    """What a run ended with. ``stopped`` says who asked it to end early; it is saved and can go on."""
 
     steps: int
     samples: int
@@ -71,6 +74,7 @@ class Result:
     evaluation: EvalResult | None
     checkpoint: Path | None
     parts: dict[str, float] = field(default_factory=dict)
+    stopped: str = ""
 
 
 def create_model(config: Config) -> nn.Module:
@@ -100,8 +104,8 @@ def train(config: Config, world: World) -> Result:
 
     model = create_model(config)
     _check_strategy(config, model)
-    saved = checkpoint.newest(run / "checkpoints")
-    saved = checkpoint.Checkpoint(saved) if saved else None
+    keeper = Keeper(config, world)
+    saved = keeper.newest()
     if saved:
         _check_same_run(config, data, saved)
         checkpoint.load_declared(model, saved.tensors("model"), model.state_dict(), str(saved.path))
@@ -151,11 +155,17 @@ def train(config: Config, world: World) -> Result:
         tracker.artifact(run / "config.yaml")
         if config.track.axes:
             tracker.log(0, {f"axis/{name}": value for name, value in config.track.axes.items()})
-    guard = FiniteGuard(engine.module, run, world)
+    guard, watchdog = FiniteGuard(engine.module, run, world), Watchdog(run, world, cfg.timeout_minutes)
     meter = Meter(step, total, cfg.batch, data, world)
     status, last, evaluation, path = "FAILED", {}, None, saved.path if saved else None
-    try:
-        while step < total:
+    keys = (run / f"keys-rank-{world.rank}.txt").open("a") if cfg.log_keys else None
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(Stopper(run, world))
+        stack.callback(lambda: tracker.close(status))
+        stack.callback(watchdog.close)
+        stack.callback(data.close)
+        while step < total and not data.wished:
+            watchdog.alive()
             # Dropout is a function of the step too, so a resumed run draws what an uninterrupted one would.
             seed_everything(cfg.seed, step, world.rank, 1)
             rate = learning_rate(step * cfg.batch, total * cfg.batch, cfg)
@@ -164,11 +174,13 @@ def train(config: Config, world: World) -> Result:
             log_now = (step + 1) % cfg.log_every == 0 or step + 1 == total
             parts: dict[str, Tensor | float] = {}
             for _ in range(cfg.accumulate):
-                batch: OccBatch = data.next()
+                batch: OccBatch = data.next(stop.wanted())
                 outputs = engine(batch)
                 loss, values = occupancy_loss(outputs, batch, config.loss)
                 engine.backward(loss)
                 guard.check(loss, step, batch.keys)
+                if keys:
+                    print(step, *batch.keys, file=keys, flush=True)
                 for name, value in {"loss": loss.detach(), **values}.items():
                     parts[name] = parts.get(name, 0.0) + value / cfg.accumulate
                 norm = gradient_norm(engine) if log_now and engine.is_gradient_accumulation_boundary() else None
@@ -186,17 +198,22 @@ def train(config: Config, world: World) -> Result:
                 tracker.log(step, last)
                 if world.is_main:
                     meter.show(step, last)
-            if (cfg.save_every and step % cfg.save_every == 0) or step == total:
-                with meter.paused():
-                    path = _save(config, data, engine, ema, step, tracker, world)
-            if config.eval.every and step % config.eval.every == 0 and step < total:
-                with meter.paused():
-                    _evaluate(config, engine, ema, held_out, tracker, step, world)
-        evaluation = _evaluate(config, engine, ema, held_out, tracker, step, world, config.eval.pictures)
-        status = "FINISHED"
-    finally:
-        data.close()
-        tracker.close(status)
+            evaluate_now = config.eval.every and step % config.eval.every == 0 and step < total
+            if (cfg.save_every and step % cfg.save_every == 0) or step == total or data.wished:
+                with meter.paused(), watchdog.off():
+                    path = keeper.save(data, engine, ema, step, tracker)
+            if evaluate_now and not data.wished:
+                with meter.paused(), watchdog.off():
+                    keeper.scored(step, _evaluate(config, engine, ema, held_out, tracker, step, world))
+        if step < total:
+            status = "KILLED"  # MLflow's word for a run that was told to stop; it is RUNNING again when it goes on
+            stop.honoured()
+        else:
+            with watchdog.off():
+                evaluation = _evaluate(config, engine, ema, held_out, tracker, step, world, config.eval.pictures)
+                keeper.scored(step, evaluation)
+            status = "FINISHED"
+        keeper.close()
     return Result(
         steps=step,
         samples=step * cfg.batch,
@@ -205,38 +222,8 @@ def train(config: Config, world: World) -> Result:
         evaluation=evaluation,
         checkpoint=path,
         parts={k: v for k, v in last.items() if k.startswith("train/")},
+        stopped="" if status == "FINISHED" else stop.reason or "another rank",
     )
-
-
-class FiniteGuard:
-    """Stops a run before a step that would write NaN or infinity into the weights."""
-
-    def __init__(self, module: nn.Module, run: Path, world: World):
-        self.run, self.world = run, world
-        self.sum = torch.zeros((), device=world.device)
-        for p in module.parameters():
-            if p.requires_grad:
-                p.register_hook(self._add)
-
-    def _add(self, grad: Tensor) -> None:
-        # One number per parameter: NaN and infinity survive the sum and the factor 0.
-        self.sum += grad.detach().float().sum() * 0.0
-
-    def check(self, loss: Tensor, step: int, keys: list[str]) -> None:
-        """All ranks agree (collective). Raises FloatingPointError that names the file with the step's frame keys."""
-        bad = (~torch.isfinite(loss.detach().float() + self.sum)).float()
-        self.sum.zero_()
-        if self.world.size > 1:
-            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        if bad.item() == 0:
-            return
-        file = self.run / f"nonfinite-step-{step:08d}-rank-{self.world.rank}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"step": step, "loss": float(loss), "keys": keys}, indent=1))
-        raise FloatingPointError(
-            f"step {step}: loss or gradients are not finite (loss {float(loss)}); no update was made. "
-            f"Frame keys are in {file}. Lower train.lr, raise train.warmup, or look at those frames"
-        )
 
 
 class Meter:
@@ -499,26 +486,98 @@ def _say(world: World, text: str) -> None:
         print(text, flush=True)
 
 
-def _save(config: Config, data: TrainData, engine, ema, step: int, tracker: Tracker, world: World) -> Path:
-    """Collective. All ranks return once the checkpoint is complete."""
-    tensors = {"model": module_state(engine.module, world)}
-    tensors["optimizer"], groups = optimizer_state(engine, world)
-    if ema:
-        tensors["ema"] = {n: to_full(t, ema.values[n], world) for n, t in float_state(engine.module)}
-    root = Path(config.output) / "checkpoints"
-    if world.is_main:
-        state = {
-            "step": step,
-            "samples": step * config.train.batch,
-            "data": data.state_dict(),
-            "groups": groups,
-            "ema_updates": ema.updates if ema else 0,
-            "config": config.to_dict(),
-            "fingerprints": data.fingerprints,
-            "cameras": list(data.cameras),
-            "world_size": world.size,
-            "mlflow_run_id": tracker.run_id,
-        }
-        checkpoint.save(root, step, tensors, state, config.train.keep)
-    dist.barrier()
-    return root / f"step-{step:08d}"
+class Keeper:
+    """Saves, finds, uploads and removes the checkpoints of a run; methods are collective."""
+
+    def __init__(self, config: Config, world: World):
+        self.config, self.world = config, world
+        self.root = Path(config.output) / "checkpoints"
+        self.uploader = checkpoint.Uploader(config.train.upload) if config.train.upload and world.is_main else None
+
+    def newest(self) -> checkpoint.Checkpoint | None:
+        """The newest complete checkpoint, here or uploaded, the same on every rank.
+
+        Raises:
+            ValueError: it is damaged, or a rank has no access to it.
+        """
+        url, steps = self.config.train.upload, [-1, -1]
+        if self.world.is_main:
+            here = checkpoint.newest(self.root)
+            steps[0] = int(here.name.removeprefix("step-")) if here else -1
+            there = checkpoint.latest_remote(url) if url else None
+            steps[1] = -1 if there is None else there
+        if self.world.size > 1:
+            found = torch.tensor(steps)
+            dist.broadcast(found, 0, group=control_group())
+            steps = found.tolist()
+        if self.uploader and steps[0] > steps[1]:
+            self.uploader.add(self.root / f"step-{steps[0]:08d}")  # what an earlier start did not get to
+        step, path, error = max(steps), None, None
+        if step < 0:
+            return None
+        try:
+            path = self.root / f"step-{step:08d}"
+            if steps[1] == step:
+                # Ranks of one node may each fetch it; the first that is done wins.
+                path = checkpoint.download(url, step, self.root)
+            saved = checkpoint.Checkpoint(path)
+        except Exception as problem:
+            error = problem
+        self.world.agree(error)
+        return saved
+
+    def save(self, data: TrainData, engine, ema, step: int, tracker: Tracker) -> Path:
+        """Returns on all ranks once the checkpoint is complete. Raises OSError on all if it cannot be written."""
+        began = time.perf_counter()
+        config, world = self.config, self.world
+        tensors = {"model": module_state(engine.module, world)}
+        tensors["optimizer"], groups = optimizer_state(engine, world)
+        if ema:
+            tensors["ema"] = {n: to_full(t, ema.values[n], world) for n, t in float_state(engine.module)}
+        path, error = self.root / f"step-{step:08d}", None
+        if world.is_main:
+            state = {
+                "step": step,
+                "samples": step * config.train.batch,
+                "data": data.state_dict(),
+                "groups": groups,
+                "ema_updates": ema.updates if ema else 0,
+                "config": config.to_dict(),
+                "fingerprints": data.fingerprints,
+                "cameras": list(data.cameras),
+                "world_size": world.size,
+                "mlflow_run_id": tracker.run_id,
+            }
+            try:
+                checkpoint.save(self.root, step, tensors, state)
+            except OSError as problem:
+                error = problem
+            else:
+                if self.uploader:
+                    self.uploader.add(path)
+                self.prune()
+        world.agree(error)
+        numbers = {"ckpt/save_s": time.perf_counter() - began}
+        if self.uploader and self.uploader.seconds:
+            numbers["ckpt/upload_s"] = self.uploader.seconds
+        tracker.log_result(step, numbers)
+        return path
+
+    def scored(self, step: int, result: EvalResult | None) -> None:
+        """Remembers an evaluation, by which the best checkpoint is kept."""
+        if self.world.is_main and result is not None and (self.root / f"step-{step:08d}").exists():
+            checkpoint.add_scores(self.root, step, result.metrics())
+            self.prune()
+
+    def prune(self) -> None:
+        train = self.config.train
+        busy = list(self.uploader.busy) if self.uploader else []
+        checkpoint.prune(self.root, train.keep, train.keep_every, train.keep_best, busy)
+
+    def close(self, wait: float = 300.0) -> None:
+        """Waits for uploads."""
+        if self.uploader and not self.uploader.close(wait):
+            _say(
+                self.world,
+                f"not everything is at {self.config.train.upload}; start the run again to upload what is left",
+            )

@@ -143,6 +143,15 @@ def read_bytes(url: str, offset: int = 0, length: int | None = None) -> bytes:
         raise PermissionError(f"{url}: access denied; check the credentials ({str(error)[:80]})") from None
 
 
+def fetch(url: str, path: Path) -> None:
+    """Copies an object to a local file. Raises as ``read_bytes``."""
+    fs, remote = _fs(url)
+    try:
+        retry(lambda: fs.get_file(remote, str(path)), url)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{url}: no such object") from None
+
+
 def size(url: str) -> int | None:
     """Bytes of an object, None if there is none."""
     fs, path = _fs(url)

@@ -16,7 +16,9 @@ from occstream.pretrain.checkpoint import Checkpoint, load_declared, newest, rea
 
 def _write(root, step=3, keep=2):
     tensors = {"model": {"w": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(2)}, "ema": {"w": torch.ones(2, 3)}}
-    return checkpoint.save(root, step, tensors, {"step": step}, keep)
+    path = checkpoint.save(root, step, tensors, {"step": step})
+    checkpoint.prune(root, keep)
+    return path
 
 
 def test_round_trip_prefers_averaged_weights(tmp_path):
@@ -35,6 +37,42 @@ def test_keeps_the_newest(tmp_path):
         _write(tmp_path, step)
     assert [p.name for p in checkpoint.complete_steps(tmp_path)] == ["step-00000009", "step-00000010"]
     assert newest(tmp_path).name == "step-00000010"
+
+
+def test_keeps_what_else_is_asked_for(tmp_path):
+    for step in range(1, 11):
+        _write(tmp_path, step, keep=10)
+        checkpoint.add_scores(tmp_path, step, {"eval/miou": {2: 9.0, 3: 11.0}.get(step, 1.0), "eval/iou": float("nan")})
+    checkpoint.prune(tmp_path, 1, every=5, best="eval/miou", busy=[tmp_path / "step-00000007"])
+    assert [int(p.name[5:]) for p in checkpoint.complete_steps(tmp_path)] == [3, 5, 7, 10]
+    checkpoint.prune(tmp_path, 1)
+    assert [int(p.name[5:]) for p in checkpoint.complete_steps(tmp_path)] == [10]
+
+
+def test_a_copy_at_a_url_is_complete_or_not_there(tmp_path):
+    url, other = f"file://{tmp_path}/store/run", tmp_path / "other"
+    assert checkpoint.latest_remote(url) is None
+    path = _write(tmp_path / "here", 4)
+    checkpoint.upload(path, url)
+    assert checkpoint.latest_remote(url) == 4
+    got = checkpoint.download(url, 4, other)
+    assert torch.equal(Checkpoint(got).tensors("model")["w"], torch.arange(6.0).reshape(2, 3))
+    damaged = tmp_path / "store/run/step-00000004/model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged"):
+        checkpoint.download(url, 4, tmp_path / "third")
+    damaged.unlink()
+    with pytest.raises(ValueError, match="incomplete"):
+        checkpoint.download(url, 4, tmp_path / "third")
+    assert not list((tmp_path / "third").iterdir()), "nothing half is left"
+
+
+def test_a_store_that_fails_does_not_end_the_run(tmp_path, capsys):
+    (tmp_path / "store").write_text("a file where a folder should be")
+    uploader = checkpoint.Uploader(f"file://{tmp_path}/store/run")
+    uploader.add(_write(tmp_path / "here", 1))
+    assert not uploader.close(30)
+    assert "was not uploaded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
@@ -75,7 +113,7 @@ def test_an_incomplete_folder_is_no_checkpoint(tmp_path):
 
 
 def test_other_format_is_refused(tmp_path):
-    path = checkpoint.save(tmp_path, 1, {}, {"step": 1, "format": 99}, 1)
+    path = checkpoint.save(tmp_path, 1, {}, {"step": 1, "format": 99})
     with pytest.raises(ValueError, match="format 99"):
         Checkpoint(path)
 

@@ -1,0 +1,145 @@
+"""Soak test: one training, killed again and again in every way, must come out as if nothing had happened.
+
+    python tests/pretrain/soak.py FOLDER [--kills 30] [--steps 120] [--seed 0]
+
+Kills: SIGKILL of a rank, SIGKILL of all ranks, SIGTERM of all, a STOP file; at random moments (forward, backward, saving,
+uploading). The world size changes at every third restart. Compared with an undisturbed run: every logged loss, the frame
+keys of every step, and the final weights; to the bit with one world size (``--worlds 2``), else losses to 1e-5 and tensors
+to 1e-3 of their largest value (sums over ranks round, and Adam turns the rounding of zero gradients into steps). Nothing is
+cleaned by hand. Prints a summary; exit code 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from occstream.pretrain.checkpoint import Checkpoint, complete_steps
+from tests.pretrain.small import RECIPE, launch_ranks, losses, pack_small
+
+KINDS = ("kill one", "kill all", "terminate", "stop file", "kill while saving", "kill while uploading")
+
+
+def soak(folder: Path, kills: int, steps: int, seed: int, worlds: tuple[int, ...] = (2, 1, 4)) -> dict:
+    """Runs it; returns what was done and what differed (``problems``, empty if all is well)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = str(folder / "data")
+    if not (folder / "data").exists():
+        pack_small(data, scenes=7)
+
+    def job(name: str) -> list[dict]:
+        # Dropout is drawn per rank and step: without it the sum is the same at every world size.
+        words = [f"data.url={data}", f"replay.url={data}", f"output={folder}/{name}", f"train.steps={steps}"]
+        words += ["train.save_every=3", "train.lr=2e-5", "train.log_keys=true", "model.dropout=0.0", "data.scenes=4"]
+        words += [f"train.upload=file://{folder}/store/{name}", "train.threads=1"]
+        return [{"recipe": RECIPE, "stage": "finetune", "overrides": words}]
+
+    rng = random.Random(seed)
+    began = time.monotonic()
+    processes, logs = launch_ranks(job("whole"), worlds[0], folder / "log-whole")
+    assert not any([p.wait(1200) for p in processes]), logs[0].read_text()[-2000:]
+    duration = time.monotonic() - began
+    run, made, starts, codes = folder / "killed", collections.Counter(), 0, None
+    while True:
+        size = worlds[starts // 3 % len(worlds)]
+        processes, logs = launch_ranks(job("killed"), size, folder / f"log-{starts:03d}")
+        starts += 1
+        if sum(made.values()) < kills:
+            kind = KINDS[sum(made.values()) % len(KINDS)]
+            if _disturb(kind, processes, run, rng, duration / 4):
+                made[kind] += 1
+        codes = [p.wait(300) for p in processes]
+        if all(code == 0 for code in codes):
+            break
+        assert starts < 6 * kills + 10, f"no progress after {starts} starts: {logs[0].read_text()[-2000:]}"
+    return {
+        "starts": starts,
+        "kills": dict(made),
+        "seconds": time.monotonic() - began,
+        "problems": _compare(folder / "whole", run, steps, len(worlds) == 1),
+    }
+
+
+def _disturb(kind: str, processes, run: Path, rng: random.Random, patience: float) -> bool:
+    """One disturbance, once training runs; whether there was time for it."""
+    seen = max(losses(run), default=0)
+    moments = {
+        "kill while saving": lambda: any((run / "checkpoints").glob(".partial-*")),
+        "kill while uploading": lambda: any((run.parent / "store/killed").glob("*/.*")),
+    }
+    reached = moments.get(kind, lambda: max(losses(run), default=0) > seen)
+    deadline = time.monotonic() + 120
+    while not reached():
+        if any(p.poll() is not None for p in processes) or time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    if kind not in moments:
+        time.sleep(rng.random() * min(1.0, patience))
+    if kind == "stop file":
+        (run / "STOP").touch()
+    elif kind == "terminate":
+        for p in processes:
+            p.send_signal(signal.SIGTERM)
+    else:
+        victims = [rng.choice(processes)] if kind == "kill one" else processes
+        for p in victims:
+            p.kill()
+    if kind == "kill one":
+        time.sleep(0.5)
+        for p in processes:  # as a launcher does when a rank is gone
+            p.terminate()
+    return True
+
+
+def _keys(run: Path) -> dict[int, list[str]]:
+    """Frame keys by step, sorted; of a step that ran more than once all runs must have had the same."""
+    records: dict[int, list[list[str]]] = {}
+    for path in run.glob("keys-rank-*.txt"):
+        for line in path.read_text().splitlines():
+            step, *keys = line.split()
+            records.setdefault(int(step), []).append(keys)
+    return {step: sorted({k for keys in lists for k in keys}) for step, lists in records.items()}
+
+
+def _compare(whole: Path, killed: Path, steps: int, exact: bool) -> list[str]:
+    problems = []
+    a, b = losses(whole), losses(killed)
+    if sorted(b) != list(range(1, steps + 1)):
+        problems.append(f"steps logged: {sorted(set(range(1, steps + 1)) - set(b))} missing")
+    worst = max((abs(a[s]["train/loss"] - b[s]["train/loss"]) for s in a if s in b), default=float("inf"))
+    if worst > (0 if exact else 1e-5):
+        problems.append(f"losses differ by up to {worst:.2e}")
+    one, two = _keys(whole), _keys(killed)
+    wrong = [s for s in one if one[s] != two.get(s)]
+    if wrong:
+        problems.append(f"frames of steps {wrong[:5]} differ")
+    first, second = Checkpoint(whole), Checkpoint(killed)
+    for name, tensor in second.tensors("model").items():
+        mine = first.tensors("model")[name].double()
+        apart = float((mine - tensor.double()).abs().max())
+        if apart > (0 if exact else 1e-3 * max(float(mine.abs().max()), 0.1)):
+            problems.append(f"final {name} differs by up to {apart:.2e}")
+    if first.state["data"] != second.state["data"]:
+        problems.append("the streams ended at different positions")
+    if list(killed.glob("checkpoints/.partial-*")) or len(complete_steps(killed / "checkpoints")) > 2:
+        problems.append("checkpoints were left lying about")
+    return problems
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--worlds", default="2,1,4", help="world sizes, changed at every third start")
+    args = parser.parse_args()
+    worlds = tuple(int(n) for n in args.worlds.split(","))
+    found = soak(args.folder, args.kills, args.steps, args.seed, worlds)
+    print(found)
+    sys.exit(bool(found["problems"]))

@@ -1,0 +1,121 @@
+"""Preemption, hangs and a short soak."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from occstream.pretrain.checkpoint import Checkpoint, latest_remote
+from occstream.pretrain.guards import REQUEUE
+from occstream.pretrain.tracking import read_events
+from tests.pretrain.small import RECIPE, ROOT, environment, losses, pack_small
+from tests.pretrain.soak import soak
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    url = str(tmp_path_factory.mktemp("guards") / "data")
+    pack_small(url)
+    return url
+
+
+def start(output, *words, **env):
+    command = [sys.executable, str(ROOT / "launch/pretrain.py"), "--recipe", RECIPE, f"output={output}", *words]
+    return subprocess.Popen(
+        command, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(run, step):
+    deadline = time.monotonic() + 100
+    while max(losses(run), default=0) < step and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "SIGUSR1", "STOP"])
+def test_a_run_that_is_asked_to_stop_saves_and_says_so_by_its_exit_code(data, tmp_path, way):
+    words = [f"data.url={data}", "train.steps=400", f"train.upload=file://{tmp_path}/store"]
+    process = start(tmp_path / "run", *words)
+    wait_for_step(tmp_path / "run", 3)
+    if way == "STOP":
+        (tmp_path / "run/STOP").touch()
+    else:
+        process.send_signal(getattr(signal, way))
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == REQUEUE, said
+    assert f"stopped by {'the file' if way == 'STOP' else way}" in said
+    step = Checkpoint(tmp_path / "run").state["step"]
+    assert step == max(losses(tmp_path / "run")) >= 3
+    assert not (tmp_path / "run/STOP").exists()
+    assert latest_remote(f"file://{tmp_path}/store") == step
+    events = read_events(tmp_path / "run/metrics.jsonl")
+    assert [e["status"] for e in events if "status" in e] == ["KILLED"]
+    if way == "STOP":
+        # On another disk: the run goes on from the copy, with the numbers it would have had.
+        process = start(tmp_path / "elsewhere", *words[:1], f"train.steps={step + 2}", words[2])
+        said, _ = process.communicate(timeout=100)
+        assert process.returncode == 0, said
+        assert f"at step {step}" in said
+        assert sorted(losses(tmp_path / "elsewhere")) == [step + 1, step + 2]
+
+
+def test_a_hang_ends_with_the_stacks_of_all_threads(tmp_path):
+    script = (
+        "import time, torch\nfrom pathlib import Path\nfrom occstream.pretrain.engine import World\n"
+        "from occstream.pretrain.guards import Watchdog\n"
+        f"dog = Watchdog(Path({str(tmp_path)!r}), World(0, 1, torch.device('cpu')), 1 / 120)\n"
+        "dog.alive()\nwith dog.off():\n    time.sleep(1)\n"
+        "def stuck():\n    time.sleep(60)\nstuck()\n"
+    )
+    began = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 1
+    assert time.monotonic() - began < 40
+    assert "in stuck" in (tmp_path / "stacks-rank-0.txt").read_text()
+
+
+def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(data, tmp_path):
+    words = [f"data.url={data}", "train.steps=6"]
+    assert start(tmp_path / "run", *words[:1], "train.steps=2").wait(100) == 0
+    script = (
+        "import resource, sys\nfrom occstream.pretrain import checkpoint\nreal = checkpoint.save\n"
+        "def full(*args):\n    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n    return real(*args)\n"
+        "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "checkpoint.save = full\nfrom occstream.launch.run import main\n"
+        f"sys.exit(main('pretrain', ['--recipe', {RECIPE!r}, 'output={tmp_path}/run', *{words!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    [line] = [x for x in done.stderr.splitlines() if x.startswith("error:")]
+    assert "cannot be written" in line
+    assert "goes on from the checkpoint before" in line
+    assert Checkpoint(tmp_path / "run").state["step"] == 2
+    process = start(tmp_path / "run", *words)
+    process.communicate(timeout=100)
+    assert process.returncode == 0
+    assert Checkpoint(tmp_path / "run").state["step"] == 6
+
+
+def test_out_of_memory_names_the_knobs(capsys):
+    from occstream.launch.run import guarded
+
+    def greedy():
+        import torch
+
+        return torch.empty(1 << 60)
+
+    assert guarded(greedy) == 3
+    said = capsys.readouterr().err
+    assert "out of memory" in said
+    assert "train.accumulate" in said
+
+
+def test_a_short_soak(tmp_path):
+    """Four of the kills of soak.py, over one and two processes."""
+    found = soak(tmp_path, kills=4, steps=24, seed=os.getpid() % 1000, worlds=(2, 1))
+    assert found["problems"] == []
+    assert sum(found["kills"].values()) >= 3, found
