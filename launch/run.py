@@ -21,7 +21,20 @@ def main(stage: str, argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", required=True, help="name of a packaged recipe, or path of a .yaml file")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args(argv)
+    dry = parser.add_argument_group("dry run")
+    dry.add_argument(
+        "--dry-run", action="store_true", help="check everything and estimate memory and time; start nothing"
+    )
+    dry.add_argument("--world-size", type=int, default=1, help="processes that the run will have (default 1)")
+    dry.add_argument("--memory-gb", type=float, default=0.0, help="memory of a GPU: refuse what does not fit")
+    dry.add_argument("--rate", type=float, default=0.0, help="frames/s of a GPU, for the time (a short run prints it)")
+    dry.add_argument("--price", type=float, default=0.0, help="of a GPU-hour, for the cost")
+    args = parser.parse_intermixed_args(argv)
+    if args.dry_run:
+        from occstream.launch.dryrun import dry_run
+
+        words = (args.world_size, args.memory_gb, args.rate, args.price)
+        return guarded(lambda: dry_run(stage, args.recipe, args.overrides, *words))
     return guarded(lambda: _run(stage, args.recipe, args.overrides))
 
 
