@@ -86,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--group", default=None, help="show the labels of this sidecar group")
     p.add_argument("--frames", type=int, default=200, help="read at most so many (default 200)")
 
+    p = command("card", data.card, "statistics of a packed data set: classes, occupancy, occlusion, quality of labels")
+    p.add_argument("url")
+    p.add_argument("--labels", default="", help="compare this sidecar group with the set's own labels")
+    p.add_argument("--frames", type=int, default=100, help="read at most so many (default 100)")
+
     p = command("verify", data.verify, "check hashes, members, joins, labels and calibration, and decode every frame")
     p.add_argument("url")
     p.add_argument(
@@ -166,10 +171,14 @@ def _parser() -> argparse.ArgumentParser:
     p = command("bench", _bench, "measure our speed against what this machine can do, as ratios within one run")
     p.add_argument(
         "what",
-        choices=("pack", "stream"),
+        choices=("pack", "stream", "step"),
         help="pack: against reading, JPEG work, zstd and hashing; stream: against the same "
-        "decoding from memory, and the peers that are installed",
+        "decoding from memory, and the peers that are installed; step: a training step of --recipe, taken apart",
     )
+    p.add_argument("--recipe", default="r50", help="with step (default r50)")
+    p.add_argument("--stage", choices=("pretrain", "finetune"), default="pretrain", help="with step")
+    p.add_argument("--batch", type=int, default=1, help="with step: frames (default 1)")
+    p.add_argument("settings", nargs="*", metavar="key=value", help="with step: settings of the recipe")
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--scenes", type=int, default=None, help="default 12 of 4 frames (pack), 30 of 10 (stream)")
@@ -274,6 +283,10 @@ def _bench(args) -> int:
         from occstream.launch.bench_pack import bench_pack
 
         found = bench_pack(args.scenes or 12, workers=args.workers, repeats=args.repeats)
+    elif args.what == "step":
+        from occstream.launch.bench_step import bench_step
+
+        found = bench_step(args.recipe, tuple(args.settings), args.stage, args.batch, args.repeats)
     else:
         from occstream.launch.bench_stream import bench_stream
 

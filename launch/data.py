@@ -242,6 +242,14 @@ def inspect(args) -> int:
     return 0
 
 
+def card(args) -> int:
+    from occstream.sharding.datacard import data_card, text
+    from occstream.sharding.manifest import Manifest
+
+    print(text(data_card(Manifest.load(args.url), args.labels, args.frames)))
+    return 0
+
+
 def verify(args) -> int:
     from occstream.sharding.check import verify
 

@@ -102,7 +102,7 @@ def _silent() -> Iterator[None]:
 
 
 def _peak(config: Config, model, semantic: int, binary: int) -> float:
-    batch = _batch(config, semantic, binary)
+    batch = frames_like(config, semantic, binary)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     bf16 = config.train.precision == "bf16"
@@ -121,7 +121,7 @@ def _peak(config: Config, model, semantic: int, binary: int) -> float:
     return peak + 3 * size  # the batch itself, and the stream's two spare ones
 
 
-def _batch(config: Config, semantic: int, binary: int) -> OccBatch:
+def frames_like(config: Config, semantic: int, binary: int) -> OccBatch:
     """Frames of plausible content: six cameras around, a fifth of the voxels occupied."""
     g = torch.Generator().manual_seed(0)
     size, (height, width), shape = semantic + binary, config.augment.image_size, config.voxel_grid.shape

@@ -13,8 +13,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlflow.entities import Metric
+
 from occstream.launch.study import Run, Study, finish, load_study, plan
-from occstream.pretrain.tracking import EVENTS, read_events
+from occstream.pretrain.tracking import EVENTS, Sender, open_client, read_events
+from occstream.sharding.datacard import data_card
+from occstream.sharding.manifest import Manifest
 
 HERE = Path(__file__).resolve().parent
 
@@ -61,6 +65,7 @@ def sweep(
         for file in write_jobs(write, study, [r for r in runs if r.name not in done]):
             print(f"wrote {file}")
         return 0
+    _log_card(study, runs)
     failed = _execute(study, runs, done, jobs)
     if failed:
         print(f"\n{len(failed)} of {len(runs)} runs failed; the others are done. Mend the cause and run this again:")
@@ -69,6 +74,25 @@ def sweep(
         return 1
     print(f"\nall {len(runs)} runs are done; next: occstream compare --uri {study.uri} --experiment {study.name}")
     return 0
+
+
+def _log_card(study: Study, runs: Sequence[Run]) -> None:
+    """The data card as a run of its own (once): ``occstream compare`` reads MLflow only."""
+    client = open_client(study.uri)
+    found = client.get_experiment_by_name(study.name)
+    if found and client.search_runs([found.experiment_id], "tags.kind = 'data-card'", max_results=1):
+        return
+    config = next(r.config for r in runs if r.config.stage == "finetune")
+    others = {r.config.data.labels for r in runs} - {"labels"}
+    card = data_card(Manifest.load(config.data.url), min(others, default=""))
+    sender = Sender(Path(study.output), study.uri, study.name)
+    run = client.create_run(
+        sender.experiment(client), run_name="data-card", tags={"kind": "data-card", "study": study.name}
+    )
+    now = int(time.time() * 1000)
+    metrics = [Metric(f"card/{key}", value, now, 0) for key, value in card.items() if value == value]
+    client.log_batch(run.info.run_id, metrics=metrics)
+    client.set_terminated(run.info.run_id, "FINISHED")
 
 
 def finished(study: Study, run: Run) -> bool:

@@ -215,7 +215,7 @@ class Sender:
         if "run" in event:
             if self.run_id is None:
                 tags = {**event["run"]["tags"], "mlflow.runName": event["run"]["name"]}
-                run = client.create_run(self._experiment(client), tags=tags)
+                run = client.create_run(self.experiment(client), tags=tags)
                 self.state["run_id"] = run.info.run_id
                 self._remember()
             event = {"params": event["run"]["params"]}
@@ -234,7 +234,8 @@ class Sender:
             else:
                 client.set_terminated(self.run_id, event["status"])
 
-    def _experiment(self, client) -> str:
+    def experiment(self, client) -> str:
+        """Id of the experiment, created if there is none."""
         from mlflow.exceptions import MlflowException
 
         found = client.get_experiment_by_name(self.state["experiment"])

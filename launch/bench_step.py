@@ -1,0 +1,178 @@
+"""``occstream bench step``: one training step of a recipe, taken apart, against what the machine can do and against a plain
+fp32 build of the same network in the same run. It reports; it judges nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from occstream.launch.dryrun import frames_like
+from occstream.pretrain.config import Config, load_config
+from occstream.pretrain.losses import occupancy_loss
+from occstream.pretrain.trainer import create_model
+
+# Part -> module of the network. What a network lacks is left out.
+PARTS = {
+    "image encoder": "images",
+    "lift": "lift",
+    "dense layers": "dense",
+    "binary decoder": "decoder",
+    "sparse part": "semantic",
+    "full head": "full",
+}
+
+
+def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, batch: int, repeats: int) -> dict:
+    """Times steps with data from memory.
+
+    Args:
+        recipe, overrides, stage: of the run.
+        batch: frames (fine-tuning: half of them semantic if the recipe replays, else all).
+        repeats: timed steps; builds take turns.
+
+    Returns:
+        Medians in seconds by build and part, FLOPs, ceilings, peak memory (CUDA).
+    """
+    config = load_config(recipe, overrides, stage=stage)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    semantic = 0 if stage == "pretrain" else (batch - batch // 2 if config.replay.url else batch)
+    frames = frames_like(config, semantic, batch - semantic).to(device)
+    builds: dict[str, Callable] = {"plain fp32": _Build(config, device, frames, "fp32", False)}
+    if device.type == "cuda":
+        builds["plain TF32"] = _Build(config, device, frames, "fp32", True)
+    if config.train.precision != "fp32":
+        builds[config.train.precision] = _Build(config, device, frames, config.train.precision, True)
+    for build in builds.values():
+        build.step()
+    flops = _flops(builds["plain fp32"])
+    for _ in range(repeats):
+        for build in builds.values():
+            build.step()
+    found: dict = {"device": _device(device), "batch": batch, "flops": flops, "ceilings": _ceilings(device)}
+    found["builds"] = {name: build.summary() for name, build in builds.items()}
+    _show(found, recipe, stage)
+    return found
+
+
+class _Build:
+    """A network, its optimizer and timers."""
+
+    def __init__(self, config: Config, device: torch.device, frames, precision: str, tf32: bool):
+        self.config, self.device, self.frames, self.tf32 = config, device, frames, tf32
+        self.autocast = precision == "bf16"
+        self.model = create_model(config).to(device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device.type == "cuda")
+        self.times: dict[str, list[float]] = defaultdict(list)
+        self.peak = 0
+        for part, name in PARTS.items():
+            module = getattr(self.model, name, None)
+            if isinstance(module, nn.Module):
+                self._watch(part, module)
+
+    def _watch(self, part: str, module: nn.Module) -> None:
+        begun = []
+        module.register_forward_pre_hook(lambda *_: begun.append(self._now()))
+        module.register_forward_hook(lambda *_: self.times[part].append(self._now() - begun.pop()))
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def _timed(self, part: str):
+        began = self._now()
+        yield
+        self.times[part].append(self._now() - began)
+
+    def step(self) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with self._timed("step"):
+            with self._timed("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                outputs = self.model(self.frames)
+            with self._timed("loss"):
+                loss, _ = occupancy_loss(outputs, self.frames, self.config.loss)
+            with self._timed("backward"):
+                loss.backward()
+            with self._timed("optimizer"):
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+
+    def summary(self) -> dict[str, float]:
+        found = {part: statistics.median(values[1:] or values) for part, values in self.times.items()}
+        return found | ({"peak_bytes": float(self.peak)} if self.peak else {})
+
+
+def _flops(build: _Build) -> float:
+    """Forward and backward of matrix products and convolutions; sampling, sorting and losses are not counted."""
+    with FlopCounterMode(display=False) as counter:
+        outputs = build.model(build.frames)
+        occupancy_loss(outputs, build.frames, build.config.loss)[0].backward()
+    build.optimizer.zero_grad(set_to_none=True)
+    return float(counter.get_total_flops())
+
+
+def _ceilings(device: torch.device) -> dict[str, float]:
+    """What a large matrix product and a large copy reach here: FLOP/s by type, bytes/s."""
+    size = 8192 if device.type == "cuda" else 1024
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        torch.backends.cuda.matmul.allow_tf32 = False
+        a = torch.randn(size, size, device=device, dtype=dtype)
+        found[name] = 2 * size**3 / _best(lambda a=a: a @ a, device)
+    x = torch.empty((1 << 30 if device.type == "cuda" else 1 << 26) // 4, device=device)
+    y = torch.empty_like(x)
+    found["copy"] = 2 * x.nbytes / _best(lambda: y.copy_(x), device)
+    return found
+
+
+def _best(work: Callable[[], object], device: torch.device, tries: int = 7) -> float:
+    found = []
+    for _ in range(tries):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _show(found: dict, recipe: str, stage: str) -> None:
+    builds, ceilings = found["builds"], found["ceilings"]
+    print(f"{stage} {recipe}, {found['batch']} frames from memory, {found['device']}")
+    head = ["part", *(f"{name} ms" for name in builds)]
+    print("  ".join([head[0].ljust(16), *(h.rjust(14) for h in head[1:])]))
+    parts = [*PARTS, "forward", "loss", "backward", "optimizer", "step"]
+    for part in parts:
+        if any(part in b for b in builds.values()):
+            cells = [f"{1e3 * b[part]:14.1f}" if part in b else " " * 14 for b in builds.values()]
+            print("  ".join([part.ljust(16), *cells]))
+    slow = builds["plain fp32"]["step"]
+    for name, b in builds.items():
+        kind = "bf16" if name == "bf16" else "fp32"
+        line = f"{name}: {found['batch'] / b['step']:.1f} frames/s, {slow / b['step']:.2f} x plain fp32"
+        line += f", {100 * found['flops'] / b['step'] / ceilings[kind]:.0f} % of this machine's {kind} matrix product"
+        if "peak_bytes" in b:
+            line += f", {b['peak_bytes'] / 2**30:.1f} GiB at its peak"
+        print(line)
+    print(
+        f"counted {found['flops'] / 1e9:,.0f} GFLOP a step; ceilings {ceilings['fp32'] / 1e9:,.0f} GFLOP/s fp32, "
+        f"{ceilings['bf16'] / 1e9:,.0f} bf16, copies {ceilings['copy'] / 1e9:,.1f} GB/s"
+    )

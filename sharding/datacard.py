@@ -1,0 +1,88 @@
+"""Data card: what a packed data set is like, in numbers that a scaling study should be read with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from occstream.sharding.manifest import Manifest
+from occstream.sharding.schema import IGNORE, get_taxonomy
+from occstream.sharding.stream import ShardReader
+
+
+def data_card(manifest: Manifest, other: str = "", frames: int = 100) -> dict[str, float]:
+    """Statistics of evenly spaced frames.
+
+    Args:
+        manifest: of the data set; its own labels count as the truth.
+        other: a sidecar group of binary labels to be compared with them, like ``labels-lidar``; "": none.
+        frames: at most so many.
+
+    Returns:
+        Shares in percent: ``occupied_share`` of all voxels; ``observed_share`` and ``in_view_share`` of all voxels (masks);
+        ``occluded_share``: occupied voxels that no camera sees; ``class/<name>`` of the occupied voxels; metres:
+        ``distance_p50``, ``distance_p90`` of occupied voxels from the ego; and of the other labels, where they claim to know:
+        ``recall``, ``precision`` of occupied voxels, ``known_share`` of all voxels. ``scenes``, ``frames`` of the set.
+
+    Raises:
+        ValueError: there are no labels.
+    """
+    reader = ShardReader(manifest, ("labels",))
+    second = ShardReader(manifest.with_sidecar(other), (other,)) if other else None
+    places = [(i, k) for i, scene in enumerate(manifest.scenes) for k in range(scene.frames)]
+    chosen = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(frames, len(places))).astype(int))]
+    taxonomy, grid = get_taxonomy(manifest.taxonomy), manifest.grid
+    distance = np.linalg.norm(grid.centers()[..., :2], axis=-1).reshape(grid.shape)
+    count = dict.fromkeys(("voxels", "occupied", "observed", "seen", "seen_occupied"), 0)
+    classes, far = np.zeros(taxonomy.num_classes, np.int64), []
+    hits = np.zeros(4, np.int64)  # known, truly occupied and known, called occupied, both
+    for scene, index in chosen:
+        labels = reader.frame(scene, index).labels
+        if labels is None:
+            raise ValueError(f"{manifest.url}: frames have no labels; pack the labels group")
+        count["voxels"] += labels.binary.size
+        count["occupied"] += int(labels.binary.sum())
+        count["observed"] += int(labels.mask_lidar.sum()) if labels.mask_lidar is not None else labels.binary.size
+        seen = labels.mask_camera if labels.mask_camera is not None else np.ones_like(labels.binary)
+        count["seen"] += int(seen.sum())
+        count["seen_occupied"] += int((seen & labels.binary).sum())
+        far.append(distance[labels.binary])
+        if labels.semantic is not None:
+            known = labels.semantic[labels.binary]
+            classes += np.bincount(known[known < taxonomy.free_id], minlength=taxonomy.num_classes)
+        if second:
+            theirs = second.frame(scene, index).labels
+            sure = theirs.mask_lidar if theirs.mask_lidar is not None else np.ones_like(theirs.binary)
+            if labels.semantic is not None:
+                sure = sure & (labels.semantic != IGNORE)
+            truth, said = labels.binary & sure, theirs.binary & sure
+            hits += [int(v.sum()) for v in (sure, truth, said, truth & said)]
+    reader.close()
+    far = np.concatenate(far) if far else np.zeros(0)
+    share = lambda a, b: 100 * a / b if b else float("nan")  # noqa: E731
+    card = {
+        "scenes": float(len(manifest.scenes)),
+        "frames": float(manifest.num_frames),
+        "occupied_share": share(count["occupied"], count["voxels"]),
+        "observed_share": share(count["observed"], count["voxels"]),
+        "in_view_share": share(count["seen"], count["voxels"]),
+        "occluded_share": share(count["occupied"] - count["seen_occupied"], count["occupied"]),
+        "distance_p50": float(np.quantile(far, 0.5)) if len(far) else float("nan"),
+        "distance_p90": float(np.quantile(far, 0.9)) if len(far) else float("nan"),
+    }
+    if classes.sum():
+        card |= {f"class/{name}": share(n, classes.sum()) for name, n in zip(taxonomy.classes, classes)}
+    if second:
+        second.close()
+        card |= {
+            "labels/recall": share(hits[3], hits[1]),
+            "labels/precision": share(hits[3], hits[2]),
+            "labels/known_share": share(hits[0], count["voxels"]),
+        }
+    return card
+
+
+def text(card: Mapping[str, float]) -> str:
+    """For the terminal."""
+    return "\n".join(f"  {name:<28} {value:10.2f}" for name, value in card.items())
