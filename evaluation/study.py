@@ -348,18 +348,30 @@ def _style(axes, study: Study, ylabel: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _line(axes, points: Mapping[int, Sequence[float]], number: int, label: str, **style) -> None:
-    color = COLORS[number % len(COLORS)]
-    sizes = list(points)
-    means = [np.mean(points[n]) for n in sizes]
-    axes.plot(sizes, means, color=color, label=label, lw=1.8, **style)
-    for n in sizes:
-        axes.plot(
-            [n] * len(points[n]), points[n], MARKS[number % len(MARKS)], color=color, ms=4, alpha=0.55, mec="none"
-        )
-    bands = [mean_interval(points[n]) for n in sizes]
-    if not any(math.isnan(low) for low, _ in bands):
-        axes.fill_between(sizes, *zip(*bands), color=color, alpha=0.10, lw=0)
+def _line(axes, points: Mapping[float, Sequence[float]], number: int, label: str, shift: float = 0.0, **style) -> None:
+    """Mean, its 95 % interval and the seeds; lines are moved apart a little so that bars do not hide each other."""
+    color, mark = COLORS[number % len(COLORS)], MARKS[number % len(MARKS)]
+    sizes = np.array(list(points), float)
+    places = sizes * (1 + shift) + shift * sizes[sizes > 0].min() * (sizes == 0)
+    means = [np.mean(v) for v in points.values()]
+    axes.plot(places, means, color=color, label=label, lw=1.8, **style)
+    for place, values in zip(places, points.values()):
+        axes.plot([place] * len(values), values, mark, color=color, ms=4.5, alpha=0.6, mec="none")
+        low, high = mean_interval(values)
+        if not math.isnan(low):
+            axes.plot([place, place], [low, high], color=color, lw=1.0, alpha=0.5)
+
+
+def _limits(axes, values: Iterable[float]) -> None:
+    """Shows all seeds; the interval of three may be many times as wide and is cut."""
+    values = [v for v in values if not math.isnan(v)]
+    if values:
+        margin = 0.12 * (max(values) - min(values)) or 1.0
+        axes.set_ylim(min(values) - margin, max(values) + margin)
+
+
+def _shift(number: int, count: int) -> float:
+    return 0.05 * (number - (count - 1) / 2)
 
 
 def _seeds(study: Study) -> str:
@@ -374,38 +386,43 @@ def draw_scenes(study: Study) -> Figure:
         for number, arm in enumerate(study.arms):
             points = study.points(arm, metric)
             if points:
-                _line(axes, points, number, arm.label(study))
+                _line(axes, points, number, arm.label(study), _shift(number, len(study.arms)))
         for (control, _, n), seeds in study.controls.items():
             if control in ("longer", "more-s"):
                 values = [m[metric] for m in seeds.values()]
                 name = "0 scenes, trained as long" if control == "longer" else "S frames for B frames"
                 mark = "*" if control == "longer" else "X"
-                axes.plot([n], [np.mean(values)], mark, color="#333333", ms=9, label=name, zorder=5, mec="white")
+                axes.plot([n] * len(values), values, mark, color="#222222", ms=5, alpha=0.4, mec="none")
+                axes.plot([n], [np.mean(values)], mark, color="#222222", ms=11, label=name, zorder=5, mec="none")
         _style(axes, study, f"{METRICS[metric]} (%)")
+        _limits(axes, [m.get(metric, math.nan) for p, seeds in _all(study) if p[2] != "labels" for m in seeds.values()])
     axes.legend(fontsize=8, frameon=False)
     figure.suptitle(
-        f"{study.name}: dots are seeds, lines their mean, bands its 95 % interval (n = {_seeds(study)})", size=10
+        f"{study.name}: dots are seeds, lines their mean, bars its 95 % interval (n = {_seeds(study)})", size=10
     )
     return figure
 
 
 def draw_binary(study: Study) -> Figure | None:
     """Binary IoU before and after fine-tuning (the paper's Fig. 10)."""
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     drawn = False
     for number, arm in enumerate(study.arms):
         after = study.points(arm, "eval/binary_iou")
         if after:
-            _line(axes, after, number, f"{arm.label(study)}, after")
+            _line(axes, after, number, f"{arm.label(study)}, after", _shift(number, len(study.arms)))
             drawn = True
         before = dict(sorted(study.before.get(arm, {}).items()))
         if before:
-            _line(axes, before, number, f"{arm.label(study)}, before", ls="--")
+            shift = _shift(number, len(study.arms))
+            _line(axes, before, number, f"{arm.label(study)}, before", shift, ls="--", marker="")
     if not drawn:
         return None
     _style(axes, study, "binary IoU (%)")
-    axes.legend(fontsize=7, frameon=False)
+    seen = [m.get("eval/binary_iou", math.nan) for _, seeds in _all(study) for m in seeds.values()]
+    _limits(axes, [*seen, *(v for cells in study.before.values() for values in cells.values() for v in values)])
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.set_title(f"binary IoU before and after fine-tuning (n = {_seeds(study)} seeds)", size=10)
     return figure
 
@@ -414,12 +431,14 @@ def draw_labels(study: Study) -> Figure | None:
     """mIoU against labelled scenes without pre-training, and where pre-training comes to lie."""
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
+    shown: list[float] = []
     families = [f for f in dict.fromkeys(a.family for a in study.arms) if label_curve(study, f)]
     if not families:
         return None
     for number, family in enumerate(families):
         curve = dict(sorted(label_curve(study, family).items()))
         _line(axes, curve, number, f"{family}, no pre-training")
+        shown += [v for values in curve.values() for v in values]
     for number, arm in enumerate(study.arms):
         points = study.points(arm, "eval/miou")
         most = max(points)
@@ -428,6 +447,8 @@ def draw_labels(study: Study) -> Figure | None:
             name = f"{arm.label(study)}, {most} pre-training scenes"
             axes.axhline(np.mean(points[most]), color=color, lw=1.2, ls="--", label=name)
             axes.plot([arm.finetune_scenes], [np.mean(points[most])], "o", color=color)
+            shown.append(float(np.mean(points[most])))
+    _limits(axes, shown)
     axes.set_xscale("log")
     ticks = sorted({n for f in families for n in label_curve(study, f)})
     axes.set_xticks(ticks, [f"{n:g}" for n in ticks])

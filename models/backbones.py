@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ class ImageEncoder(nn.Module):
         channels: of the emitted level.
         stride: of the emitted level: 8, 16 (the paper's) or 32.
         weights: "" for random, a path (``.safetensors``, or ``.pt`` with plain tensors), or a hub id such as
-            ``microsoft/resnet-50``. All backbone tensors must be there.
+            ``microsoft/resnet-50``. All backbone tensors must be there, by the names of transformers or of torchvision,
+            the latter below any prefix (a detector's).
         checkpointing: recompute activations in the backward pass.
 
     Raises:
@@ -89,9 +91,9 @@ def _load(body: nn.Module, weights: str) -> None:
     values = (
         load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     )
-    # Whole classifiers keep the same tensors below "resnet.".
-    values = {k.removeprefix("resnet."): v for k, v in values.items()}
+    values = values.get("state_dict", values)
     own = body.state_dict()
+    values = _by_our_names(values, own)
     missing = [k for k in own if k not in values or values[k].shape != own[k].shape]
     if missing:
         raise ValueError(
@@ -99,3 +101,31 @@ def _load(body: nn.Module, weights: str) -> None:
             f"({', '.join(missing[:4])}…); they belong to another backbone or width"
         )
     body.load_state_dict({k: values[k] for k in own})
+
+
+def _by_our_names(values: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a classifier or a detector under the names that the backbone has.
+
+    Known are transformers' names, alone or below ``resnet.``, and torchvision's, alone or below any prefix (mmdetection and
+    its kin have ``img_backbone.`` or ``backbone.``).
+    """
+    values = {k.removeprefix("resnet."): v for k, v in values.items()}
+    mark = "layer1.0.conv1.weight"
+    prefix = next((k.removesuffix(mark) for k in values if k.endswith(mark)), None)
+    if prefix is None:
+        return values
+    return {ours: values[theirs] for ours in own if (theirs := prefix + _torchvision_name(ours)) in values}
+
+
+def _torchvision_name(key: str) -> str:
+    """``encoder.stages.1.layers.0.layer.2.convolution.weight`` -> ``layer2.0.conv3.weight``."""
+    key = key.replace("embedder.embedder.convolution", "conv1").replace("embedder.embedder.normalization", "bn1")
+    found = re.fullmatch(r"encoder\.stages\.(\d)\.layers\.(\d+)\.(.*)", key)
+    if not found:
+        return key
+    stage, layer, rest = int(found[1]) + 1, found[2], found[3]
+    rest = rest.replace("shortcut.convolution", "downsample.0").replace("shortcut.normalization", "downsample.1")
+    inner = re.fullmatch(r"layer\.(\d)\.(convolution|normalization)\.(.*)", rest)
+    if inner:
+        rest = f"{'conv' if inner[2] == 'convolution' else 'bn'}{int(inner[1]) + 1}.{inner[3]}"
+    return f"layer{stage}.{layer}.{rest}"

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from occstream.models import build_model, model_entry
 from occstream.models.b2s import B2SConfig, Strategy
-from occstream.models.backbones import ImageEncoder
+from occstream.models.backbones import ImageEncoder, _torchvision_name
 from occstream.models.batch import concat, pool_binary
 from occstream.models.registry import MODELS
 from occstream.pretrain.checkpoint import load_declared
@@ -256,6 +256,32 @@ def test_backbone_weights_come_from_a_file_completely_or_not_at_all(tmp_path):
         ImageEncoder("resnet18", 16, 16, 8, weights=str(tmp_path / "part.safetensors"))
     with pytest.raises(ValueError, match="no such file"):
         ImageEncoder("resnet18", 16, 16, 8, weights=str(tmp_path / "none.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_backbone_weights_of_a_detector_by_torchvisions_names(tmp_path, name):
+    """The names written down here are torchvision's; the detector has more beside its backbone."""
+    torch.manual_seed(0)
+    source = ImageEncoder(name, 16, 16, 8).body.state_dict()
+    deep = name == "resnet50"
+    known = {
+        "embedder.embedder.convolution.weight": "conv1.weight",
+        "embedder.embedder.normalization.running_var": "bn1.running_var",
+        "encoder.stages.0.layers.0.layer.0.convolution.weight": "layer1.0.conv1.weight",
+        "encoder.stages.3.layers.1.layer.1.normalization.bias": "layer4.1.bn2.bias",
+        "encoder.stages.1.layers.0.shortcut.convolution.weight": "layer2.0.downsample.0.weight",
+        "encoder.stages.1.layers.0.shortcut.normalization.weight": "layer2.0.downsample.1.weight",
+    }
+    if deep:
+        known["encoder.stages.2.layers.5.layer.2.convolution.weight"] = "layer3.5.conv3.weight"
+    assert {k: _torchvision_name(k) for k in known} == known
+    theirs = {f"img_backbone.{_torchvision_name(k)}": v for k, v in source.items()}
+    assert len(theirs) == len(source)
+    torch.save({"state_dict": {**theirs, "pts_bbox_head.weight": torch.ones(1)}}, tmp_path / "detector.pt")
+    torch.manual_seed(1)
+    loaded = ImageEncoder(name, 16, 16, 8, weights=str(tmp_path / "detector.pt"))
+    for key, value in source.items():
+        torch.testing.assert_close(loaded.body.state_dict()[key], value)
 
 
 def test_pooled_labels():
