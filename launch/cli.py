@@ -112,6 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--picture", default="", help="also write a picture of the first frame here")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. eval.mask=camera")
 
+    p = command("export", _export, "write a checkpoint's weights as one .safetensors file, with a model card beside it")
+    p.add_argument("checkpoint", help="a run's folder or one of its step-… folders")
+    p.add_argument("out", help="a .safetensors file; train.init= takes it")
+
     p = command(
         "predict",
         _predict,
@@ -196,6 +200,14 @@ def _evaluate(args) -> int:
     overrides = [*args.settings, *([f"eval.url={args.data}"] if args.data else [])]
     result = evaluate_checkpoint(args.checkpoint, overrides, picture=Path(args.picture) if args.picture else None)
     print(result.table())
+    return 0
+
+
+def _export(args) -> int:
+    from occstream.pretrain.checkpoint import export
+
+    out = export(args.checkpoint, args.out)
+    print(f"wrote {out} and {out.with_suffix('.json')}")
     return 0
 
 

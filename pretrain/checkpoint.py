@@ -257,6 +257,45 @@ class Checkpoint:
         return {**self.tensors("model"), **self.tensors("ema")}
 
 
+def export(path: str | Path, out: str | Path) -> Path:
+    """Plain weights of a checkpoint (averaged where there are any) with a model card beside them.
+
+    Args:
+        path: a run's folder or one of its checkpoints.
+        out: a ``.safetensors`` file; the card is ``<name>.json``.
+
+    Raises:
+        ValueError: nothing complete there, or ``out`` is not a .safetensors file.
+    """
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: give a name that ends in .safetensors")
+    saved = Checkpoint(path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.contiguous() for k, v in saved.weights().items()}
+    save_file(weights, out, metadata={"occstream": json.dumps({"digest": saved.digest, "step": saved.state["step"]})})
+    scores = read_scores(saved.path.parent).get(str(saved.state["step"]), {})
+    config = saved.state.get("config", {})
+    card = {
+        "model": config.get("model_name"),
+        "stage": config.get("stage"),
+        "grid": config.get("grid"),
+        "taxonomy": config.get("taxonomy"),
+        "cameras": saved.state.get("cameras"),
+        "step": saved.state["step"],
+        "samples": saved.state.get("samples"),
+        "data_fingerprints": saved.state.get("fingerprints"),
+        "mlflow_run_id": saved.state.get("mlflow_run_id"),
+        "averaged": bool(saved.tensors("ema")),
+        "parameters": sum(v.numel() for v in weights.values()),
+        "sha256": _sha256(out),
+        "scores": scores,
+        "config": config,
+    }
+    out.with_suffix(".json").write_text(json.dumps(card, indent=1))
+    return out
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Weights of a checkpoint folder, a run's folder, an exported ``.safetensors``, or a plain ``.pt`` state dict."""
     path = Path(path)

@@ -3,13 +3,16 @@
 import itertools
 import json
 import math
+import shutil
 import time
 from typing import get_args
 
 import pytest
+import torch
 
 from occstream.models import MODELS
 from occstream.models.b2s import Strategy
+from occstream.pretrain.checkpoint import export, read_weights
 from occstream.pretrain.tracking import read_events
 from tests.pretrain.small import RECIPE, launch_ranks, losses, pack_small, run_jobs, start_jobs
 
@@ -27,7 +30,7 @@ def runs(tmp_path_factory):
     def job(kind, ranks, stage):
         # A small learning rate: Adam turns the rounding of gradients that are zero into whole steps.
         overrides = [f"data.url={data}", f"output={root}/{kind}-{ranks}-{stage}", f"train.zero_stage={stage}"]
-        overrides += ["train.lr=2e-5", "train.warmup=20"]
+        overrides += ["train.lr=2e-5", "train.warmup=20", "train.save_every=10"]
         if kind == "mix":
             # Two sources of B, two to one; a batch of four takes 3 + 1, 2 + 2, 3 + 1.
             more = f"[{{url: {data}, weight: 1, holdout: 1, subset_seed: 5}}]"
@@ -81,6 +84,33 @@ def test_evaluation_counts_the_same_voxels_on_one_process_and_two(runs, kind):
     assert results[0]["eval/frames"] == 3
     for other in results[1:]:
         assert other == pytest.approx(results[0], abs=0.05, nan_ok=True)
+
+
+def test_save_resume_resize_and_export_at_every_stage(runs):
+    """From the checkpoint in the middle of each two-process run: on one process at the same stage, and from its export."""
+    jobs, names = [], []
+    for kind, stage in itertools.product(("pretrain", "replay"), STAGES):
+        source = runs / f"{kind}-2-{stage}"
+        step = source / "checkpoints/step-00000010"
+        other = runs / f"resized-{kind}-{stage}"
+        shutil.copytree(step, other / "checkpoints" / step.name)
+        config = json.loads((step / "state.json").read_text())["config"]
+        job = {"recipe": str(source / "config.yaml"), "stage": config["stage"], "overrides": [f"output={other}"]}
+        jobs.append(job)
+        names.append((source, other))
+        exported = export(step, runs / f"export/{kind}-{stage}.safetensors")
+        card = json.loads(exported.with_suffix(".json").read_text())
+        assert (card["step"], card["averaged"], card["stage"]) == (10, True, config["stage"])
+    run_jobs(jobs, 1, runs / "resized")
+    for source, other in names:
+        whole, resumed = losses(source), losses(other)
+        assert sorted(resumed) == list(range(11, 21))
+        for step, parts in resumed.items():
+            assert parts["train/loss"] == pytest.approx(whole[step]["train/loss"], abs=1e-5), (other, step)
+    first, *rest = [read_weights(runs / f"export/replay-{stage}.safetensors") for stage in STAGES]
+    for weights in rest:
+        assert weights.keys() == first.keys()
+        assert all(torch.allclose(weights[k].double(), v.double(), rtol=1e-3, atol=1e-3) for k, v in first.items())
 
 
 @pytest.mark.parametrize("stage", STAGES)
