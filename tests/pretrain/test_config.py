@@ -1,5 +1,6 @@
 """Recipes: strict, complete, and the same after a round trip."""
 
+import functools
 import importlib.resources
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from occstream.launch import recipes
+from occstream.launch.study import load_study
 from occstream.pretrain.config import load_config, merge, parse_config, parse_overrides, read_recipe
 from occstream.pretrain.engine import learning_rate
 
@@ -15,7 +17,21 @@ PACKAGED = sorted(
 )
 
 
-@pytest.mark.parametrize("name", PACKAGED)
+STUDIES = [name for name in PACKAGED if "strategies" in read_recipe(name)]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_packaged_studies_are_valid(name):
+    """And the settings of every stage are those of a recipe."""
+    study = load_study(name)
+    for stage in (study.pretrain, study.finetune):
+        for arm in study.strategies.values():
+            for family in study.families.values():
+                layers = (read_recipe(stage.recipe), study.set, family, stage.set, arm.pretrain, arm.finetune)
+                assert parse_config(functools.reduce(merge, layers))
+
+
+@pytest.mark.parametrize("name", [n for n in PACKAGED if n not in STUDIES])
 def test_packaged_recipes_are_valid_and_survive_a_round_trip(name):
     config = load_config(name)
     assert parse_config(config.to_dict()).to_dict() == config.to_dict()
