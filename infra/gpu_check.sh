@@ -22,8 +22,13 @@ occstream doctor | tee "$OUT/doctor.txt" || true
 
 echo "== 1. the same network, weights and batch on CPU and GPU"
 python - <<'PY' | tee "$OUT/agree.txt"
+import dataclasses
+import itertools
+from typing import get_args
+
 import torch
-from occstream.models import build_model
+from occstream.models import MODELS, build_model
+from occstream.models.b2s import Strategy
 from occstream.pretrain.config import load_config
 from occstream.pretrain.losses import LossConfig, occupancy_loss
 from tests.models.helpers import make_batch, SMALL
@@ -33,10 +38,11 @@ torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 print("device", torch.cuda.get_device_name(0), "torch", torch.__version__)
 config = load_config("tests/pretrain/small.yaml", ["model.dropout=0.0"]).model
 worst = 0.0
-for seed in range(5):
-    torch.manual_seed(seed)
-    model = build_model("b2s_ls", config, grid=SMALL, num_classes=17, image_size=(32, 64), semantic=True)
-    batch, found = make_batch(3, 2, seed=seed), {}
+for name, strategy in itertools.product(sorted(MODELS), get_args(Strategy)):
+    torch.manual_seed(0)
+    settings = dataclasses.replace(config, strategy=strategy, dense_layers=1)
+    model = build_model(name, settings, grid=SMALL, num_classes=17, image_size=(32, 64), semantic=True)
+    batch, found = make_batch(3, 2 if model.predicts_binary else 3), {}
     for device in ("cpu", "cuda"):
         model = model.to(device).train()
         model.zero_grad()
@@ -47,7 +53,7 @@ for seed in range(5):
         found[device] = (loss.item(), norm.item())
     gap = max(abs(a - b) / abs(a) for a, b in zip(found["cpu"], found["cuda"]))
     worst = max(worst, gap)
-    print(f"seed {seed}: loss and gradient norm cpu {found['cpu']} cuda {found['cuda']} relative gap {gap:.1e}")
+    print(f"{name} {strategy}: loss and gradient norm cpu {found['cpu']} cuda {found['cuda']} relative gap {gap:.1e}")
 assert worst < 1e-3, worst
 print("CPU and GPU agree, worst relative gap", worst)
 PY
@@ -68,7 +74,13 @@ for precision in fp32 bf16; do
     replay.url="$WORK/shards" replay.holdout=4 train.init="$OUT/pretrain-$precision" output="$OUT/finetune-$precision"
 done
 
-echo "== 4. summary"
+echo "== 4. a step, taken apart: the r50 of the paper, and the memory of an offboard step"
+occstream bench step --recipe r50 --batch "$BATCH" --repeats 5 --json "$OUT/step-r50.json" | tee "$OUT/step-r50.txt"
+occstream bench step --recipe r50-bevformer --batch 2 --json "$OUT/step-bevformer.json" | tee "$OUT/step-bevformer.txt"
+occstream bench step --recipe r50-offboard --stage finetune --batch 1 --json "$OUT/step-offboard.json" |
+  tee "$OUT/step-offboard.txt"
+
+echo "== 5. summary"
 python - "$OUT" <<'PY' | tee "$OUT/summary.txt"
 import json, sys
 from pathlib import Path
