@@ -232,10 +232,17 @@ def worth_in_labels(curve: Mapping[float, Sequence[float]], scores: Sequence[flo
         draws: of the bootstrap.
 
     Raises:
-        NotFitted: the curve has fewer than two sizes.
+        NotFitted: the curve has fewer than two sizes, or does not rise by more than the seeds differ.
     """
     if len(curve) < 2:
         raise NotFitted("labelled scenes without pre-training at one size only; add a label_curve to the study")
+    ends = [np.array(curve[n], float) for n in (min(curve), max(curve))]
+    rise = ends[1].mean() - ends[0].mean()
+    if min(map(len, ends)) < 2 or not rise > 0 or stats.ttest_ind(*ends, equal_var=False).pvalue > 1 - LEVEL:
+        raise NotFitted(
+            f"from {min(curve):g} to {max(curve):g} labelled scenes the score changes by {rise:+.2f}, not more than its "
+            "spread over seeds: nothing can be read off such a curve; train longer, or take more seeds"
+        )
     sizes = np.array(sorted(curve), float)
     rng = np.random.default_rng(0)
 

@@ -396,7 +396,7 @@ def draw_scenes(study: Study) -> Figure:
                 axes.plot([n], [np.mean(values)], mark, color="#222222", ms=11, label=name, zorder=5, mec="none")
         _style(axes, study, f"{METRICS[metric]} (%)")
         _limits(axes, [m.get(metric, math.nan) for p, seeds in _all(study) if p[2] != "labels" for m in seeds.values()])
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     figure.suptitle(
         f"{study.name}: dots are seeds, lines their mean, bars its 95 % interval (n = {_seeds(study)})", size=10
     )
@@ -479,7 +479,8 @@ def draw_fits(study: Study) -> Figure | None:
     axes = figure.subplots()
     for number, arm, law in found:
         color, points = COLORS[number % len(COLORS)], study.points(arm, "eval/miou")
-        grid = np.concatenate([[0], np.geomspace(min(n for n in points if n) / 2, 2 * max(points), 60)])
+        first = min(n for n in points if n)
+        grid = np.concatenate([np.linspace(0, first, 25), np.geomspace(first, 2 * max(points), 40)])
         axes.plot(grid, law(grid), color=color, lw=1.6, label=f"{arm.label(study)}: {law.law} law")
         bands = np.array([law.interval(n) for n in grid])
         axes.fill_between(grid, bands[:, 0], bands[:, 1], color=color, alpha=0.12, lw=0)
@@ -487,7 +488,7 @@ def draw_fits(study: Study) -> Figure | None:
             axes.plot([n] * len(values), values, MARKS[number % len(MARKS)], color=color, ms=4, alpha=0.6, mec="none")
     _style(axes, study, "mIoU (%)")
     axes.legend(fontsize=7, frameon=False)
-    axes.set_title("fitted laws with 95 % intervals, to twice the largest size", size=10)
+    axes.set_title(f"fitted laws with 95 % intervals, to twice the largest size (n = {_seeds(study)} seeds)", size=10)
     return figure
 
 

@@ -70,6 +70,9 @@ def test_too_few_points_and_too_much_spread_are_refused_in_words():
         fit({n: rng.normal(10, 1, 3).tolist() for n in SIZES}, "power")
     with pytest.raises(NotFitted, match="one size only"):
         worth_in_labels({6: [1, 2]}, [3])
+    for flat in ({6: [8.0, 8.1], 24: [8.05, 8.1]}, {6: [8.0, 8.1], 24: [6.0, 6.1]}):
+        with pytest.raises(NotFitted, match="nothing can be read off such a curve"):
+            worth_in_labels(flat, [9.0, 9.1])
 
 
 def test_worth_is_read_off_the_curve_of_labels():
