@@ -149,7 +149,7 @@ def test_depth_loss_pulls_the_lift_towards_the_points():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert float(parts["depth"]) * 3 == pytest.approx(float(loss), rel=1e-5)
+    assert float(parts["depth"]) * 3 == pytest.approx(loss.item(), rel=1e-5)
     assert model(batch).depth[:, :, wanted].mean().item() > 2 * before
     other = build(semantic=False, name="b2s_bevformer")(batch)
     with pytest.raises(ValueError, match="predicts no depth"):
