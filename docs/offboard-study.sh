@@ -1,7 +1,7 @@
 #!/bin/bash
 # Offboard auto-labelling on synthetic scenes (the paper's Table 5): a teacher that is told what is occupied learns from 6
-# labelled scenes and labels 74 more; students learn from ground truth and its labels. Data of study-b2s, whose row S+B* with
-# 0 pre-training scenes is a student with the 6 labelled scenes alone, at the same settings.
+# labelled scenes and labels 74 more; students learn from ground truth and its labels, and "truth" from the ground truth
+# alone, all for the same number of steps. Data of study-b2s.
 #   docs/offboard-study.sh [SEED …]
 #   occstream compare --uri sqlite:///runs/study-offboard/mlflow.db --experiment study-offboard
 set -euo pipefail
@@ -9,11 +9,13 @@ data=runs/study-b2s/data
 out=runs/study-offboard
 python=${PYTHON:-python}
 launch=${LAUNCH:-launch}
+arms=${ARMS:-teacher top1 top2 truth}
 one() { # name seed overrides…
   local name=$1 seed=$2
   shift 2
+  if [[ " $arms " != *" $name "* ]]; then return; fi
   $python "$launch/finetune.py" --recipe study-tiny "data.url=$data" "output=$out/$name-s$seed" "train.seed=$seed" \
-    train.lr=2.0e-3 train.batch=2 train.warmup=40 train.steps=400 "track.uri=sqlite:///$out/mlflow.db" \
+    train.lr=2.0e-3 train.batch=2 train.warmup=40 "train.steps=${STEPS:-1120}" "track.uri=sqlite:///$out/mlflow.db" \
     track.experiment=study-offboard "track.tags={study: study-offboard, arm: $name}" "$@" > "$out/$name-s$seed.txt" 2>&1
 }
 mkdir -p "$out"
@@ -25,4 +27,5 @@ for seed in "${@:-0}"; do
   done
   one top1 "$seed" data.binary_from=semantic data.scenes=80 "data.labels=pseudo-top1-s$seed"
   one top2 "$seed" data.binary_from=semantic data.scenes=80 "data.labels=pseudo-top2-s$seed" data.soft=true
+  one truth "$seed" data.binary_from=semantic data.scenes=6
 done

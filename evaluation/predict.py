@@ -60,7 +60,8 @@ def predict(
         logits = total / len(mirrors)
         wide = torch.cat([logits, torch.full_like(logits[:, :1], free_logit(kind, threshold))], 1)
         for index, key in enumerate(batch.keys):
-            truth = batch.binary[index] if occupied == "labels" else None
+            # A copy: the batch's buffers go back to the readers, these labels are kept.
+            truth = batch.binary[index].clone() if occupied == "labels" else None
             yield key, _labels(wide[index], truth, keep)
 
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from occstream.launch.dryrun import frames_like
 from occstream.pretrain.config import Config, load_config
 from occstream.pretrain.losses import occupancy_loss
+from occstream.pretrain.meter import best_time, matmul_ceiling
 from occstream.pretrain.trainer import create_model
 
 # Part -> module of the network. What a network lacks is left out.
@@ -125,29 +126,11 @@ def _flops(build: _Build) -> float:
 
 def _ceilings(device: torch.device) -> dict[str, float]:
     """What a large matrix product and a large copy reach here: FLOP/s by type, bytes/s."""
-    size = 8192 if device.type == "cuda" else 1024
-    found = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        torch.backends.cuda.matmul.allow_tf32 = False
-        a = torch.randn(size, size, device=device, dtype=dtype)
-        found[name] = 2 * size**3 / _best(lambda a=a: a @ a, device)
+    found = {"fp32": matmul_ceiling(device, torch.float32), "bf16": matmul_ceiling(device, torch.bfloat16)}
     x = torch.empty((1 << 30 if device.type == "cuda" else 1 << 26) // 4, device=device)
     y = torch.empty_like(x)
-    found["copy"] = 2 * x.nbytes / _best(lambda: y.copy_(x), device)
+    found["copy"] = 2 * x.nbytes / best_time(lambda: y.copy_(x), device)
     return found
-
-
-def _best(work: Callable[[], object], device: torch.device, tries: int = 7) -> float:
-    found = []
-    for _ in range(tries):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return min(found)
 
 
 def _device(device: torch.device) -> str:

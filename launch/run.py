@@ -21,6 +21,7 @@ def main(stage: str, argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", required=True, help="name of a packaged recipe, or path of a .yaml file")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps (train.profile)")
     dry = parser.add_argument_group("dry run")
     dry.add_argument(
         "--dry-run", action="store_true", help="check everything and estimate memory and time; start nothing"
@@ -35,7 +36,8 @@ def main(stage: str, argv: Sequence[str] | None = None) -> int:
 
         words = (args.world_size, args.memory_gb, args.rate, args.price)
         return guarded(lambda: dry_run(stage, args.recipe, args.overrides, *words))
-    return guarded(lambda: _run(stage, args.recipe, args.overrides))
+    overrides = [*args.overrides, *([f"train.profile={args.profile}"] if args.profile else [])]
+    return guarded(lambda: _run(stage, args.recipe, overrides))
 
 
 def _run(stage: str, recipe: str, overrides: Sequence[str]) -> int:

@@ -50,6 +50,9 @@ class ArmSpec:
     replay: bool = False
     """Replay pre-training frames while fine-tuning (S+B), from the same scenes; without pre-training scenes there is
     nothing to replay, and ``without_replay`` applies instead."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """Where its B scenes come from, if not from the study's own set: ``url`` and other keys of ``data``, for pre-training and
+    for replay. A domain shift between B and S is two strategies that differ in this. Evaluation stays where it is."""
     without_replay: dict[str, Any] = field(default_factory=dict)
     """Settings of the cell with 0 pre-training scenes of a strategy that replays."""
 
@@ -131,8 +134,15 @@ class Run:
 
 
 def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> Study:
-    """Reads a study; a path or the name of a packaged recipe. Raises ValueError that names the key."""
+    """Reads a study; a path or the name of a packaged recipe. A strategy that is null leaves out that of ``base``.
+
+    Raises:
+        ValueError: that names the key.
+    """
     data = merge(read_recipe(path), overrides or {})
+    strategies = data.get("strategies")
+    if isinstance(strategies, Mapping):
+        data["strategies"] = {name: arm for name, arm in strategies.items() if arm is not None}
     known = [*dotted_keys(Study), *dotted_keys(ArmSpec, "strategies.NAME.")]
     return build_section(Study, data, "", known)
 
@@ -185,7 +195,7 @@ class _Builder:
         settings = [study.set, study.families[family] or {}, study.finetune.set, arm.finetune]
         settings.append({"data": {"scenes": labelled}, "train": {"seed": seed}})
         if arm.replay and scenes and control != "more-s":
-            settings.append({"replay": {**study.replay, "scenes": scenes}})
+            settings.append({"replay": {**study.replay, **arm.source, "scenes": scenes}})
         elif arm.replay:
             settings.append(arm.without_replay)
         if before:
@@ -199,6 +209,11 @@ class _Builder:
     def _pretrain(self, family: str, arm: ArmSpec, scenes: int, seed: int, strategy: str) -> Run:
         study = self.study
         settings = [study.set, study.families[family] or {}, study.pretrain.set, arm.pretrain]
+        if arm.source:
+            own = self._config("pretrain", study.pretrain.recipe, settings)
+            settings.append(
+                {"eval": {"url": own.eval.url or own.data.url, "holdout": own.data.holdout}, "data": arm.source}
+            )
         settings.append({"data": {"scenes": scenes}, "train": {"seed": seed}})
         return self._run("pretrain", study.pretrain.recipe, settings, f"pre-{family}-{strategy}-{scenes}-s{seed}", "")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from mlflow.entities import Metric
 
 from occstream.launch.study import Run, Study, finish, load_study, plan
+from occstream.pretrain.guards import WATCHED, in_use
 from occstream.pretrain.tracking import EVENTS, Sender, open_client, read_events
 from occstream.sharding.datacard import data_card
 from occstream.sharding.manifest import Manifest
@@ -151,7 +152,7 @@ def _execute(study: Study, runs: Sequence[Run], done: set[str], jobs: int) -> di
     done = set(done)
     running: dict[str, tuple[subprocess.Popen, float]] = {}
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", WATCHED: "1"}
     env.setdefault("OMP_NUM_THREADS", threads)
     began, total = time.perf_counter(), len(waiting)
     try:
@@ -160,6 +161,8 @@ def _execute(study: Study, runs: Sequence[Run], done: set[str], jobs: int) -> di
                 failed[run.name] = f"{run.needs}, whose weights it starts from, failed"
                 waiting.remove(run)
             for run in [r for r in waiting if not r.needs or r.needs in done][: jobs - len(running)]:
+                if in_use(Path(study.output) / run.name):
+                    continue  # what a sweep that was killed has left is about to save and stop
                 waiting.remove(run)
                 log = Path(study.output) / run.name / "log.txt"
                 log.parent.mkdir(parents=True, exist_ok=True)

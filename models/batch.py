@@ -7,6 +7,7 @@ Shape legend, here and in every model file: ``B`` batch, ``V`` cameras, ``H W`` 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -58,14 +59,15 @@ class OccBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> OccBatch:
         """The same batch on a device."""
-        return dataclasses.replace(
-            self,
-            **{
-                f.name: v.to(device, non_blocking=non_blocking)
-                for f in dataclasses.fields(self)
-                if isinstance(v := getattr(self, f.name), Tensor)
-            },
-        )
+        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def clone(self) -> OccBatch:
+        """The same batch in memory of its own."""
+        return self._each(torch.clone)
+
+    def _each(self, work: Callable[[Tensor], Tensor]) -> OccBatch:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: work(v) for name, v in values.items() if isinstance(v, Tensor)})
 
 
 @dataclass

@@ -106,6 +106,8 @@ class EvalConfig:
 
     url: str = ""
     """Data set to evaluate on. Empty: the held-out scenes of ``data.url``; none held out: no evaluation."""
+    holdout: int = 0
+    """Only the scenes of ``url`` that a training on it with ``data.holdout`` of this size would hold out; 0: all."""
     scenes: int | None = None
     """At most so many scenes of it. None: all."""
     scene_names: tuple[str, ...] | None = None
@@ -180,6 +182,12 @@ class TrainConfig:
     timeout_minutes: float = 10.0
     """A collective, or a whole step, that takes longer ends the job, with the stacks of all threads in the run's folder
     (raise it for slow storage)."""
+    skip_nonfinite: int = 0
+    """Steps whose loss or gradients are not finite that are left out, counted and named, before it is an error (in each
+    start of the run)."""
+    profile: int = 0
+    """Steps to trace with torch.profiler after the first ten, on the main rank: a Chrome trace and a table in the run's
+    folder and in MLflow. 0: none."""
     log_keys: bool = False
     """Write the frame keys of every step to ``keys-rank-<n>.txt`` in the run's folder."""
 

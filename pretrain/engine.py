@@ -26,11 +26,13 @@ from occstream.pretrain.config import TrainConfig
 
 @dataclass(frozen=True)
 class World:
-    """This process's place. ``device`` is ``cuda:<local rank>`` if DeepSpeed's accelerator is CUDA, else ``cpu``."""
+    """This process's place. ``device`` is ``cuda:<local rank>`` if DeepSpeed's accelerator is CUDA, else ``cpu``;
+    ``launched``: a launcher started this process and watches over it."""
 
     rank: int
     size: int
     device: torch.device
+    launched: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -86,7 +88,8 @@ def init_distributed(timeout_minutes: float = 10.0) -> World:
 
     # DeepSpeed compiles this op with g++ at every first CPU start, only for inference all-reduce, which we never call.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:
+    launched = "RANK" in os.environ
+    if not launched:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -104,7 +107,7 @@ def init_distributed(timeout_minutes: float = 10.0) -> World:
             verbose=False,
         )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    return World(dist.get_rank(), dist.get_world_size(), device, launched)
 
 
 def seed_everything(*keys: int) -> None:
@@ -152,7 +155,40 @@ def build_engine(model: nn.Module, config: TrainConfig, world: World):
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     with _quiet(world):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if config.skip_nonfinite and config.zero_stage in (1, 2):
+        engine.optimizer.check_grad_overflow = True  # off by default in fp32; stage 3 always looks
     return engine
+
+
+# --- a step that must not be taken (train.skip_nonfinite) --------------------------------------------------------------
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """The same loss and gradients if it is finite; else every gradient becomes NaN, which all ranks and stages notice."""
+    value = loss.detach()
+    return loss * (1 + (value - value))
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the floating buffers (running statistics)."""
+    return {name: b.clone() for name, b in model.named_buffers() if b.is_floating_point()}
+
+
+def leave_out(engine, buffers: dict[str, Tensor]) -> None:
+    """In place of ``engine.step()`` at the end of a step that must change nothing. ZeRO's stages see NaN in their gradients
+    and drop the step themselves.
+
+    Args:
+        buffers: as they were before the step; the forward may have written NaN into running statistics.
+    """
+    for name, buffer in engine.module.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])
+    if engine.zero_optimization_stage():
+        engine.step()
+    else:
+        engine.module.zero_grad(set_to_none=True)
+        engine.micro_steps += 1  # the engine's own count, by which it knows where a step ends
 
 
 @contextlib.contextmanager

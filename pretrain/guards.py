@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import json
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +19,60 @@ from torch import Tensor, nn
 from occstream.pretrain.engine import World
 
 STOP = "STOP"
+LOCK = ".lock"
+WATCHED = "OCCSTREAM_WATCHED"  # set by a parent whose end means the end of the run
 REQUEUE = 75  # exit code of a run that was asked to stop and can go on (EX_TEMPFAIL)
 
 
+class RunLock:
+    """Keeps a second job out of a run's folder for as long as this process lives; a kill leaves nothing behind.
+
+    Raises:
+        ValueError: on every rank, if another job trains there.
+    """
+
+    def __init__(self, run: Path, world: World):
+        error = None
+        if world.is_main:
+            run.mkdir(parents=True, exist_ok=True)
+            self.file = (run / LOCK).open("a+")
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.file.seek(0)
+                who = self.file.read().strip()
+                error = ValueError(
+                    f"{run}: another job trains there ({who}): wait for it, stop it (touch {run / STOP}), or give another output="
+                )
+            except OSError:
+                pass  # a file system without locks: the user's care
+            else:
+                self.file.truncate(0)
+                self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                self.file.flush()
+        world.agree(error)
+
+    def close(self) -> None:
+        """Lets others in."""
+        if hasattr(self, "file"):
+            self.file.close()
+
+
+def in_use(run: Path) -> bool:
+    """Whether a job trains in a run's folder, as far as this machine's locks tell."""
+    try:
+        with (run / LOCK).open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 class Stopper:
-    """Notices that the run is asked to stop: SIGTERM, SIGINT or SIGUSR1 (Slurm's warning), or a file ``STOP`` in its folder.
+    """Notices that the run is asked to stop: SIGTERM, SIGINT or SIGUSR1 (Slurm's warning), a file ``STOP`` in its folder, or
+    the end of the launcher that started it (a launcher that was killed tells nobody).
 
     A rank's own wish becomes all ranks' at the next batch (``World.agree``), the step is finished and saved.
     A second SIGINT interrupts at once.
@@ -30,6 +81,9 @@ class Stopper:
     def __init__(self, run: Path, world: World):
         self.file, self.world = run / STOP, world
         self.reason = ""
+        # Without a launcher, a parent that ends is a shell that somebody has left.
+        watched = world.launched or WATCHED in os.environ
+        self.parent = os.getppid() if watched else 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Stopper:
@@ -51,6 +105,8 @@ class Stopper:
         """Whether this rank has been asked."""
         if not self.reason and self.world.is_main and self.file.exists():
             self.reason = f"the file {self.file}"
+        if not self.reason and self.parent and os.getppid() != self.parent:
+            self.reason = "the end of its launcher"
         return bool(self.reason)
 
     def honoured(self) -> None:
@@ -96,10 +152,15 @@ class Watchdog:
 
 
 class FiniteGuard:
-    """Stops a run before a step that would write NaN or infinity into the weights."""
+    """Stops a run before a step that would write NaN or infinity into the weights, or lets it leave out that step.
 
-    def __init__(self, module: nn.Module, run: Path, world: World):
-        self.run, self.world = run, world
+    Args:
+        limit: steps that may be left out in this start of the run.
+    """
+
+    def __init__(self, module: nn.Module, run: Path, world: World, limit: int = 0):
+        self.run, self.world, self.limit = run, world, limit
+        self.skipped = 0
         self.sum = torch.zeros((), device=world.device)
         for p in module.parameters():
             if p.requires_grad:
@@ -109,18 +170,30 @@ class FiniteGuard:
         # One number per parameter: NaN and infinity survive the sum and the factor 0.
         self.sum += grad.detach().float().sum() * 0.0
 
-    def check(self, loss: Tensor, step: int, keys: list[str]) -> None:
-        """All ranks agree (collective). Raises FloatingPointError that names the file with the step's frame keys."""
+    def check(self, loss: Tensor, step: int, keys: list[str]) -> bool:
+        """All ranks agree (collective). Frame keys of a bad step go to a file of each rank.
+
+        Returns:
+            Whether this step must be left out.
+
+        Raises:
+            FloatingPointError: it must, and the limit is reached; names the file.
+        """
         bad = (~torch.isfinite(loss.detach().float() + self.sum)).float()
         self.sum.zero_()
         if self.world.size > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         if bad.item() == 0:
-            return
+            return False
         file = self.run / f"nonfinite-step-{step:08d}-rank-{self.world.rank}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"step": step, "loss": float(loss), "keys": keys}, indent=1))
-        raise FloatingPointError(
-            f"step {step}: loss or gradients are not finite (loss {float(loss)}); no update was made. "
-            f"Frame keys are in {file}. Lower train.lr, raise train.warmup, or look at those frames"
-        )
+        value = float(loss.detach())
+        file.write_text(json.dumps({"step": step, "loss": value, "keys": keys}, indent=1))
+        said = f"step {step}: loss or gradients are not finite (loss {value}); no update was made. Frame keys are in {file}"
+        if self.skipped >= self.limit:
+            more = f", after {self.skipped} steps left out" if self.limit else ""
+            raise FloatingPointError(f"{said}{more}. Lower train.lr, raise train.warmup, or look at those frames")
+        self.skipped += 1
+        if self.world.is_main:
+            print(f"left out {said[0].lower()}{said[1:]} ({self.skipped} of at most {self.limit})", flush=True)
+        return True

@@ -51,54 +51,86 @@ class LossConfig:
             raise ValueError("binary_weight, semantic_weight and depth_weight are all 0: there is nothing to learn")
 
 
-def occupancy_loss(outputs: OccOutputs, batch: OccBatch, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a step and its parts.
+def occupancy_loss(
+    outputs: OccOutputs, batch: OccBatch, config: LossConfig, counts: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a micro-batch and its parts.
 
     Args:
         outputs: of the network.
         batch: with the labels; 255 in ``semantic`` and False in ``binary_valid`` are left out.
         config: weights and forms.
+        counts: ``joint_counts`` of a step of several micro-batches. None: of this one alone (collective).
 
     Returns:
-        The rank's loss (its mean over ranks is the loss of the joint batch) and detached parts: ``binary`` and
-        ``semantic`` where the network has these outputs, ``depth`` where it is asked for, ``selected`` (refined voxels
-        per frame) where there is a sparse transformer.
+        The rank's loss (its mean over ranks and micro-batches is the loss of the joint batch) and detached parts:
+        ``binary`` and ``semantic`` where the network has these outputs, ``depth`` where it is asked for, ``selected``
+        (refined voxels per frame) where there is a sparse transformer.
 
     Raises:
         ValueError: a depth loss of a model without depth, or class weights that do not fit the classes.
     """
-    # name -> (sum, what to divide it by, weight; None: only reported)
-    terms: dict[str, tuple[Tensor, Tensor, float | None]] = {}
-    device = batch.images.device
-    with torch.autocast(device.type, enabled=False):
+    if counts is None:
+        counts = joint_counts(outputs, [batch], config)
+    totals: dict[str, tuple[Tensor, float | None]] = {}  # name -> sum, weight (None: only reported)
+    with torch.autocast(batch.images.device.type, enabled=False):
         if outputs.binary_logits is not None:
             logits = outputs.binary_logits.float()
             target, valid = pool_binary(batch.binary, batch.binary_valid, tuple(logits.shape[1:]))
             errors = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
-            terms["binary"] = (torch.where(valid, errors, 0.0).sum(), valid.sum(), config.binary_weight)
+            totals["binary"] = (torch.where(valid, errors, 0.0).sum(), config.binary_weight)
         if outputs.semantic_logits is not None:
-            terms["semantic"] = (*_semantic(outputs.semantic_logits.float(), batch, config), config.semantic_weight)
+            totals["semantic"] = (_semantic(outputs.semantic_logits.float(), batch, config), config.semantic_weight)
         if config.depth_weight:
-            terms["depth"] = (*_depth(outputs, batch), config.depth_weight)
+            totals["depth"] = (_depth(outputs, batch), config.depth_weight)
         if outputs.selected is not None:
-            terms["selected"] = (outputs.selected.sum(), torch.tensor(batch.num_semantic, device=device), None)
-        everywhere = torch.stack([count.float() for _, count, _ in terms.values()])
-        if world_size() > 1:
-            dist.all_reduce(everywhere)
+            totals["selected"] = (outputs.selected.sum(), None)
         loss, parts = 0.0, {}
-        for (name, (total, _, weight)), count in zip(terms.items(), everywhere):
-            value = total * world_size() / count.clamp_min(1)
+        for (name, (total, weight)), count in zip(totals.items(), counts):
+            value = total * world_size() / count
             parts[name] = value.detach()
             if weight is not None:
                 loss = loss + weight * value
     return loss, parts
 
 
-def _semantic(logits: Tensor, batch: OccBatch, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Sum of the focal loss and what to divide it by. Without semantic frames both are 0, but in the graph."""
+def joint_counts(outputs: OccOutputs, batches: Sequence[OccBatch], config: LossConfig) -> Tensor:
+    """What the sums of ``occupancy_loss`` are divided by, over all ranks and micro-batches of a step (collective). With
+    each micro-batch's own counts, gradient accumulation would weigh voxels of sparse frames more than one large batch does.
+
+    Args:
+        outputs: of any of the micro-batches: which parts there are, and their grids.
+
+    Returns:
+        (parts,) float32, per micro-batch, at least 1 in all of them together.
+    """
+    sums = torch.stack([torch.stack(_counts(outputs, batch, config)) for batch in batches]).sum(0)
+    if world_size() > 1:
+        dist.all_reduce(sums)
+    return sums.clamp_min(1) / len(batches)
+
+
+def _counts(outputs: OccOutputs, batch: OccBatch, config: LossConfig) -> list[Tensor]:
+    """By the labels alone, in the order of the parts, float32."""
+    device, found = batch.images.device, []
+    if outputs.binary_logits is not None:
+        found.append(pool_binary(batch.binary, batch.binary_valid, tuple(outputs.binary_logits.shape[1:]))[1].sum())
+    if outputs.semantic_logits is not None:
+        valid = batch.semantic != IGNORE
+        occupied = batch.semantic < outputs.semantic_logits.shape[1]
+        found.append((valid & occupied if config.normaliser == "occupied" else valid).sum())
+    if config.depth_weight:
+        found.append(_known_depth(outputs, batch)[1].sum())
+    if outputs.selected is not None:
+        found.append(torch.tensor(batch.num_semantic, device=device))
+    return [count.float() for count in found]
+
+
+def _semantic(logits: Tensor, batch: OccBatch, config: LossConfig) -> Tensor:
+    """Sum of the focal loss. Without semantic frames it is 0, but in the graph."""
     classes = logits.shape[1]
     if not batch.num_semantic:
-        return torch.nan_to_num(logits, 0.0, 0.0, 0.0).sum() * 0.0, logits.new_zeros((), dtype=torch.int64)
+        return torch.nan_to_num(logits, 0.0, 0.0, 0.0).sum() * 0.0
     valid = batch.semantic != IGNORE
     labels = batch.semantic[valid].long()  # (N,)
     known = logits.movedim(1, -1)[valid]  # (N, K): masks leave a third of the voxels or less
@@ -115,32 +147,35 @@ def _semantic(logits: Tensor, batch: OccBatch, config: LossConfig) -> tuple[Tens
             raise ValueError(f"loss.class_weights has {len(config.class_weights)} values, must have {expected}")
         columns = known.new_tensor(config.class_weights)
     if config.kind == "sigmoid_focal":
-        total = sigmoid_focal_sum(known, targets, config.gamma, config.alpha, columns)
-    else:
-        wide = torch.cat([known, known.new_zeros(len(known), 1)], 1)
-        total = known.new_zeros(())
-        for index, weight in targets:
-            errors = softmax_focal(wide, index, config.gamma)
-            for factor in (weight, columns[index] if columns is not None else None):
-                errors = errors * factor if factor is not None else errors
-            total = total + errors.sum()
-    count = (labels < classes).sum() if config.normaliser == "occupied" else valid.sum()
-    return total, count
+        return sigmoid_focal_sum(known, targets, config.gamma, config.alpha, columns)
+    wide = torch.cat([known, known.new_zeros(len(known), 1)], 1)
+    total = known.new_zeros(())
+    for index, weight in targets:
+        errors = softmax_focal(wide, index, config.gamma)
+        for factor in (weight, columns[index] if columns is not None else None):
+            errors = errors * factor if factor is not None else errors
+        total = total + errors.sum()
+    return total
 
 
-def _depth(outputs: OccOutputs, batch: OccBatch) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropy of the depth distribution against one-hot LiDAR depth, where there is any (SPEC A.9)."""
+def _known_depth(outputs: OccOutputs, batch: OccBatch) -> tuple[Tensor, Tensor]:
+    """Bin of the LiDAR's distance (B, V, h, w) int64, and where there is one."""
     if outputs.depth is None:
         raise ValueError("loss.depth_weight is set, but this model predicts no depth; use a lifting model (b2s_ls)")
     bins = outputs.depth_bins
-    distances = batch.depth.to(outputs.depth.device)  # (B, V, h, w) metres, 0 = none
+    distances = batch.depth.to(bins.device)  # metres, 0 = none
     index = ((distances - bins[0]) / (bins[1] - bins[0])).floor().long()
-    known = (distances > 0) & (index >= 0) & (index < len(bins))
+    return index, (distances > 0) & (index >= 0) & (index < len(bins))
+
+
+def _depth(outputs: OccOutputs, batch: OccBatch) -> Tensor:
+    """Binary cross-entropy of the depth distribution against one-hot LiDAR depth, where there is any (SPEC A.9)."""
+    index, known = _known_depth(outputs, batch)
     predicted = outputs.depth.movedim(2, -1)[known]  # (N, D)
-    target = F.one_hot(index[known], len(bins)).float()
+    target = F.one_hot(index[known], len(outputs.depth_bins)).float()
     # Clamped: a softmax may round to exactly 0 or 1.
     total = F.binary_cross_entropy(predicted.clamp(1e-7, 1 - 1e-7), target, reduction="sum")
-    return total + outputs.depth.sum() * 0.0, known.sum()
+    return total + outputs.depth.sum() * 0.0
 
 
 def sigmoid_focal_sum(

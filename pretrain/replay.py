@@ -131,6 +131,12 @@ class TrainData:
         self.wished = self.world.agree(error, wish)
         return functools.reduce(concat, parts)
 
+    def micro_batches(self, count: int, wish: bool = False) -> list[OccBatch]:
+        """All micro-batches of a step, valid until the next call; see ``next``."""
+        if count == 1:
+            return [self.next(wish)]
+        return [self.next(wish).clone() for _ in range(count)]
+
     def state_dict(self) -> dict:
         """Positions after the last batch taken: a handful of integers, the same on every rank."""
         return {name: feed.state for name, feed in self._feeds.items()}
@@ -235,10 +241,10 @@ class EvalData:
         manifest = _load(config, ev.url or config.data.url)
         if ev.scene_names:
             scenes = manifest.named(ev.scene_names)
-        elif ev.url:
+        elif ev.url and not ev.holdout:
             scenes = list(range(len(manifest.scenes)))
         else:
-            scenes = manifest.held_out(config.data.holdout, config.data.subset_seed)
+            scenes = manifest.held_out(ev.holdout or config.data.holdout, config.data.subset_seed)
         scenes = scenes[: ev.scenes]
         if not scenes:
             return

@@ -1,12 +1,10 @@
-"""The training loop: steps 6 to 13 of the walk (README), readable from top to bottom in ``train``."""
+"""The training loop: steps 6 to 13 of the walk (README), readable from top to bottom in ``_train``."""
 
 from __future__ import annotations
 
 import contextlib
 import subprocess
-import sys
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -25,19 +23,24 @@ from occstream.pretrain.config import Config, merge, parse_config, parse_overrid
 from occstream.pretrain.engine import (
     Ema,
     World,
+    buffers_of,
     build_engine,
     control_group,
     float_state,
     learning_rate,
+    leave_out,
     load_optimizer_state,
     module_state,
     optimizer_state,
+    poisoned,
     seed_everything,
     to_full,
     to_local,
 )
-from occstream.pretrain.guards import FiniteGuard, Stopper, Watchdog
-from occstream.pretrain.losses import occupancy_loss
+from occstream.pretrain.guards import FiniteGuard, RunLock, Stopper, Watchdog
+from occstream.pretrain.losses import joint_counts, occupancy_loss
+from occstream.pretrain.meter import Meter
+from occstream.pretrain.profile import Profile
 from occstream.pretrain.replay import EvalData, TrainData
 from occstream.pretrain.tracking import Tracker, flatten
 
@@ -60,6 +63,8 @@ _FREE = (
     "train.threads",
     "train.data_timeout",
     "train.timeout_minutes",
+    "train.profile",
+    "train.skip_nonfinite",
 )
 
 
@@ -94,10 +99,19 @@ def train(config: Config, world: World) -> Result:
     """Pre-trains or fine-tunes by the recipe, resuming from the newest complete checkpoint of ``config.output``.
 
     Raises:
-        ValueError: recipe, data, checkpoint or initial weights do not fit each other.
+        ValueError: recipe, data, checkpoint or initial weights do not fit each other, or another job trains there.
         FloatingPointError: loss or gradients are not finite (the step is not taken).
     """
-    run, cfg = Path(config.output), config.train
+    run = Path(config.output)
+    lock = RunLock(run, world)
+    try:
+        return _train(config, world, run)
+    finally:
+        lock.close()
+
+
+def _train(config: Config, world: World, run: Path) -> Result:
+    cfg = config.train
     data = TrainData(config, world)
     held_out = EvalData(config, world, data.cameras)
     total = data.steps
@@ -155,8 +169,9 @@ def train(config: Config, world: World) -> Result:
         tracker.artifact(run / "config.yaml")
         if config.track.axes:
             tracker.log(0, {f"axis/{name}": value for name, value in config.track.axes.items()})
-    guard, watchdog = FiniteGuard(engine.module, run, world), Watchdog(run, world, cfg.timeout_minutes)
-    meter = Meter(step, total, cfg.batch, data, world)
+    guard = FiniteGuard(engine.module, run, world, cfg.skip_nonfinite)
+    watchdog = Watchdog(run, world, cfg.timeout_minutes)
+    meter = Meter(step, total, data, world, cfg.precision == "bf16")
     status, last, evaluation, path = "FAILED", {}, None, saved.path if saved else None
     keys = (run / f"keys-rank-{world.rank}.txt").open("a") if cfg.log_keys else None
     with contextlib.ExitStack() as stack:
@@ -164,6 +179,7 @@ def train(config: Config, world: World) -> Result:
         stack.callback(lambda: tracker.close(status))
         stack.callback(watchdog.close)
         stack.callback(data.close)
+        profile = stack.enter_context(Profile(run, world, tracker, cfg.profile))
         while step < total and not data.wished:
             watchdog.alive()
             # Dropout is a function of the step too, so a resumed run draws what an uninterrupted one would.
@@ -173,28 +189,40 @@ def train(config: Config, world: World) -> Result:
                 group["lr"] = rate
             log_now = (step + 1) % cfg.log_every == 0 or step + 1 == total
             parts: dict[str, Tensor | float] = {}
-            for _ in range(cfg.accumulate):
-                batch: OccBatch = data.next(stop.wanted())
-                outputs = engine(batch)
-                loss, values = occupancy_loss(outputs, batch, config.loss)
-                engine.backward(loss)
-                guard.check(loss, step, batch.keys)
+            left_out = False
+            buffers = buffers_of(engine.module) if cfg.skip_nonfinite else {}
+            counts, batches = None, data.micro_batches(cfg.accumulate, stop.wanted())
+            for batch in batches:
+                with meter.counting():
+                    with meter.forward():
+                        outputs = engine(batch)
+                    counts = joint_counts(outputs, batches, config.loss) if counts is None else counts
+                    loss, values = occupancy_loss(outputs, batch, config.loss, counts)
+                    engine.backward(poisoned(loss) if cfg.skip_nonfinite else loss)
+                left_out |= guard.check(loss, step, batch.keys)
                 if keys:
                     print(step, *batch.keys, file=keys, flush=True)
                 for name, value in {"loss": loss.detach(), **values}.items():
                     parts[name] = parts.get(name, 0.0) + value / cfg.accumulate
                 norm = gradient_norm(engine) if log_now and engine.is_gradient_accumulation_boundary() else None
-                engine.step()
-            if ema:
+                if left_out and engine.is_gradient_accumulation_boundary():
+                    leave_out(engine, buffers)
+                else:
+                    engine.step()
+            if ema and not left_out:
                 ema.update(engine.module)
             step += 1
             meter.step()
+            profile.step()
+            log_now &= not left_out
 
             if log_now:
                 last = {f"train/{name}": value for name, value in _mean_over_ranks(parts, world).items()}
                 last["opt/lr"] = rate
                 last["opt/grad_norm"] = norm if norm is not None else float(engine.get_global_grad_norm())
                 last |= meter.metrics()
+                if cfg.skip_nonfinite:
+                    last["train/left_out"] = float(guard.skipped)
                 tracker.log(step, last)
                 if world.is_main:
                     meter.show(step, last)
@@ -224,81 +252,6 @@ def train(config: Config, world: World) -> Result:
         parts={k: v for k, v in last.items() if k.startswith("train/")},
         stopped="" if status == "FINISHED" else stop.reason or "another rank",
     )
-
-
-class Meter:
-    """Speed, data wait and time left, without start-up, evaluation and saves."""
-
-    def __init__(self, step: int, total: int, batch: int, data: TrainData, world: World):
-        self.total, self.batch, self.data, self.world = total, batch, data, world
-        self.first, self.now = step, step
-        self.times: deque[float] = deque(maxlen=100)
-        self.waits: deque[float] = deque(maxlen=100)
-        self.trained = 0.0
-        self.mark, self.waited = time.perf_counter(), data.waited
-
-    def step(self) -> None:
-        now = time.perf_counter()
-        self.now += 1
-        if self.now - self.first > 2:  # the first steps allocate and warm caches
-            self.times.append(now - self.mark)
-            self.waits.append(self.data.waited - self.waited)
-        self.mark, self.waited = now, self.data.waited
-
-    def paused(self):
-        """Time within the context is not counted."""
-        return _Pause(self)
-
-    @property
-    def samples_per_s(self) -> float:
-        """All frames (S and B) of all ranks."""
-        return self.data.frames_per_step * len(self.times) / sum(self.times) if self.times else float("nan")
-
-    def metrics(self) -> dict[str, float]:
-        if not self.times:
-            return {}
-        ordered = sorted(self.times)
-        out = {
-            "perf/samples_per_s": self.samples_per_s,
-            "perf/samples_per_s_per_rank": self.samples_per_s / self.world.size,
-            "perf/step_s_p50": ordered[len(ordered) // 2],
-            "perf/step_s_p95": ordered[int(len(ordered) * 0.95)],
-            "perf/data_wait_frac": sum(self.waits) / sum(self.times),
-            "prog/eta_s": (self.total - self.now) * sum(self.times) / len(self.times),
-            "prog/epoch": self.data.epoch_position,
-            "data/skipped": float(self.data.skipped),
-            **{f"data/share/{name}": share for name, share in self.data.shares().items()},
-        }
-        if self.world.device.type == "cuda":
-            out["mem/max_alloc_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return out
-
-    def show(self, step: int, metrics: dict[str, float]) -> None:
-        """One line, over itself on a terminal."""
-        parts = " ".join(
-            f"{k.removeprefix('train/')} {v:.4f}" for k, v in metrics.items() if k in ("train/binary", "train/semantic")
-        )
-        line = f"step {step}/{self.total} loss {metrics['train/loss']:.4f} ({parts}) lr {metrics['opt/lr']:.2e}"
-        if "perf/samples_per_s" in metrics:  # not in the first steps
-            eta = int(metrics["prog/eta_s"])
-            line += (
-                f" {metrics['perf/samples_per_s']:.1f} samples/s"
-                f" data wait {100 * metrics['perf/data_wait_frac']:.0f} % eta {eta // 60}:{eta % 60:02d}"
-            )
-        terminal = sys.stdout.isatty()
-        end = "\n" if step == self.total or not terminal else ""
-        print(f"\r\033[K{line}" if terminal else line, end=end, flush=True)
-
-
-class _Pause:
-    def __init__(self, meter: Meter):
-        self.meter = meter
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.meter.mark, self.meter.waited = time.perf_counter(), self.meter.data.waited
 
 
 def _evaluate(config, engine, ema, frames: EvalData, tracker, step, world, pictures: int = 0) -> EvalResult | None:

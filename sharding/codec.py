@@ -94,6 +94,13 @@ def encode(frame: Frame, group: str, coding: Coding = LOSSLESS) -> list[tuple[st
     elif group == "labels":
         if frame.labels is None:
             raise ValueError(f"frame {frame.key} has no labels; make them (--labels lidar) or leave the group out")
+        rows = int(np.count_nonzero(frame.labels.binary))
+        for name in ("flow", "logits", "ranked"):
+            value = getattr(frame.labels, name)
+            if value is not None and len(value) != rows:
+                raise ValueError(
+                    f"frame {frame.key}: {name} has {len(value)} rows, but {rows} voxels are occupied; its source is wrong"
+                )
         members += _pack_arrays(frame.labels, _LABEL_ARRAYS, arrays, coding.level)
         if frame.boxes is not None:
             head["boxes"] = {

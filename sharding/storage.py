@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import fcntl
@@ -72,6 +73,21 @@ def _transient(error: BaseException) -> bool:
     return bool(re.search(rf"{words}|50[0234]|InternalError", text))
 
 
+_counts: collections.Counter[str] = collections.Counter()
+_counting = threading.Lock()
+
+
+def _count(what: str) -> None:
+    with _counting:
+        _counts[what] += 1
+
+
+def counts() -> collections.Counter[str]:
+    """Of this process: ``retries`` of requests, and ``hits`` and ``misses`` of shards asked of the cache."""
+    with _counting:
+        return collections.Counter(_counts)
+
+
 def retry(work: Callable[[], T], what: str, tries: int = TRIES) -> T:
     """Calls ``work`` until it succeeds; exponential back-off with jitter between transient failures.
 
@@ -88,6 +104,7 @@ def retry(work: Callable[[], T], what: str, tries: int = TRIES) -> T:
                 raise ConnectionError(
                     f"{what}: still failing after {tries} tries ({type(error).__name__}: {str(error)[:200]})"
                 ) from error
+            _count("retries")
             time.sleep(PAUSE * 2**attempt * random.uniform(0.5, 1.5))
     raise AssertionError
 
@@ -264,8 +281,10 @@ class ShardCache:
         path = self.folder / f"{name}.tar"
         if name in self._checked and path.exists():
             os.utime(path)
+            _count("hits")
             return path
         with self._lock(name):
+            _count("hits" if path.exists() else "misses")
             for _ in range(2):
                 if not path.exists():
                     self._download(url, path, length)

@@ -2,11 +2,11 @@
 
     python tests/pretrain/soak.py FOLDER [--kills 30] [--steps 120] [--seed 0]
 
-Kills: SIGKILL of a rank, SIGKILL of all ranks, SIGTERM of all, a STOP file; at random moments (forward, backward, saving,
-uploading). The world size changes at every third restart. Compared with an undisturbed run: every logged loss, the frame
-keys of every step, and the final weights; to the bit with one world size (``--worlds 2``), else losses to 1e-5 and tensors
-to 1e-3 of their largest value (sums over ranks round, and Adam turns the rounding of zero gradients into steps). Nothing is
-cleaned by hand. Prints a summary; exit code 1 if anything differs.
+Kills: SIGKILL of a rank, of all ranks, of the deepspeed launcher (its ranks stay behind), SIGTERM of all, a STOP file; at
+random moments (forward, backward, saving, uploading). The world size changes at every third restart. Compared with an
+undisturbed run: every logged loss, the frame keys of every step, and the final weights; to the bit with one world size
+(``--worlds 2``), else losses to 1e-5 and tensors to 1e-3 of their largest value (sums over ranks round, and Adam turns the
+rounding of zero gradients into steps). Nothing is cleaned by hand. Prints a summary; exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ import argparse
 import collections
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-from occstream.pretrain.checkpoint import Checkpoint, complete_steps
-from tests.pretrain.small import RECIPE, launch_ranks, losses, pack_small
+import psutil
 
-KINDS = ("kill one", "kill all", "terminate", "stop file", "kill while saving", "kill while uploading")
+from occstream.pretrain.checkpoint import Checkpoint, complete_steps
+from occstream.pretrain.guards import in_use
+from tests.pretrain.small import RECIPE, ROOT, environment, free_port, launch_ranks, losses, pack_small
+
+KINDS = ("kill one", "kill all", "terminate", "stop file", "kill while saving", "kill while uploading", "kill launcher")
 
 
 def soak(folder: Path, kills: int, steps: int, seed: int, worlds: tuple[int, ...] = (2, 1, 4)) -> dict:
@@ -46,14 +50,16 @@ def soak(folder: Path, kills: int, steps: int, seed: int, worlds: tuple[int, ...
     duration = time.monotonic() - began
     run, made, starts, codes = folder / "killed", collections.Counter(), 0, None
     while True:
-        size = worlds[starts // 3 % len(worlds)]
-        processes, logs = launch_ranks(job("killed"), size, folder / f"log-{starts:03d}")
+        size, kind = worlds[starts // 3 % len(worlds)], KINDS[sum(made.values()) % len(KINDS)]
+        going_on = sum(made.values()) < kills
+        start = _by_launcher if going_on and kind == "kill launcher" else launch_ranks
+        processes, logs = start(job("killed"), size, folder / f"log-{starts:03d}")
         starts += 1
-        if sum(made.values()) < kills:
-            kind = KINDS[sum(made.values()) % len(KINDS)]
-            if _disturb(kind, processes, run, rng, duration / 4):
-                made[kind] += 1
+        if going_on and _disturb(kind, processes, run, rng, duration / 4):
+            made[kind] += 1
         codes = [p.wait(300) for p in processes]
+        while in_use(run):  # ranks whose launcher was killed save and stop by themselves
+            time.sleep(0.1)
         if all(code == 0 for code in codes):
             break
         assert starts < 6 * kills + 10, f"no progress after {starts} starts: {logs[0].read_text()[-2000:]}"
@@ -85,6 +91,15 @@ def _disturb(kind: str, processes, run: Path, rng: random.Random, patience: floa
     elif kind == "terminate":
         for p in processes:
             p.send_signal(signal.SIGTERM)
+    elif kind == "kill launcher":
+        ranks = [
+            p
+            for p in psutil.Process(processes[0].pid).children(recursive=True)
+            if "finetune.py" in " ".join(p.cmdline())
+        ]
+        launchers = {p.parent() for p in ranks} | {psutil.Process(processes[0].pid)}
+        for p in launchers - set(ranks):
+            p.kill()
     else:
         victims = [rng.choice(processes)] if kind == "kill one" else processes
         for p in victims:
@@ -94,6 +109,23 @@ def _disturb(kind: str, processes, run: Path, rng: random.Random, patience: floa
         for p in processes:  # as a launcher does when a rank is gone
             p.terminate()
     return True
+
+
+def _by_launcher(jobs: list[dict], ranks: int, folder: Path) -> tuple[list[subprocess.Popen], list[Path]]:
+    """As ``launch_ranks``, through ``deepspeed``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [
+        "deepspeed",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        str(ROOT / "launch/finetune.py"),
+    ]
+    command += ["--recipe", jobs[0]["recipe"], *jobs[0]["overrides"]]
+    log = folder / "launcher.log"
+    process = subprocess.Popen(command, env=environment(), stdout=log.open("w"), stderr=subprocess.STDOUT)
+    return [process], [log]
 
 
 def _keys(run: Path) -> dict[int, list[str]]:

@@ -12,7 +12,7 @@ import torch
 
 from occstream.models import MODELS
 from occstream.models.b2s import Strategy
-from occstream.pretrain.checkpoint import export, read_weights
+from occstream.pretrain.checkpoint import Checkpoint, export, read_weights
 from occstream.pretrain.tracking import read_events
 from tests.pretrain.small import RECIPE, launch_ranks, losses, pack_small, run_jobs, start_jobs
 
@@ -21,11 +21,17 @@ CASES = [*((kind, stage) for kind in ("pretrain", "replay") for stage in STAGES)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The folder with runs <kind>-<ranks>-<stage>."""
-    root = tmp_path_factory.mktemp("distributed")
+def root(tmp_path_factory):
+    """A folder with a packed set."""
+    folder = tmp_path_factory.mktemp("distributed")
+    pack_small(str(folder / "data"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(root):
+    """The folder, with runs <kind>-<ranks>-<stage>."""
     data = str(root / "data")
-    pack_small(data)
 
     def job(kind, ranks, stage):
         # A small learning rate: Adam turns the rounding of gradients that are zero into whole steps.
@@ -133,6 +139,55 @@ def test_every_model_and_strategy_trains_on_two_processes(runs, stage):
     for base in outputs:
         assert all(math.isfinite(v) for step in losses(base).values() for v in step.values()), base
         assert sorted(losses(base)) == [1, 2]
+
+
+def test_accumulated_micro_batches_are_one_large_batch_also_on_four_processes(root):
+    """S and B frames with unequal numbers of occupied voxels; batch norms frozen, as they see micro-batches alone."""
+
+    def job(name, *words):
+        overrides = [
+            f"data.url={root}/data",
+            f"output={root}/{name}",
+            "train.lr=2e-5",
+            "train.steps=4",
+            "model.dropout=0.0",
+        ]
+        overrides += [f"replay.url={root}/data", "train.batch=8", "replay.batch=8", "data.mask=camera", *words]
+        overrides += ["data.holdout=2", "replay.holdout=2"]
+        return {"recipe": RECIPE, "stage": "finetune", "overrides": overrides, "frozen_norms": True}
+
+    run_jobs([job("large"), job("parts", "train.accumulate=4")], 1, root / "large-log")
+    run_jobs([job("four"), job("four-parts", "train.accumulate=2", "train.zero_stage=2")], 4, root / "four-log")
+    large = losses(root / "large")
+    for name in ("parts", "four", "four-parts"):
+        other = losses(root / name)
+        for step, expected in large.items():
+            for key in ("train/loss", "train/binary", "train/semantic"):
+                assert other[step][key] == pytest.approx(expected[key], rel=1e-5), (name, step)
+            assert other[step]["opt/grad_norm"] == pytest.approx(expected["opt/grad_norm"], rel=1e-2), (name, step)
+
+
+def test_a_step_that_is_not_finite_is_left_out_whole_at_every_stage(root):
+    def job(stage):
+        overrides = [
+            f"data.url={root}/data",
+            f"output={root}/nan-{stage}",
+            f"train.zero_stage={stage}",
+            "train.steps=5",
+        ]
+        overrides += ["train.save_every=1", "train.keep=9", "train.skip_nonfinite=1"]
+        return {"recipe": RECIPE, "stage": "pretrain", "overrides": overrides, "poison": 2}
+
+    run_jobs([job(stage) for stage in STAGES], 2, root / "nan-log")
+    for stage in STAGES:
+        before, after, later = (Checkpoint(root / f"nan-{stage}/checkpoints/step-{n:08d}") for n in (2, 3, 4))
+        for kind in ("model", "optimizer", "ema"):
+            old, same, new = (saved.tensors(kind) for saved in (before, after, later))
+            # Integers count batches.
+            assert all(torch.equal(old[k], same[k]) for k in old if old[k].is_floating_point()), (stage, kind)
+            assert any(not torch.equal(old[k], new[k]) for k in old), (stage, kind)
+        assert sorted(losses(root / f"nan-{stage}")) == [1, 2, 4, 5]
+    assert "left out step 2" in (root / "nan-log/rank0.log").read_text()
 
 
 def test_shares_of_replay_sources_are_exact_and_logged(runs):

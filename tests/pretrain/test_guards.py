@@ -1,5 +1,7 @@
 """Preemption, hangs and a short soak."""
 
+import gzip
+import json
 import os
 import signal
 import subprocess
@@ -60,6 +62,35 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so_by_its_exit_code(data, tm
         assert process.returncode == 0, said
         assert f"at step {step}" in said
         assert sorted(losses(tmp_path / "elsewhere")) == [step + 1, step + 2]
+
+
+def test_a_second_job_in_the_same_folder_is_refused_and_the_first_goes_on(data, tmp_path):
+    words = [f"data.url={data}", "train.steps=400"]
+    first = start(tmp_path / "run", *words)
+    wait_for_step(tmp_path / "run", 2)
+    second = start(tmp_path / "run", *words)
+    said, _ = second.communicate(timeout=100)
+    assert second.returncode == 2
+    assert f"another job trains there (process {first.pid} on" in said
+    (tmp_path / "run/STOP").touch()
+    first.communicate(timeout=100)
+    assert first.returncode == REQUEUE
+
+
+def test_a_profile_is_a_trace_and_a_table(data, tmp_path):
+    process = start(tmp_path / "run", f"data.url={data}", "train.steps=13", "--profile", "2")
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, said
+    with gzip.open(tmp_path / "run/profile.json.gz", "rt") as file:
+        names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
+    assert "aten::convolution_backward" in names or "aten::conv2d" in names
+    assert "aten::" in (tmp_path / "run/profile.txt").read_text()
+    last = [e["metrics"] for e in read_events(tmp_path / "run/metrics.jsonl") if "train/loss" in e.get("metrics", {})][
+        -1
+    ]
+    assert 0 < last["perf/mfu"] < 1.5
+    assert last["perf/straggler_s"] == 0
+    assert last["data/mb_s"] > 0
 
 
 def test_a_hang_ends_with_the_stacks_of_all_threads(tmp_path):

@@ -1,17 +1,52 @@
-"""Runs training jobs of a JSON file one after the other in one process group: ``worker.py JOBS``, started once per rank."""
+"""Runs training jobs of a JSON file one after the other in one process group: ``worker.py JOBS``, started once per rank.
 
+A job may ask for ``frozen_norms`` (batch norms never see the batch) and ``poison`` (rank 0's loss is infinite at that call).
+"""
+
+import contextlib
+import itertools
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
+from occstream.models.layers import SyncBatchNorm
+from occstream.pretrain import trainer
 from occstream.pretrain.config import load_config
 from occstream.pretrain.engine import init_distributed
-from occstream.pretrain.trainer import train
+
+create, loss_of = trainer.create_model, trainer.occupancy_loss
+
+
+def frozen_model(config):
+    model = create(config)
+    for module in model.modules():
+        if isinstance(module, SyncBatchNorm):
+            module.eval()
+            module.train = lambda mode=True: None
+    return model
+
+
+def poisoned_loss(at, rank):
+    calls = itertools.count()
+
+    def loss(*args):
+        value, parts = loss_of(*args)
+        return (value + float("inf") if next(calls) == at and not rank else value), parts
+
+    return loss
+
 
 if __name__ == "__main__":
     world = init_distributed(2.0)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         config = load_config(job["recipe"], job["overrides"], stage=job["stage"])
-        result = train(config, world)
+        with contextlib.ExitStack() as stack:
+            if job.get("frozen_norms"):
+                stack.enter_context(mock.patch.object(trainer, "create_model", frozen_model))
+            if "poison" in job:
+                broken = poisoned_loss(job["poison"], world.rank)
+                stack.enter_context(mock.patch.object(trainer, "occupancy_loss", broken))
+            result = trainer.train(config, world)
         if world.is_main:
             Path(config.output, "result.json").write_text(json.dumps(result.evaluation.metrics()))
