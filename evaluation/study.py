@@ -22,7 +22,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
+from occstream.evaluation.charts import arrange_charts
 from occstream.evaluation.scaling import LEVEL, NotFitted, fit, mean_interval, predict_largest, worth_in_labels
+from occstream.sharding import datacard
 
 METRICS = {"eval/miou": "mIoU", "eval/iou": "IoU", "eval/binary_iou": "binary IoU"}
 COLORS = ("#3b6fb6", "#c4622d", "#4f9a4f", "#8a55a8", "#a8812b", "#3a9a9a")
@@ -328,6 +330,7 @@ def study_report(client, experiment: str, out: Path | None, partial: bool = Fals
 
 def _log(client, experiment: str, out: Path) -> None:
     found = client.get_experiment_by_name(experiment)
+    arrange_charts(client, found.experiment_id)
     run = client.create_run(found.experiment_id, run_name="report", tags={"kind": "report"})
     for path in sorted(out.iterdir()):
         if path.suffix in (".html", ".png", ".csv", ".md"):
@@ -557,8 +560,9 @@ def _page(study, rows, said, fitted, missing, images: Mapping[str, bytes]) -> st
     if classes:
         parts.append("<h2>Per class</h2>" + _class_table(study, classes))
     if study.card:
-        cards = [f"{k.removeprefix('card/')}: {v:.4g}" for k, v in sorted(study.card.items()) if k.startswith("card/")]
-        parts.append("<h2>Data card</h2>" + _list(cards))
+        card = {k.removeprefix("card/"): v for k, v in study.card.items() if k.startswith("card/")}
+        body = "".join(f"<tr><td>{text(words)}</td><td>{value}</td></tr>" for words, value in datacard.rows(card))
+        parts.append(f"<h2>Data card</h2><table>{body}</table>")
     return "\n".join(parts) + "</html>\n"
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mlflow.entities import Metric
 
+from occstream.evaluation.charts import arrange_charts
 from occstream.launch.study import Run, Study, finish, load_study, plan
 from occstream.pretrain.guards import WATCHED, in_use
 from occstream.pretrain.tracking import EVENTS, Sender, open_client, read_events
@@ -66,7 +67,7 @@ def sweep(
         for file in write_jobs(write, study, [r for r in runs if r.name not in done]):
             print(f"wrote {file}")
         return 0
-    _log_card(study, runs)
+    page = _log_card(study, runs)
     failed = _execute(study, runs, done, jobs)
     if failed:
         print(f"\n{len(failed)} of {len(runs)} runs failed; the others are done. Mend the cause and run this again:")
@@ -74,26 +75,30 @@ def sweep(
             print(f"  {name}: {reason}")
         return 1
     print(f"\nall {len(runs)} runs are done; next: occstream compare --uri {study.uri} --experiment {study.name}")
+    print(f"curves: mlflow ui --backend-store-uri {study.uri}, then http://127.0.0.1:5000/{page}")
     return 0
 
 
-def _log_card(study: Study, runs: Sequence[Run]) -> None:
-    """The data card as a run of its own (once): ``occstream compare`` reads MLflow only."""
+def _log_card(study: Study, runs: Sequence[Run]) -> str:
+    """The data card as a run of its own (once), as ``occstream compare`` reads MLflow only, and the arranged charts.
+
+    Returns:
+        Their page, to put behind the server's address.
+    """
     client = open_client(study.uri)
-    found = client.get_experiment_by_name(study.name)
-    if found and client.search_runs([found.experiment_id], "tags.kind = 'data-card'", max_results=1):
-        return
+    experiment = Sender(Path(study.output), study.uri, study.name).experiment(client)
+    page = arrange_charts(client, experiment)
+    if client.search_runs([experiment], "tags.kind = 'data-card'", max_results=1):
+        return page
     config = next(r.config for r in runs if r.config.stage == "finetune")
     others = {r.config.data.labels for r in runs} - {"labels"}
     card = data_card(Manifest.load(config.data.url), min(others, default=""))
-    sender = Sender(Path(study.output), study.uri, study.name)
-    run = client.create_run(
-        sender.experiment(client), run_name="data-card", tags={"kind": "data-card", "study": study.name}
-    )
+    run = client.create_run(experiment, run_name="data-card", tags={"kind": "data-card", "study": study.name})
     now = int(time.time() * 1000)
     metrics = [Metric(f"card/{key}", value, now, 0) for key, value in card.items() if value == value]
     client.log_batch(run.info.run_id, metrics=metrics)
     client.set_terminated(run.info.run_id, "FINISHED")
+    return page
 
 
 def finished(study: Study, run: Run) -> bool:
@@ -149,7 +154,7 @@ def _execute(study: Study, runs: Sequence[Run], done: set[str], jobs: int) -> di
     """Runs what is not done, so many at a time; returns reasons by name of what failed or could not start."""
     failed: dict[str, str] = {}
     waiting = [run for run in runs if run.name not in done]
-    done = set(done)
+    done, busy = set(done), set()
     running: dict[str, tuple[subprocess.Popen, float]] = {}
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     env = {**os.environ, "PYTHONUNBUFFERED": "1", WATCHED: "1"}
@@ -162,7 +167,15 @@ def _execute(study: Study, runs: Sequence[Run], done: set[str], jobs: int) -> di
                 waiting.remove(run)
             for run in [r for r in waiting if not r.needs or r.needs in done][: jobs - len(running)]:
                 if in_use(Path(study.output) / run.name):
-                    continue  # what a sweep that was killed has left is about to save and stop
+                    # What a sweep that was killed has left is about to save and stop; another sweep's is not.
+                    if run.name not in busy:
+                        print(f"{run.name}: another process trains it; waiting for its end", flush=True)
+                    busy.add(run.name)
+                    continue
+                if run.name in busy and finished(study, run):
+                    done.add(run.name)
+                    waiting.remove(run)
+                    continue
                 waiting.remove(run)
                 log = Path(study.output) / run.name / "log.txt"
                 log.parent.mkdir(parents=True, exist_ok=True)

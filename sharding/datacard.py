@@ -83,6 +83,29 @@ def data_card(manifest: Manifest, other: str = "", frames: int = 100) -> dict[st
     return card
 
 
+_WORDS = {
+    "scenes": "scenes",
+    "frames": "frames",
+    "occupied_share": "occupied, % of all voxels",
+    "observed_share": "observed by LiDAR, % of all voxels",
+    "in_view_share": "in view of a camera, % of all voxels",
+    "occluded_share": "occupied but in no camera's view, % of the occupied",
+    "distance_p50": "distance of occupied voxels from the ego, median, m",
+    "distance_p90": "distance of occupied voxels from the ego, 90 %, m",
+    "labels/recall": "labels for pre-training: recall of occupied voxels, %",
+    "labels/precision": "labels for pre-training: precision of occupied voxels, %",
+    "labels/known_share": "labels for pre-training: known, % of all voxels",
+}
+
+
+def rows(card: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Words and numbers of a card, classes last and by their share."""
+    classes = sorted((k for k in card if k.startswith("class/")), key=lambda k: -card[k])
+    said = [(words, card[key]) for key, words in _WORDS.items() if key in card]
+    said += [(f"class {key.removeprefix('class/')}, % of the occupied", card[key]) for key in classes]
+    return [(words, f"{value:,.0f}" if words in ("scenes", "frames") else f"{value:.2f}") for words, value in said]
+
+
 def text(card: Mapping[str, float]) -> str:
     """For the terminal."""
-    return "\n".join(f"  {name:<28} {value:10.2f}" for name, value in card.items())
+    return "\n".join(f"  {words:<60} {value:>10}" for words, value in rows(card))

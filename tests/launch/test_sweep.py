@@ -1,17 +1,21 @@
 """Studies: planned, run, interrupted, broken in one cell, written as jobs, reported."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from mlflow import MlflowClient
 
 from occstream.launch.cli import main
 from occstream.launch.study import finish, load_study, plan
+from occstream.pretrain.engine import World
+from occstream.pretrain.replay import EvalData, TrainData
 from occstream.pretrain.tracking import read_events
 from tests.pretrain.small import RECIPE, environment, pack_small
 
@@ -77,6 +81,23 @@ def test_plan_shares_runs_and_keeps_the_rules(data, tmp_path):
         assert not run.needs or run.needs in names[:number]
 
 
+def test_binary_scenes_of_another_world_change_nothing_but_where_they_come_from(data, tmp_path):
+    pack_small(str(tmp_path / "other"), scenes=4, seed=1, style="rural", weather="night")
+    source = {"url": str(tmp_path / "other"), "holdout": 0}
+    strategies = {"S+B": {"replay": True}, "S+B shifted": {"replay": True, "source": source}, "gone": None}
+    runs = {
+        r.name: r for r in plan(load_study(write(tmp_path, data, strategies=strategies, controls=[], reference="S+B")))
+    }
+    assert not any("gone" in name for name in runs)
+    pre, own = runs["pre-LS-SpB_shifted-3-s0"].config, runs["pre-LS-SpB-3-s0"].config
+    assert (pre.data.url, pre.data.holdout) == (source["url"], 0)
+    fine = runs["LS-SpB_shifted-3-2-s0"].config
+    assert (fine.data.url, fine.replay.url, fine.replay.holdout) == (data, source["url"], 0)
+    world = World(0, 1, torch.device("cpu"))
+    assert EvalData(pre, world).scenes == EvalData(own, world).scenes == EvalData(fine, world).scenes
+    assert not TrainData(pre, world).scenes & TrainData(own, world).scenes
+
+
 def test_wrong_studies_are_named(data, tmp_path):
     for changes, reason in (
         ({"seeds": []}, "seeds must not be empty"),
@@ -100,9 +121,7 @@ def test_a_killed_sweep_goes_on_and_a_broken_cell_stops_nothing_else(data, tmp_p
         if line.startswith("[1/"):
             break
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    time.sleep(0.5)
-    subprocess.run(["pkill", "-9", "-f", f"{tmp_path}/runs/recipes"], check=False)
+    process.wait()  # its runs notice, save and stop; the next sweep waits for them
     logs = {p: p.stat().st_mtime for p in (tmp_path / "runs").glob("*/log.txt")}
     done = {p for p in logs if any(e.get("status") == "FINISHED" for e in read_events(p.parent / "metrics.jsonl"))}
     assert done
@@ -117,6 +136,14 @@ def test_a_killed_sweep_goes_on_and_a_broken_cell_stops_nothing_else(data, tmp_p
     assert main(["compare", "--uri", uri, "--experiment", "little"]) == 2, "broken cells are missing"
     assert main(["compare", "--uri", uri, "--experiment", "little", "--partial", "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/report.html").exists()
+    # The page that MLflow shows has its keys from what runs log.
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("little")
+    view = json.loads(experiment.tags["mlflow.sharedViewState.occstream"])
+    shown = {c.get("metricKey") or c["yaxis"]["key"] for c in view["compareRunCharts"]} | {"axis/pretrain_scenes"}
+    [run] = client.search_runs([experiment.experiment_id], "tags.`mlflow.runName` = 'LS-SpB-3-2-s0'")
+    assert shown <= set(run.data.metrics)
+    assert view["groupBy"]["groupByKeys"][0]["groupByData"] in run.data.tags
 
 
 @pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
