@@ -125,7 +125,7 @@ def frames_like(config: Config, semantic: int, binary: int) -> OccBatch:
     """Frames of plausible content: six cameras around, a fifth of the voxels occupied."""
     g = torch.Generator().manual_seed(0)
     size, (height, width), shape = semantic + binary, config.augment.image_size, config.voxel_grid.shape
-    cameras = len(config.data.cameras or range(6))
+    cameras = len(config.data.cameras or range(6)) * (1 + config.data.history)
     to_ego = torch.eye(4).repeat(size, cameras, 1, 1)
     for v in range(cameras):
         a = 2 * math.pi * v / cameras

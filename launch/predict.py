@@ -98,6 +98,7 @@ def predict_checkpoint(
         False,
         config.data.binary_from,
         labels=labelled,
+        history=config.data.history,
     )
     origin = {
         "checkpoint": trained.digest,

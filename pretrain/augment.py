@@ -180,6 +180,8 @@ class FrameFiller:
         soft: also write the two best classes of labels that have them (SPEC J.10).
         depth_cell: pixels per cell of the depth map made from the LiDAR sweep; 0: none.
         labels: False: frames need none, and everything counts as free.
+        history: key-frames of ``frame.past`` whose images are further views, after those of the frame itself, moved to where
+            they were taken from by the ego's motion: what stands still falls into place.
 
     Raises:
         ValueError: flips are asked for on a grid that is not symmetric.
@@ -199,10 +201,11 @@ class FrameFiller:
         soft: bool = False,
         depth_cell: int = 0,
         labels: bool = True,
+        history: int = 0,
     ):
         self.config, self.cameras, self.grid, self.taxonomy = config, cameras, grid, taxonomy
         self.seed, self.train, self.mask, self.semantic, self.binary_from = seed, train, mask, semantic, binary_from
-        self.soft, self.depth_cell, self.labels = soft and semantic, depth_cell, labels
+        self.soft, self.depth_cell, self.labels, self.history = soft and semantic, depth_cell, labels, history
         for axis, wanted in enumerate((config.flip_x, config.flip_y)):
             if (
                 train
@@ -223,7 +226,7 @@ class FrameFiller:
 
     def fields(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of each array of one sample."""
-        v, (h, w) = len(self.cameras), self.config.image_size
+        v, (h, w) = len(self.cameras) * (1 + self.history), self.config.image_size
         shapes = {
             "images": ((v, 3, h, w), "uint8"),
             "intrinsics": ((v, 3, 3), "float32"),
@@ -257,23 +260,24 @@ class FrameFiller:
                 raise ValueError(f"frame {frame.key} has no LiDAR sweep, which this recipe needs; pack the lidar group")
             if self.grid.frame == "lidar":
                 to_grid = np.linalg.inv(frame.lidar.sensor_to_ego)
-        for i, name in enumerate(self.cameras):
-            camera = frame.cameras.get(name)
+        shown = [(taken, name) for taken in [frame, *frame.past[: self.history]] for name in self.cameras]
+        for i, (taken, name) in enumerate(shown):
+            camera = taken.cameras.get(name)
             if camera is None:
-                have = ", ".join(frame.cameras) or "none"
-                raise ValueError(f"frame {frame.key}: camera {name} is missing (has {have}); set data.cameras")
+                have = ", ".join(taken.cameras) or "none"
+                raise ValueError(f"frame {taken.key}: camera {name} is missing (has {have}); set data.cameras")
             affine = image_affine(rng, (camera.width, camera.height), self.config)
             try:
                 warp_jpeg(camera.jpeg, (camera.width, camera.height), affine, views["images"][i])
             except ValueError as error:
-                raise CorruptSample(f"frame {frame.key}, {name}: broken JPEG ({error}); pack its scene again") from None
+                raise CorruptSample(f"frame {taken.key}, {name}: broken JPEG ({error}); pack its scene again") from None
             views["intrinsics"][i] = camera.intrinsics
             views["camera_to_ego"][i] = to_grid @ camera_to_key_ego(frame, camera)
             views["post_rot"][i] = np.eye(3)
             views["post_rot"][i, :2, :2] = affine[:, :2]
             views["post_tran"][i] = (*affine[:, 2], 0)
             if self.depth_cell:
-                depth_map(frame, camera, affine, self.config.image_size, self.depth_cell, views["depth"][i])
+                depth_map(taken, camera, affine, self.config.image_size, self.depth_cell, views["depth"][i])
         flips = scene_flips(rng, self.config)
         views["bda"][...] = flip_matrix(flips)
         if self.labels:

@@ -50,6 +50,9 @@ class DataConfig:
     """Scenes at the end of that permutation that are never trained on (for evaluation)."""
     cameras: tuple[str, ...] | None = None
     """Camera names in order. None: those of the first frame, in its order."""
+    history: int = 0
+    """Key-frames before each one whose images are further views of what stands still, moved by the ego's motion; in all
+    stages and for replay alike. A model with embeddings of cameras needs ``model.cameras`` for all views."""
     binary_from: Literal["labels", "semantic"] = "labels"
     """Binary target: the packed binary labels, or B* made from the semantic labels (SPEC A.12)."""
     labels: str = "labels"
@@ -63,6 +66,7 @@ class DataConfig:
     def __post_init__(self):
         _need(self.scenes is None or self.scenes >= 1, f"scenes is {self.scenes}, must be at least 1 (or null for all)")
         _need(self.holdout >= 0, f"holdout is {self.holdout}, must not be negative")
+        _need(0 <= self.history <= 8, f"history is {self.history}, must be 0 to 8")
 
 
 @dataclass

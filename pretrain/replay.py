@@ -64,6 +64,7 @@ class TrainData:
             data.binary_from,
             data.soft,
             depth_cell(config),
+            history=data.history,
         )
         micro = cfg.batch // cfg.accumulate
         self._feeds = {"main": _Feed(manifest, order, filler, micro, micro, config, world)}
@@ -103,6 +104,7 @@ class TrainData:
                 source.mask,
                 False,
                 depth_cell=depth_cell(config),
+                history=config.data.history,
             )
             batch = most if len(sources) == 1 else functools.partial(quotas.of, number)
             name = f"replay-{number}" if number else "replay"
@@ -267,6 +269,7 @@ class EvalData:
             ev.mask,
             semantic,
             config.data.binary_from,
+            history=config.data.history,
         )
         plan = evaluation_batches(scenes, counts, ev.batch, world.rank, world.size)
         self._open = lambda: open_stream(manifest, plan, filler, ev.batch, config, world)
@@ -315,6 +318,7 @@ def open_stream(
         config.train.threads,
         allocate=allocate,
         deadline=config.train.data_timeout,
+        history=config.data.history,
     )
 
 

@@ -407,7 +407,8 @@ def _check_strategy(config: Config, model: nn.Module) -> None:
 
 def _check_same_run(config: Config, data: TrainData, saved: checkpoint.Checkpoint) -> None:
     """Raises ValueError if the folder holds another run than the one that is asked for."""
-    old, new = flatten(saved.state["config"]), flatten(config.to_dict())
+    # Parsed: settings that did not exist then had their defaults.
+    old, new = flatten(parse_config(saved.state["config"]).to_dict()), flatten(config.to_dict())
     changed = [k for k in new if old.get(k) != new[k] and not k.startswith(_FREE)]
     if changed:
         first = changed[0]

@@ -253,6 +253,7 @@ class Frame:
         lidar: the key sweep.
         sweeps: further sweeps since the previous key-frame, oldest first; used to make labels, not written to shards.
         boxes, labels: None if absent.
+        past: key-frames before it, newest first, where a stream was asked for them; not written to shards.
     """
 
     scene: str
@@ -265,6 +266,7 @@ class Frame:
     sweeps: list[LidarSweep] = field(default_factory=list)
     boxes: Boxes | None = None
     labels: Labels | None = None
+    past: list[Frame] = field(default_factory=list)
 
     @property
     def key(self) -> str:

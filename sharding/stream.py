@@ -254,6 +254,7 @@ class Stream:
         warn: gets one line for each skipped sample.
         lookahead: batches beyond those in the ring whose shards are fetched into the cache ahead of need.
         deadline: seconds that the consumer waits for a batch before it is an error that names what is not there.
+        history: key-frames before each one that ``fill`` finds in ``frame.past`` (at a scene's beginning its first, again).
     """
 
     def __init__(
@@ -270,6 +271,7 @@ class Stream:
         warn: Callable[[str], None] = print,
         lookahead: int = 64,
         deadline: float = 600.0,
+        history: int = 0,
     ):
         if ring < 2:
             raise ValueError(f"ring is {ring}, needs at least 2: one for the consumer, one to fill")
@@ -288,7 +290,7 @@ class Stream:
         self.waited = 0.0
         self.skipped: list[str] = []
         self._planned: deque[tuple[list[Sample], dict[str, int]]] = deque()
-        self._lookahead = lookahead if reader.cache else 0
+        self._lookahead, self._history = lookahead if reader.cache else 0, history
         self._wanted: deque[int] = deque()  # shard numbers to prefetch, in order of need
         self._known: set[int] = set()
         self._decoders = threads
@@ -436,7 +438,8 @@ class Stream:
         for shift in range(scene.frames):
             index = (sample.frame + shift) % scene.frames
             try:
-                frame = self._reader.frame(sample.scene, index)
+                *past, frame = self._reader.clip(sample.scene, index, 1 + self._history)
+                frame.past = past[::-1]
                 self._fill(frame, sample.epoch, views)
             except CorruptSample as error:
                 self._skip(error)

@@ -155,3 +155,31 @@ def test_labels_in_the_frame_of_the_lidar_move_the_cameras_there():
         filler(frame, 0, arrays)
         found.append(arrays["camera_to_ego"])
     np.testing.assert_allclose(frame.lidar.sensor_to_ego @ found[1], found[0], atol=1e-5)
+
+
+def test_frames_before_are_further_views_of_what_stands_still():
+    """A voxel that a camera sees in the frame before is where its view of now says it is."""
+    source = open_source(
+        "synthetic", {"scenes": 3, "frames": 3, "image_size": [64, 176], "grid": "tiny", "lidar": False}
+    )
+    frames = max((source.load(n).frames for n in source.scene_names()), key=lambda f: np.ptp(f[0].ego_to_global[:2, 3]))
+    old, frame = frames[1], frames[2]
+    cameras = tuple(frame.cameras)
+    frame.past = [old, frames[0]]
+    plain, wide = filler_for(frame, mask="none"), filler_for(frame, mask="none", history=1)
+    now, both = views_of(plain), views_of(wide)
+    plain(frame, 1, now)
+    wide(frame, 1, both)
+    assert len(both["images"]) == 2 * len(cameras), "one frame of the two"
+    np.testing.assert_array_equal(both["images"][: len(cameras)], now["images"])
+    alone = views_of(filler_for(old, train=False, mask="none"))
+    filler_for(old, train=False, mask="none")(old, 0, alone)
+    still = views_of(filler_for(frame, train=False, mask="none", history=1))
+    filler_for(frame, train=False, mask="none", history=1)(frame, 0, still)
+    point = np.append(np.random.default_rng(0).uniform(-15, 15, 3), 1)
+    before = np.linalg.inv(old.ego_to_global) @ frame.ego_to_global @ point  # the same place in the old ego frame
+    for i in range(len(cameras)):
+        seen = np.linalg.inv(still["camera_to_ego"][len(cameras) + i]) @ point
+        expected = np.linalg.inv(alone["camera_to_ego"][i]) @ before
+        np.testing.assert_allclose(seen, expected, atol=1e-3)
+        np.testing.assert_array_equal(still["images"][len(cameras) + i], alone["images"][i])

@@ -190,6 +190,20 @@ def test_a_step_that_is_not_finite_is_left_out_whole_at_every_stage(root):
     assert "left out step 2" in (root / "nan-log/rank0.log").read_text()
 
 
+def test_both_families_train_on_frames_before(root):
+    """At a scene's beginning its first frame is shown again; embeddings of too few cameras are named."""
+
+    def job(model, *words):
+        overrides = [f"data.url={root}/data", f"output={root}/history-{model}", f"model_name={model}", "train.steps=2"]
+        return {"recipe": RECIPE, "stage": "finetune", "overrides": [*overrides, "data.history=1", *words]}
+
+    run_jobs([job("b2s_ls"), job("b2s_bevformer", "model.cameras=12", "model.dense_layers=1")], 1, root / "history-log")
+    assert sorted(losses(root / "history-b2s_ls")) == [1, 2]
+    codes, [said] = start_jobs([job("b2s_bevformer", f"output={root}/few", "model.dense_layers=1")], 1, root / "few-log")
+    assert codes != [0]
+    assert "12 cameras, but the model has embeddings for 8: set model.cameras" in said
+
+
 def test_shares_of_replay_sources_are_exact_and_logged(runs):
     shares = {}
     for event in read_events(runs / "mix-2-1" / "metrics.jsonl"):
