@@ -14,10 +14,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from occstream.launch.dryrun import frames_like
+from occstream.models import kernels
 from occstream.pretrain.config import Config, load_config
 from occstream.pretrain.losses import occupancy_loss
 from occstream.pretrain.meter import best_time, matmul_ceiling
-from occstream.pretrain.trainer import create_model
+from occstream.pretrain.trainer import accelerate, create_model
 
 # Part -> module of the network. What a network lacks is left out.
 PARTS = {
@@ -48,8 +49,12 @@ def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, batch: int, 
     builds: dict[str, Callable] = {"plain fp32": _Build(config, device, frames, "fp32", False)}
     if device.type == "cuda":
         builds["plain TF32"] = _Build(config, device, frames, "fp32", True)
-    if config.train.precision != "fp32":
-        builds[config.train.precision] = _Build(config, device, frames, config.train.precision, True)
+    precision = config.train.precision
+    if precision != "fp32":
+        builds[precision] = _Build(config, device, frames, precision, True)
+    if device.type == "cuda":
+        builds[f"{precision} kernels"] = _Build(config, device, frames, precision, True, True)
+        builds[f"{precision} kernels compile"] = _Build(config, device, frames, precision, True, True, True)
     for build in builds.values():
         build.step()
     flops = _flops(builds["plain fp32"])
@@ -65,10 +70,21 @@ def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, batch: int, 
 class _Build:
     """A network, its optimizer and timers."""
 
-    def __init__(self, config: Config, device: torch.device, frames, precision: str, tf32: bool):
-        self.config, self.device, self.frames, self.tf32 = config, device, frames, tf32
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        frames,
+        precision: str,
+        tf32: bool,
+        with_kernels: bool = False,
+        compiled: bool = False,
+    ):
+        self.config, self.device, self.frames, self.tf32, self.kernels = config, device, frames, tf32, with_kernels
         self.autocast = precision == "bf16"
         self.model = create_model(config).to(device).train()
+        accelerate(self.model, device, with_kernels, compiled)
+        self.losses: list[float] = []
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device.type == "cuda")
         self.times: dict[str, list[float]] = defaultdict(list)
         self.peak = 0
@@ -95,6 +111,7 @@ class _Build:
 
     def step(self) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
+        kernels.use(self.kernels)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with self._timed("step"):
@@ -107,11 +124,13 @@ class _Build:
             with self._timed("optimizer"):
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(float(loss.detach()))
         if self.device.type == "cuda":
             self.peak = max(self.peak, torch.cuda.max_memory_allocated())
 
     def summary(self) -> dict[str, float]:
         found = {part: statistics.median(values[1:] or values) for part, values in self.times.items()}
+        found["loss of the first step"] = self.losses[0]
         return found | ({"peak_bytes": float(self.peak)} if self.peak else {})
 
 
@@ -149,8 +168,9 @@ def _show(found: dict, recipe: str, stage: str) -> None:
             print("  ".join([part.ljust(16), *cells]))
     slow = builds["plain fp32"]["step"]
     for name, b in builds.items():
-        kind = "bf16" if name == "bf16" else "fp32"
-        line = f"{name}: {found['batch'] / b['step']:.1f} frames/s, {slow / b['step']:.2f} x plain fp32"
+        kind = "bf16" if name.startswith("bf16") else "fp32"
+        line = f"{name}: loss {b['loss of the first step']:.5f}, {found['batch'] / b['step']:.1f} frames/s"
+        line += f", {slow / b['step']:.2f} x plain fp32"
         line += f", {100 * found['flops'] / b['step'] / ceilings[kind]:.0f} % of this machine's {kind} matrix product"
         if "peak_bytes" in b:
             line += f", {b['peak_bytes'] / 2**30:.1f} GiB at its peak"

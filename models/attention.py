@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from occstream.models import kernels
+
 
 def sample_volume(values: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     """Weighted trilinear samples of a dense volume (SPEC J.3).
@@ -20,6 +22,8 @@ def sample_volume(values: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (B, Q, C); samples outside the volume count as 0.
     """
+    if kernels.wanted_for(values):
+        return kernels.sample(values, locations, weights)
     b, q, heads, points, _ = locations.shape
     volume = values.reshape(b * heads, values.shape[1] // heads, *values.shape[2:])
     # grid_sample wants the last axis of the tensor first: (z, y, x) for (X, Y, Z).
@@ -40,6 +44,8 @@ def sample_images(values: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (N, L, C).
     """
+    if kernels.wanted_for(values):
+        return kernels.sample(values, locations, weights)
     n, length, heads, points, _ = locations.shape
     maps = values.reshape(n * heads, values.shape[1] // heads, *values.shape[2:])
     grid = (2 * locations - 1).permute(0, 2, 1, 3, 4).reshape(n * heads, length, points, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from occstream.models import kernels
 from occstream.models.batch import OccBatch
 from occstream.models.layers import ResidualBlock, SyncBatchNorm, conv_bn
 from occstream.sharding.grid import VoxelGrid
@@ -103,6 +104,11 @@ def voxel_pool(depth: Tensor, context: Tensor, points: Tensor, grid: VoxelGrid) 
     inside = ((index >= 0) & (index < index.new_tensor(grid.shape))).all(-1)
     voxel = (index[..., 0] * y + index[..., 1]) * z + index[..., 2]
     voxel = voxel + torch.arange(batch, device=voxel.device).view(-1, 1, 1, 1, 1) * (x * y * z)
+    if kernels.wanted_for(depth):
+        rows = context.permute(0, 1, 3, 4, 2).reshape(batch * views * h * w, -1)
+        places = voxel.masked_fill(~inside, -1).reshape(batch * views, bins, h * w)
+        out = kernels.pool(depth.reshape(batch * views, bins, h * w), rows, places, batch * x * y * z)
+        return out.view(batch, x, y, z, -1).permute(0, 4, 1, 2, 3)
     keep = inside.reshape(-1).nonzero().squeeze(1)
     # Number of the image feature behind each point: (b, v, h, w), whatever its depth bin.
     cell = torch.arange(batch * views * h * w, device=voxel.device).view(batch, views, 1, h, w)

@@ -164,6 +164,11 @@ class TrainConfig:
     """DeepSpeed ZeRO stage 0 to 3."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: torch autocast over fp32 parameters (DESIGN "Precision")."""
+    kernels: bool = False
+    """Triton kernels for voxel pooling, deformable sampling and the focal loss on CUDA (``occstream bench step`` and
+    ``infra/gpu_check.sh`` compare them with the reference)."""
+    compile: bool = False
+    """``torch.compile`` of the image encoder, on CUDA; ZeRO stages 0 to 2."""
     init: str = ""
     """Weights to start from: a checkpoint folder of a pre-training run, or an exported ``.safetensors``."""
     save_every: int = 0
@@ -203,6 +208,7 @@ class TrainConfig:
             f"batch {self.batch} does not divide by accumulate {self.accumulate}; change one of them",
         )
         _need(self.zero_stage in (0, 1, 2, 3), f"zero_stage is {self.zero_stage}, must be 0, 1, 2 or 3")
+        _need(not (self.compile and self.zero_stage == 3), "compile does not work with zero_stage 3; use 0 to 2")
         _need(self.lr > 0, f"lr is {self.lr}, must be positive")
         _need(self.steps is None or self.steps >= 1, f"steps is {self.steps}, must be at least 1 (or null)")
         _need(self.epochs > 0, f"epochs is {self.epochs}, must be positive")

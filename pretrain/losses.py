@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from occstream.models import kernels
 from occstream.models.batch import OccBatch, OccOutputs, pool_binary
 from occstream.models.layers import world_size
 from occstream.sharding.schema import IGNORE
@@ -214,6 +215,10 @@ class _NegativeFocal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, gamma: float, columns: Tensor | None) -> Tensor:
+        if kernels.wanted_for(logits):
+            total, slope = kernels.negative_focal(logits.contiguous(), gamma, columns)
+            ctx.save_for_backward(slope)
+            return total
         p, error = logits.sigmoid(), F.softplus(logits)
         weight = p * p if gamma == 2 else p**gamma
         if columns is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from occstream.evaluation.evaluate import EvalResult, evaluate
 from occstream.evaluation.report import prediction_picture
-from occstream.models import OccBatch, OccOutputs, build_model
+from occstream.models import OccBatch, OccOutputs, build_model, kernels
 from occstream.pretrain import checkpoint
 from occstream.pretrain.config import Config, merge, parse_config, parse_overrides
 from occstream.pretrain.engine import (
@@ -65,6 +65,8 @@ _FREE = (
     "train.timeout_minutes",
     "train.profile",
     "train.skip_nonfinite",
+    "train.kernels",
+    "train.compile",
 )
 
 
@@ -93,6 +95,18 @@ def create_model(config: Config) -> nn.Module:
         image_size=tuple(config.augment.image_size),
         semantic=config.stage == "finetune",
     )
+
+
+def accelerate(model: nn.Module, device: torch.device, with_kernels: bool, compiled: bool) -> None:
+    """Turns on what makes steps faster on CUDA; nothing changes on the CPU, and no name of a parameter anywhere.
+
+    Raises:
+        ImportError: kernels are wanted and Triton is missing.
+    """
+    kernels.use(with_kernels and device.type == "cuda")
+    if compiled and device.type == "cuda":
+        # The image encoder alone: it is most of the FLOPs, and its shapes do not change.
+        model.images.forward = torch.compile(model.images.forward, dynamic=False)
 
 
 def train(config: Config, world: World) -> Result:
@@ -134,6 +148,7 @@ def _train(config: Config, world: World, run: Path) -> Result:
         )
 
     parameters = sum(p.numel() for p in model.parameters())
+    accelerate(model, world.device, cfg.kernels, cfg.compile)
     engine = build_engine(model, cfg, world)
     ema = Ema(engine.module, cfg) if cfg.ema else None
     step, run_state = 0, {}

@@ -199,7 +199,9 @@ def test_both_families_train_on_frames_before(root):
 
     run_jobs([job("b2s_ls"), job("b2s_bevformer", "model.cameras=12", "model.dense_layers=1")], 1, root / "history-log")
     assert sorted(losses(root / "history-b2s_ls")) == [1, 2]
-    codes, [said] = start_jobs([job("b2s_bevformer", f"output={root}/few", "model.dense_layers=1")], 1, root / "few-log")
+    codes, [said] = start_jobs(
+        [job("b2s_bevformer", f"output={root}/few", "model.dense_layers=1")], 1, root / "few-log"
+    )
     assert codes != [0]
     assert "12 cameras, but the model has embeddings for 8: set model.cameras" in said
 
