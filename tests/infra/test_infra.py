@@ -55,6 +55,24 @@ def test_kubernetes_manifests_fit_their_schemas(name):
     passes(tool("kubernetes-validate"), "--strict", INFRA / f"k8s/{name}.yaml")
 
 
+def test_the_trainjob_fits_the_types_of_kubeflow_trainer():
+    """Its published models know every key of ours, and take every value as it is."""
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    job = yaml.safe_load((INFRA / "k8s/trainjob.yaml").read_text())
+    assert _keeps(job, models.TrainerV1alpha1TrainJob.from_dict(job).to_dict()) == []
+    job["spec"]["trainer"]["numProcesses"] = 8
+    assert _keeps(job, models.TrainerV1alpha1TrainJob.from_dict(job).to_dict()) == [".spec.trainer.numProcesses"]
+
+
+def _keeps(given, found, at=""):
+    """Paths of what is not in ``found``, or not the same there."""
+    if isinstance(given, dict) and isinstance(found, dict):
+        return [p for key in given for p in _keeps(given[key], found.get(key), f"{at}.{key}")]
+    if isinstance(given, list) and isinstance(found, list):
+        return [p for i, pair in enumerate(zip(given, found)) for p in _keeps(*pair, f"{at}[{i}]")]
+    return [] if given == found else [at]
+
+
 def test_manifests_and_scripts_name_recipes_and_options_that_exist():
     job = yaml.safe_load((INFRA / "k8s/trainjob.yaml").read_text())
     words = job["spec"]["trainer"]["args"]
