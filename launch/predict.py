@@ -11,7 +11,7 @@ import numpy as np
 
 from occstream.evaluation.predict import Keep, predict
 from occstream.pretrain.augment import FrameFiller
-from occstream.pretrain.replay import camera_names, open_stream, to_occ_batch
+from occstream.pretrain.replay import camera_names, device_batches, open_stream
 from occstream.pretrain.trainer import load_trained
 from occstream.sharding.attach import Sidecar
 from occstream.sharding.codec import Coding, encode
@@ -122,7 +122,7 @@ def predict_checkpoint(
                 [numbers[s.name] for s in chosen], [s.frames for s in chosen], config.eval.batch, 0, 1
             )
             with open_stream(base, plan, filler, config.eval.batch, config, trained.world) as stream:
-                batches = (to_occ_batch(got, trained.world.device) for got in stream)
+                batches = device_batches(stream, trained.world.device)
                 made = dict(
                     predict(
                         trained.model,

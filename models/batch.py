@@ -65,6 +65,12 @@ class OccBatch:
         """The same batch in memory of its own."""
         return self._each(torch.clone)
 
+    def record(self, stream: torch.cuda.Stream) -> None:
+        """Tells the allocator that a CUDA stream uses these tensors."""
+        for f in dataclasses.fields(self):
+            if isinstance(v := getattr(self, f.name), Tensor):
+                v.record_stream(stream)
+
     def _each(self, work: Callable[[Tensor], Tensor]) -> OccBatch:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **{name: work(v) for name, v in values.items() if isinstance(v, Tensor)})

@@ -207,6 +207,7 @@ class _Feed:
         self.least = batch if isinstance(batch, int) else 0
         self.state = {"epoch": 0, "offset": 0, "batches": 0}
         self.stream: Stream | None = None
+        self.ahead: Ahead | None = None
 
     def next(self) -> OccBatch:
         if self.stream is None:
@@ -214,13 +215,55 @@ class _Feed:
             # No share of a batch is larger than this.
             capacity = -(-self.most // self.world.size)
             self.stream = open_stream(self.manifest, batches, self.filler, capacity, self.config, self.world)
-        got = next(self.stream)
-        self.state = got.state
-        return to_occ_batch(got, self.world.device)
+        if self.world.device.type == "cpu":
+            got = next(self.stream)
+            self.state = got.state
+            return to_occ_batch(got, self.world.device)
+        self.ahead = self.ahead or Ahead(self.stream, self.world.device)
+        batch, self.state = self.ahead.next()
+        return batch
 
     def close(self) -> None:
         if self.stream:
             self.stream.close()
+
+
+class Ahead:
+    """Copies the next batch to the GPU, on a stream of its own, while the network works on the one before.
+
+    Only a batch that is already there is taken ahead: nobody waits for data earlier than without it, and the stream's
+    buffers go back to the readers once their copy is done.
+    """
+
+    def __init__(self, stream: Stream, device: torch.device):
+        self.stream, self.device = stream, device
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.held: tuple[OccBatch, dict, torch.cuda.Event | None] | None = None
+
+    def next(self) -> tuple[OccBatch, dict]:
+        """The next batch on the device and the position after it."""
+        batch, state, done = self.held or self._copy()
+        self.held = None
+        if done is not None:
+            # The network's kernels wait for the copy, and its memory is not given away before they are done.
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(done)
+            batch.record(current)
+        if self.stream.ready():
+            if done is not None:
+                done.synchronize()  # asking for the next batch gives the buffers of this one back
+            self.held = self._copy()
+        return batch, state
+
+    def _copy(self) -> tuple[OccBatch, dict, torch.cuda.Event | None]:
+        got = next(self.stream)
+        if self.copies is None:
+            return to_occ_batch(got, self.device).clone(), got.state, None
+        with torch.cuda.stream(self.copies):
+            batch = to_occ_batch(got, self.device)
+            done = torch.cuda.Event()
+            done.record()
+        return batch, got.state, done
 
 
 def _order(manifest: Manifest, scenes: list[int], seed: int, draw: int | None, lanes: int) -> Order:
@@ -276,8 +319,7 @@ class EvalData:
 
     def __iter__(self) -> Iterator[OccBatch]:
         with self._open() as stream:
-            for got in stream:
-                yield to_occ_batch(got, self.world.device)
+            yield from device_batches(stream, self.world.device)
 
 
 def depth_cell(config: Config) -> int:
@@ -286,18 +328,23 @@ def depth_cell(config: Config) -> int:
 
 
 def to_occ_batch(got: StreamBatch, device: torch.device) -> OccBatch:
-    """Stream arrays as tensors; on the CPU they share memory with the ring."""
+    """Stream arrays as tensors; on the CPU they share memory with the ring, to a GPU they are being copied."""
     tensors = {name: torch.from_numpy(array) for name, array in got.arrays.items()}
     semantic = tensors.pop("semantic", None)
     count = 0 if semantic is None else len(semantic)
     if semantic is None:
         semantic = torch.zeros(0, *tensors["binary"].shape[1:], dtype=torch.uint8)
     batch = OccBatch(**tensors, semantic=semantic, num_semantic=count, keys=list(got.keys))
-    if device.type == "cpu":
-        return batch
-    batch = batch.to(device)
-    torch.cuda.current_stream().synchronize()  # the ring's buffers go back to the readers at the next call
-    return batch
+    return batch if device.type == "cpu" else batch.to(device)
+
+
+def device_batches(stream: Stream, device: torch.device) -> Iterator[OccBatch]:
+    """Batches of a stream that ends, on a device; on the CPU each is valid until the next."""
+    for got in stream:
+        batch = to_occ_batch(got, device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # the stream's buffers go back to the readers
+        yield batch
 
 
 def open_stream(

@@ -331,6 +331,11 @@ class Stream:
         count = len(slot.samples)
         return StreamBatch({k: v[:count] for k, v in slot.buffers.items()}, slot.keys, slot.samples, slot.state)
 
+    def ready(self) -> bool:
+        """Whether the next batch is there, so that asking for it does not wait."""
+        with self._change:
+            return bool(self._filling) and not self._filling[0].missing and not self._error
+
     def __enter__(self) -> Stream:
         return self
 

@@ -1,12 +1,13 @@
 """Soak test: one training, killed again and again in every way, must come out as if nothing had happened.
 
-    python tests/pretrain/soak.py FOLDER [--kills 30] [--steps 120] [--seed 0]
+    python tests/pretrain/soak.py FOLDER [--kills 30] [--steps 300] [--seed 0]
 
 Kills: SIGKILL of a rank, of all ranks, of the deepspeed launcher (its ranks stay behind), SIGTERM of all, a STOP file; at
 random moments (forward, backward, saving, uploading). The world size changes at every third restart. Compared with an
 undisturbed run: every logged loss, the frame keys of every step, and the final weights; to the bit with one world size
-(``--worlds 2``), else losses to 1e-5 and tensors to 1e-3 of their largest value (sums over ranks round, and Adam turns the
-rounding of zero gradients into steps). Nothing is cleaned by hand. Prints a summary; exit code 1 if anything differs.
+(``--worlds 2``), else to twice what an undisturbed run at another world size differs by (sums over ranks round, and Adam
+turns the rounding of gradients that are zero into steps). Nothing is cleaned by hand. Prints a summary; exit code 1 if
+anything differs.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ def soak(folder: Path, kills: int, steps: int, seed: int, worlds: tuple[int, ...
     folder.mkdir(parents=True, exist_ok=True)
     data = str(folder / "data")
     if not (folder / "data").exists():
-        pack_small(data, scenes=7)
+        pack_small(data, scenes=8)
 
     def job(name: str) -> list[dict]:
         # Dropout is drawn per rank and step: without it the sum is the same at every world size.
         words = [f"data.url={data}", f"replay.url={data}", f"output={folder}/{name}", f"train.steps={steps}"]
         words += ["train.save_every=3", "train.lr=2e-5", "train.log_keys=true", "model.dropout=0.0", "data.scenes=4"]
+        words += ["data.holdout=2", "replay.holdout=2"]
         words += [f"train.upload=file://{folder}/store/{name}", "train.threads=1"]
         return [{"recipe": RECIPE, "stage": "finetune", "overrides": words}]
 
@@ -48,6 +50,12 @@ def soak(folder: Path, kills: int, steps: int, seed: int, worlds: tuple[int, ...
     processes, logs = launch_ranks(job("whole"), worlds[0], folder / "log-whole")
     assert not any([p.wait(1200) for p in processes]), logs[0].read_text()[-2000:]
     duration = time.monotonic() - began
+    allowed = None
+    if len(worlds) > 1:
+        # How far rounding alone takes a run: the same, undisturbed, at another world size.
+        processes, logs = launch_ranks(job("other"), max(worlds[1:]), folder / "log-other")
+        assert not any([p.wait(1200) for p in processes]), logs[0].read_text()[-2000:]
+        allowed = _gaps(folder / "whole", folder / "other")
     run, made, starts, codes = folder / "killed", collections.Counter(), 0, None
     while True:
         size, kind = worlds[starts // 3 % len(worlds)], KINDS[sum(made.values()) % len(KINDS)]
@@ -67,7 +75,9 @@ def soak(folder: Path, kills: int, steps: int, seed: int, worlds: tuple[int, ...
         "starts": starts,
         "kills": dict(made),
         "seconds": time.monotonic() - began,
-        "problems": _compare(folder / "whole", run, steps, len(worlds) == 1),
+        "largest difference of a loss": _gaps(folder / "whole", run)["loss"],
+        "of an undisturbed run at another world size": allowed["loss"] if allowed else 0,
+        "problems": _compare(folder / "whole", run, steps, allowed),
     }
 
 
@@ -76,7 +86,9 @@ def _disturb(kind: str, processes, run: Path, rng: random.Random, patience: floa
     seen = max(losses(run), default=0)
     moments = {
         "kill while saving": lambda: any((run / "checkpoints").glob(".partial-*")),
-        "kill while uploading": lambda: any((run.parent / "store/killed").glob("*/.*")),
+        "kill while uploading": lambda: any(
+            not (step / "COMPLETE.json").exists() for step in (run.parent / "store/killed").glob("step-*")
+        ),
     }
     reached = moments.get(kind, lambda: max(losses(run), default=0) > seen)
     deadline = time.monotonic() + 120
@@ -92,13 +104,9 @@ def _disturb(kind: str, processes, run: Path, rng: random.Random, patience: floa
         for p in processes:
             p.send_signal(signal.SIGTERM)
     elif kind == "kill launcher":
-        ranks = [
-            p
-            for p in psutil.Process(processes[0].pid).children(recursive=True)
-            if "finetune.py" in " ".join(p.cmdline())
-        ]
-        launchers = {p.parent() for p in ranks} | {psutil.Process(processes[0].pid)}
-        for p in launchers - set(ranks):
+        root = psutil.Process(processes[0].pid)
+        started = root.children(recursive=True)
+        for p in [root, *(p for p in started if not any(w.startswith("--local_rank") for w in p.cmdline()))]:
             p.kill()
     else:
         victims = [rng.choice(processes)] if kind == "kill one" else processes
@@ -138,25 +146,31 @@ def _keys(run: Path) -> dict[int, list[str]]:
     return {step: sorted({k for keys in lists for k in keys}) for step, lists in records.items()}
 
 
-def _compare(whole: Path, killed: Path, steps: int, exact: bool) -> list[str]:
+def _gaps(whole: Path, other: Path) -> dict[str, float]:
+    """Largest difference of any loss, and of the final tensors relative to the largest value in each."""
+    a, b = losses(whole), losses(other)
+    found = {"loss": max((abs(a[s]["train/loss"] - b[s]["train/loss"]) for s in a if s in b), default=float("inf"))}
+    first, second = Checkpoint(whole).tensors("model"), Checkpoint(other).tensors("model")
+    apart = [
+        (t.double() - second[n].double()).abs().max() / t.double().abs().max().clamp_min(0.1) for n, t in first.items()
+    ]
+    return found | {"tensors": float(max(apart))}
+
+
+def _compare(whole: Path, killed: Path, steps: int, allowed: dict[str, float] | None) -> list[str]:
     problems = []
-    a, b = losses(whole), losses(killed)
-    if sorted(b) != list(range(1, steps + 1)):
-        problems.append(f"steps logged: {sorted(set(range(1, steps + 1)) - set(b))} missing")
-    worst = max((abs(a[s]["train/loss"] - b[s]["train/loss"]) for s in a if s in b), default=float("inf"))
-    if worst > (0 if exact else 1e-5):
-        problems.append(f"losses differ by up to {worst:.2e}")
+    if sorted(losses(killed)) != list(range(1, steps + 1)):
+        problems.append(f"steps logged: {sorted(set(range(1, steps + 1)) - set(losses(killed)))} missing")
+    for what, gap in _gaps(whole, killed).items():
+        # Twice: two disturbed roundings apart.
+        limit = 2 * allowed[what] if allowed else 0
+        if gap > limit:
+            problems.append(f"{what}: differ by up to {gap:.2e}, more than {limit:.2e}")
     one, two = _keys(whole), _keys(killed)
     wrong = [s for s in one if one[s] != two.get(s)]
     if wrong:
         problems.append(f"frames of steps {wrong[:5]} differ")
-    first, second = Checkpoint(whole), Checkpoint(killed)
-    for name, tensor in second.tensors("model").items():
-        mine = first.tensors("model")[name].double()
-        apart = float((mine - tensor.double()).abs().max())
-        if apart > (0 if exact else 1e-3 * max(float(mine.abs().max()), 0.1)):
-            problems.append(f"final {name} differs by up to {apart:.2e}")
-    if first.state["data"] != second.state["data"]:
+    if Checkpoint(whole).state["data"] != Checkpoint(killed).state["data"]:
         problems.append("the streams ended at different positions")
     if list(killed.glob("checkpoints/.partial-*")) or len(complete_steps(killed / "checkpoints")) > 2:
         problems.append("checkpoints were left lying about")
@@ -167,11 +181,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--worlds", default="2,1,4", help="world sizes, changed at every third start")
     args = parser.parse_args()
     worlds = tuple(int(n) for n in args.worlds.split(","))
     found = soak(args.folder, args.kills, args.steps, args.seed, worlds)
     print(found)
-    sys.exit(bool(found["problems"]))
+    done = sum(found["kills"].values())
+    if done < args.kills:
+        print(f"only {done} kills: give more --steps")
+    sys.exit(bool(found["problems"]) or done < args.kills)

@@ -13,6 +13,9 @@ import torch
 from occstream.models import MODELS
 from occstream.models.b2s import Strategy
 from occstream.pretrain.checkpoint import Checkpoint, export, read_weights
+from occstream.pretrain.config import load_config
+from occstream.pretrain.engine import World
+from occstream.pretrain.replay import Ahead, TrainData
 from occstream.pretrain.tracking import read_events
 from tests.pretrain.small import RECIPE, launch_ranks, losses, pack_small, run_jobs, start_jobs
 
@@ -204,6 +207,28 @@ def test_both_families_train_on_frames_before(root):
     )
     assert codes != [0]
     assert "12 cameras, but the model has embeddings for 8: set model.cameras" in said
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_batch_taken_ahead_is_the_same_batch_with_its_own_position(root, there, monkeypatch):
+    """What CUDA does with streams and events, without them: order, positions and content are those of the plain way."""
+    config = load_config(RECIPE, [f"data.url={root}/data"], stage="finetune")
+    world = World(0, 1, torch.device("cpu"))
+    plain, other = TrainData(config, world), TrainData(config, world)
+    expected = [(plain.next().clone(), plain.state_dict()["main"]) for _ in range(7)]
+    other.next()
+    stream = other._feeds["main"].stream
+    monkeypatch.setattr(stream, "ready", lambda: there)
+    ahead = Ahead(stream, world.device)
+    found = [ahead.next() for _ in range(6)]
+    for (batch, state), (want, position) in zip(found, expected[1:], strict=True):
+        assert state == position
+        assert batch.keys == want.keys
+        assert torch.equal(batch.images, want.images)
+        assert torch.equal(batch.semantic, want.semantic)
+    assert (ahead.held is not None) == there
+    plain.close()
+    other.close()
 
 
 def test_shares_of_replay_sources_are_exact_and_logged(runs):
