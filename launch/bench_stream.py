@@ -144,8 +144,86 @@ def webdataset(folder: Path, workers: int, skip: int) -> Iterator:
     yield from itertools.islice(loader, skip // BATCH, None)  # it cannot go on from a place: it reads up to it
 
 
-LOADERS: dict[str, Callable] = {"ours": ours, "memory": memory, "webdataset": webdataset}
-MODULES = {"webdataset": "webdataset"}
+def litdata(folder: Path, workers: int, skip: int) -> Iterator:
+    import litdata as ld
+
+    def loader():
+        data = ld.StreamingDataset(str(folder / "litdata"), shuffle=True, seed=0, drop_last=False)
+        collated = lambda samples: collate([sample_of(s) for s in samples])  # noqa: E731  decodes in the workers
+        return ld.StreamingDataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=collated)
+
+    first = loader()
+    if not skip:
+        yield from first
+        return
+    for _ in itertools.islice(first, skip // BATCH):
+        pass
+    state = first.state_dict()
+    del first
+    again = loader()
+    yield None  # the clock starts when it goes on from its own state
+    again.load_state_dict(state)
+    yield from again
+
+
+def energon(folder: Path, workers: int, skip: int) -> Iterator:
+    import megatron.energon as en
+
+    @en.stateless
+    def cook(sample: dict) -> dict:
+        members = {k: v for k, v in sample.items() if k.startswith(tuple(f"{g}." for g in GROUPS))}
+        return {**en.basic_sample_keys(sample), **sample_of(members)}
+
+    class Encoder(en.DefaultTaskEncoder):
+        cookers = (en.Cooker(cook),)
+        decoder = None
+
+        def batch(self, samples: list[dict]) -> dict:
+            return collate(samples)
+
+    def loader():
+        config = en.WorkerConfig(rank=0, world_size=1, num_workers=workers)
+        data = en.get_train_dataset(
+            str(folder / "merged"),
+            worker_config=config,
+            batch_size=BATCH,
+            shuffle_buffer_size=64,
+            max_samples_per_sequence=50,
+            task_encoder=Encoder(),
+            repeat=False,
+        )
+        return en.get_savable_loader(data)
+
+    first = loader()
+    if not skip:
+        yield from first
+        return
+    for _ in itertools.islice(first, skip // BATCH):
+        pass
+    state = first.save_state_rank()
+    del first
+    again = loader()
+    yield None
+    again.restore_state_rank(state)
+    yield from again
+
+
+LOADERS: dict[str, Callable] = {
+    "ours": ours,
+    "memory": memory,
+    "webdataset": webdataset,
+    "litdata": litdata,
+    "energon": energon,
+}
+MODULES = {"webdataset": "webdataset", "litdata": "litdata", "energon": "megatron.energon"}
+
+
+def installed(name: str) -> bool:
+    """Whether a loader's module is there."""
+    try:
+        return name not in MODULES or importlib.util.find_spec(MODULES[name]) is not None
+    except ModuleNotFoundError:  # of the package above it
+        return False
 
 
 def prepare(folder: Path, scenes: int, variety: int = 10) -> dict[str, float]:
@@ -161,7 +239,16 @@ def prepare(folder: Path, scenes: int, variety: int = 10) -> dict[str, float]:
             parts = {g: tar_members(reader.raw(g, number, index), key) for g in GROUPS}
             samples.append((key, {f"{g}.{k}": v for g, part in parts.items() for k, v in part.items()}))
     reader.close()
-    if importlib.util.find_spec("webdataset"):
+    if installed("litdata"):
+        from litdata.streaming.writer import BinaryWriter
+
+        (folder / "litdata").mkdir()
+        writer = BinaryWriter(str(folder / "litdata"), chunk_bytes="64MB")
+        for number, (_, members) in enumerate(samples):
+            writer[number] = members
+        writer.done()
+        writer.merge()
+    if installed("webdataset"):
         import webdataset as wds
 
         (folder / "merged").mkdir()
@@ -169,21 +256,31 @@ def prepare(folder: Path, scenes: int, variety: int = 10) -> dict[str, float]:
             with wds.TarWriter(str(folder / "merged" / f"{number:06d}.tar")) as tar:
                 for key, members in samples[number : number + 50]:
                     tar.write({"__key__": key, **members})
-    where = {"ours": "ours", "webdataset": "merged"}
+    if installed("energon"):
+        from megatron.energon.flavors import BaseWebdatasetFactory
+
+        BaseWebdatasetFactory.prepare_dataset(
+            folder / "merged",
+            sorted(p.name for p in (folder / "merged").glob("*.tar")),
+            split_parts_ratio=[("train", 1.0)],
+            workers=1,
+        )
+        text = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+        (folder / "merged/.nv-meta/dataset.yaml").write_text(text)
+    where = {"ours": "ours", "webdataset": "merged", "litdata": "litdata", "energon": "merged"}
     size = {k: sum(p.stat().st_size for p in (folder / v).rglob("*") if p.is_file()) for k, v in where.items()}
-    return {k: v / len(samples) for k, v in size.items() if v}
+    return {k: v / len(samples) for k, v in size.items() if v and installed(k)}
 
 
 def measure(name: str, folder: Path, workers: int, skip: int = 0) -> dict:
     """One pass (or the rest of one) by a loader, in this process."""
     before = time.process_time()
     began = time.perf_counter()
-    batches = LOADERS[name](folder, workers, skip)
-    if name == "memory":
-        next(batches)
-        before, began = time.process_time(), time.perf_counter()
     first, count = 0.0, 0
-    for _ in batches:
+    for batch in LOADERS[name](folder, workers, skip):
+        if batch is None:  # what went before is not measured
+            before, began = time.process_time(), time.perf_counter()
+            continue
         count += BATCH
         first = first or time.perf_counter() - began
     wall = time.perf_counter() - began
@@ -221,7 +318,7 @@ def bench_stream(scenes: int = 30, repeats: int = 3) -> dict:
             f"packing {scenes * 10} samples (6 images of {IMAGE[1]}x{IMAGE[0]}, LiDAR, labels on occ3d) …", flush=True
         )
         disk = prepare(folder, scenes)
-        names = [n for n in LOADERS if n not in MODULES or importlib.util.find_spec(MODULES[n])]
+        names = [n for n in LOADERS if installed(n)]
         cases = [(n, w, s) for n in names for w in ((0,) if n == "memory" else (0, 2)) for s in (0, scenes * 5)]
         cases = [c for c in cases if not (c[0] == "memory" and c[2])]
         runs: dict[tuple, list[dict]] = {c: [] for c in cases}
