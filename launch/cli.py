@@ -244,15 +244,14 @@ def _predict(args) -> int:
 
 
 def _compare(args) -> int:
-    from mlflow.tracking import MlflowClient
-
     from occstream.evaluation.compare import compare
     from occstream.evaluation.study import study_report
+    from occstream.pretrain.tracking import open_client
 
     out = Path(args.out) if args.out else None
     report = None
     if not args.by:
-        report = study_report(MlflowClient(args.uri), args.experiment, out, args.partial)
+        report = study_report(open_client(args.uri), args.experiment, out, args.partial)
     print(report if report is not None else compare(args.uri, args.experiment, by=args.by or "arm", out=out))
     return 0
 

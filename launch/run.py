@@ -107,3 +107,10 @@ def guarded(work: Callable[[], int]) -> int:
             raise
         print(f"{where}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 3 if isinstance(error, FloatingPointError) else 2
+    except Exception as error:
+        # By name: importing MLflow takes seconds.
+        if type(error).__name__ != "MlflowException" or os.environ.get("OCCSTREAM_TRACEBACK"):
+            raise
+        said = " ".join(str(error).split())[:300]
+        print(f"{where}error: MLflow: {said}; is the server up, and the URI right?", file=sys.stderr, flush=True)
+        return 2

@@ -67,7 +67,16 @@ def sweep(
         for file in write_jobs(write, study, [r for r in runs if r.name not in done]):
             print(f"wrote {file}")
         return 0
-    page = _log_card(study, runs)
+    try:
+        page = _log_card(study, runs)
+    except Exception as error:  # the server's trouble is not training's
+        page = ""
+        print(
+            f"MLflow at {study.uri} does not take the data card ({str(error).splitlines()[0][:160]}); runs go on and keep "
+            "their numbers, `occstream sync RUN` sends them later",
+            file=sys.stderr,
+            flush=True,
+        )
     failed = _execute(study, runs, done, jobs)
     if failed:
         print(f"\n{len(failed)} of {len(runs)} runs failed; the others are done. Mend the cause and run this again:")
@@ -75,7 +84,10 @@ def sweep(
             print(f"  {name}: {reason}")
         return 1
     print(f"\nall {len(runs)} runs are done; next: occstream compare --uri {study.uri} --experiment {study.name}")
-    print(f"curves: mlflow ui --backend-store-uri {study.uri}, then http://127.0.0.1:5000/{page}")
+    if page and study.uri.startswith("http"):
+        print(f"curves: {study.uri.rstrip('/')}/{page}")
+    elif page:
+        print(f"curves: mlflow ui --backend-store-uri {study.uri}, then http://127.0.0.1:5000/{page}")
     return 0
 
 

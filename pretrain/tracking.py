@@ -257,9 +257,6 @@ class Sender:
 
     def _connect(self):
         if self._client is None:
-            # Without these a dead server blocks for minutes.
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
             self._client = open_client(self.uri)
         return self._client
 
@@ -279,6 +276,9 @@ def open_client(uri: str):
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    # Without these a dead server blocks for minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     if not uri.startswith("sqlite:///"):
         return MlflowClient(uri)
     path = Path(uri.removeprefix("sqlite:///"))

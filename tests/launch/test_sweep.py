@@ -146,6 +146,13 @@ def test_a_killed_sweep_goes_on_and_a_broken_cell_stops_nothing_else(data, tmp_p
     assert view["groupBy"]["groupByKeys"][0]["groupByData"] in run.data.tags
 
 
+def test_a_server_that_does_not_answer_is_one_line(capsys):
+    assert main(["compare", "--uri", "http://127.0.0.1:9", "--experiment", "little"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: MLflow: ")
+    assert "is the server up" in said
+
+
 @pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
 def test_jobs_for_a_cluster(data, tmp_path, kind, capsys):
     path = write(tmp_path, data)
