@@ -3,6 +3,7 @@
 # labelled scenes and labels 74 more; students learn from ground truth and its labels, and "truth" from the ground truth
 # alone, all for the same number of steps. Data of study-b2s.
 #   docs/offboard-study.sh [SEED …]
+#   STEPS=3360 SUFFIX=-longer ARMS="top2 truth" docs/offboard-study.sh [SEED …]
 #   occstream compare --uri sqlite:///runs/study-offboard/mlflow.db --experiment study-offboard
 set -euo pipefail
 data=runs/study-b2s/data
@@ -10,13 +11,14 @@ out=runs/study-offboard
 python=${PYTHON:-python}
 launch=${LAUNCH:-launch}
 arms=${ARMS:-teacher top1 top2 truth}
+suffix=${SUFFIX:-}
 one() { # name seed overrides…
   local name=$1 seed=$2
   shift 2
   if [[ " $arms " != *" $name "* ]]; then return; fi
-  $python "$launch/finetune.py" --recipe study-tiny "data.url=$data" "output=$out/$name-s$seed" "train.seed=$seed" \
+  $python "$launch/finetune.py" --recipe study-tiny "data.url=$data" "output=$out/$name$suffix-s$seed" "train.seed=$seed" \
     train.lr=2.0e-3 train.batch=2 train.warmup=40 "train.steps=${STEPS:-1120}" "track.uri=sqlite:///$out/mlflow.db" \
-    track.experiment=study-offboard "track.tags={study: study-offboard, arm: $name}" "$@" > "$out/$name-s$seed.txt" 2>&1
+    track.experiment=study-offboard "track.tags={study: study-offboard, arm: $name$suffix}" "$@" > "$out/$name$suffix-s$seed.txt" 2>&1
 }
 mkdir -p "$out"
 for seed in "${@:-0}"; do
