@@ -29,10 +29,11 @@ class Meter:
         step, total: where the run starts and ends.
         data: of the run.
         bf16: whether matrix products run in bfloat16; says which ceiling ``perf/mfu`` is a share of.
+        count: whether to count FLOPs; compiled modules hide theirs.
     """
 
-    def __init__(self, step: int, total: int, data: TrainData, world: World, bf16: bool = False):
-        self.total, self.data, self.world = total, data, world
+    def __init__(self, step: int, total: int, data: TrainData, world: World, bf16: bool = False, count: bool = True):
+        self.total, self.data, self.world, self.count = total, data, world, count
         self.first, self.now = step, step
         self.times: deque[float] = deque(maxlen=100)
         self.waits: deque[float] = deque(maxlen=100)
@@ -79,7 +80,7 @@ class Meter:
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Around forward and backward: counts the FLOPs of the main rank's first warm step, once."""
-        if not self.world.is_main or self.now - self.first != WARM - 1:
+        if not self.count or not self.world.is_main or self.now - self.first != WARM - 1:
             yield
             return
         with FlopCounterMode(display=False) as counter:

@@ -186,7 +186,7 @@ def _train(config: Config, world: World, run: Path) -> Result:
             tracker.log(0, {f"axis/{name}": value for name, value in config.track.axes.items()})
     guard = FiniteGuard(engine.module, run, world, cfg.skip_nonfinite)
     watchdog = Watchdog(run, world, cfg.timeout_minutes)
-    meter = Meter(step, total, data, world, cfg.precision == "bf16")
+    meter = Meter(step, total, data, world, cfg.precision == "bf16", not cfg.compile)
     status, last, evaluation, path = "FAILED", {}, None, saved.path if saved else None
     keys = (run / f"keys-rank-{world.rank}.txt").open("a") if cfg.log_keys else None
     with contextlib.ExitStack() as stack:

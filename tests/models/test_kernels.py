@@ -1,9 +1,6 @@
 """Triton kernels against the reference in float64, through Triton's interpreter (on a GPU: infra/gpu_check.sh)."""
 
 import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-
 import subprocess
 import sys
 

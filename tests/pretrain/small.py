@@ -47,7 +47,7 @@ def run_jobs(jobs: list[dict], ranks: int, folder: Path) -> None:
 def start_jobs(jobs: list[dict], ranks: int, folder: Path) -> tuple[list[int], list[str]]:
     """Runs jobs in one group of processes; returns exit codes and outputs of the ranks."""
     processes, logs = launch_ranks(jobs, ranks, folder)
-    codes = [p.wait(240) for p in processes]
+    codes = [p.wait(600) for p in processes]
     return codes, [log.read_text() for log in logs]
 
 
