@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 
 KEY = "occstream"
+NOTE, OURS = "mlflow.note.content", "A study of occstream."
 SCATTERS = (
     ("mIoU against pre-training scenes", "eval/miou"),
     ("IoU against pre-training scenes", "eval/iou"),
@@ -19,7 +20,7 @@ RESULTS, TRAINING = "occstream-results", "occstream-training"
 
 
 def arrange_charts(client, experiment_id: str) -> str:
-    """Writes the arrangement and a description that links to it.
+    """Writes the arrangement, and a description that links to it unless somebody has written another.
 
     Args:
         client: ``MlflowClient``.
@@ -30,9 +31,9 @@ def arrange_charts(client, experiment_id: str) -> str:
     """
     page = f"#/experiments/{experiment_id}/runs?viewStateShareKey={KEY}&compareRunsMode=CHART"
     client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{KEY}", json.dumps(_view()))
-    note = "A study of occstream. "
-    note += f"[Its curves, arranged]({page}); points are means over seeds. Fits and intervals: `occstream compare`."
-    client.set_experiment_tag(experiment_id, "mlflow.note.content", note)
+    if client.get_experiment(experiment_id).tags.get(NOTE, OURS).startswith(OURS):
+        note = f"{OURS} [Its curves, arranged]({page}); points are means over seeds. Fits and intervals: `occstream compare`."
+        client.set_experiment_tag(experiment_id, NOTE, note)
     return page
 
 

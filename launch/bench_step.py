@@ -136,6 +136,7 @@ class _Build:
 
 def _flops(build: _Build) -> float:
     """Forward and backward of matrix products and convolutions; sampling, sorting and losses are not counted."""
+    kernels.use(build.kernels)
     with FlopCounterMode(display=False) as counter:
         outputs = build.model(build.frames)
         occupancy_loss(outputs, build.frames, build.config.loss)[0].backward()

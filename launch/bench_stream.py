@@ -152,17 +152,23 @@ def litdata(folder: Path, workers: int, skip: int) -> Iterator:
         collated = lambda samples: collate([sample_of(s) for s in samples])  # noqa: E731  decodes in the workers
         return ld.StreamingDataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=collated)
 
+    yield from _resumed(loader, skip, lambda it: it.state_dict(), lambda it, state: it.load_state_dict(state))
+
+
+def _resumed(loader: Callable, skip: int, save: Callable, restore: Callable) -> Iterator:
+    """All batches of a peer that has states, or those after ``skip`` samples: None, when the clock starts, then what a new
+    loader gives that goes on from the state of one that has read so far."""
     first = loader()
     if not skip:
         yield from first
         return
     for _ in itertools.islice(first, skip // BATCH):
         pass
-    state = first.state_dict()
+    state = save(first)
     del first
     again = loader()
-    yield None  # the clock starts when it goes on from its own state
-    again.load_state_dict(state)
+    yield None
+    restore(again, state)
     yield from again
 
 
@@ -194,18 +200,7 @@ def energon(folder: Path, workers: int, skip: int) -> Iterator:
         )
         return en.get_savable_loader(data)
 
-    first = loader()
-    if not skip:
-        yield from first
-        return
-    for _ in itertools.islice(first, skip // BATCH):
-        pass
-    state = first.save_state_rank()
-    del first
-    again = loader()
-    yield None
-    again.restore_state_rank(state)
-    yield from again
+    yield from _resumed(loader, skip, lambda it: it.save_state_rank(), lambda it, state: it.restore_state_rank(state))
 
 
 LOADERS: dict[str, Callable] = {

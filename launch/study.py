@@ -105,6 +105,9 @@ class Study:
         names = [n for n in (*self.strategies, *self.families) if not re.fullmatch(r"[A-Za-z0-9+*. _-]{1,40}", n)]
         if names:
             raise ValueError(f"name {names[0]!r}: use letters, digits, blanks and + * . _ -")
+        moved = [name for name, arm in self.strategies.items() if "subset_seed" in arm.source]
+        if moved:
+            raise ValueError(f"strategies.{moved[0]}.source.subset_seed would move the evaluation set; leave it out")
         self.reference = self.reference or next(iter(self.strategies))
         if self.reference not in self.strategies:
             raise ValueError(f"reference is {self.reference!r}, must be one of {', '.join(self.strategies)}")

@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -28,33 +29,41 @@ class RunLock:
     """Keeps a second job out of a run's folder for as long as this process lives; a kill leaves nothing behind.
 
     Raises:
-        ValueError: on every rank, if another job trains there.
+        ValueError, OSError: on every rank, if another job trains there, or the folder cannot be written.
     """
 
     def __init__(self, run: Path, world: World):
+        self.file: TextIO | None = None
         error = None
         if world.is_main:
-            run.mkdir(parents=True, exist_ok=True)
-            self.file = (run / LOCK).open("a+")
             try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.file.seek(0)
-                who = self.file.read().strip()
-                error = ValueError(
-                    f"{run}: another job trains there ({who}): wait for it, stop it (touch {run / STOP}), or give another output="
-                )
-            except OSError:
-                pass  # a file system without locks: the user's care
-            else:
-                self.file.truncate(0)
-                self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                self.file.flush()
+                run.mkdir(parents=True, exist_ok=True)
+                self.file = (run / LOCK).open("a+")
+                error = self._take(run)
+            except OSError as problem:
+                error = problem
         world.agree(error)
+
+    def _take(self, run: Path) -> ValueError | None:
+        """Takes the lock; an error if another job has it."""
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.seek(0)
+            return ValueError(
+                f"{run}: another job trains there ({self.file.read().strip()}): wait for it, stop it (touch {run / STOP}), "
+                "or give another output="
+            )
+        except OSError:
+            return None  # a file system without locks: the user's care
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.file.flush()
+        return None
 
     def close(self) -> None:
         """Lets others in."""
-        if hasattr(self, "file"):
+        if self.file:
             self.file.close()
 
 

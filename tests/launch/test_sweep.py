@@ -101,6 +101,7 @@ def test_binary_scenes_of_another_world_change_nothing_but_where_they_come_from(
 def test_wrong_studies_are_named(data, tmp_path):
     for changes, reason in (
         ({"seeds": []}, "seeds must not be empty"),
+        ({"strategies": {"A": {"source": {"subset_seed": 1}}}, "reference": "A"}, "would move the evaluation set"),
         ({"reference": "x"}, "reference is 'x', must be one of Multi"),
         ({"stratgies": {}}, "unknown key 'stratgies'; did you mean 'strategies'"),
         ({"finetune": {"recipe": RECIPE, "scenes": [50]}}, "50 scenes asked for"),
