@@ -130,7 +130,7 @@ def prediction_picture(
     cells = np.argwhere(_surface(known))
     points = batch.bda.new_tensor(grid.centers(cells), device=batch.bda.device)
     # Labels are already mirrored with the scene, and so is the geometry of the batch.
-    pixels, depth = project(points[None].float(), _one(batch, index))
+    [(pixels, depth)] = project([points], _one(batch, index))
     panels = [("labels", render(known, colors))]
     if outputs.binary_logits is not None:
         logits = outputs.binary_logits[index]
@@ -146,7 +146,7 @@ def prediction_picture(
     images = []
     for i, name in enumerate(cameras):
         image = _numpy(batch.images[index, i]).transpose(1, 2, 0)
-        images.append((name, overlay(image, _numpy(pixels[0, i]), _numpy(depth[0, i]), dots)))
+        images.append((name, overlay(image, _numpy(pixels[i]), _numpy(depth[i]), dots)))
     present = [k for k in range(taxonomy.num_classes) if (truth == k).any()] if has_semantic else []
     _compose(path, images, panels, taxonomy, present, title or batch.keys[index])
 

@@ -66,6 +66,38 @@ assert worst < 1e-3, worst
 print("CPU and GPU agree, worst relative gap", worst)
 PY
 
+if python -c 'from nvidia import nvimgcodec' 2> /dev/null; then
+  echo "== 1b. the same stream with JPEGs decoded by the readers and by the GPU"
+  python - <<'PY' | tee "$OUT/decoder.txt"
+import tempfile
+import time
+
+import torch
+from occstream.pretrain.config import load_config
+from occstream.pretrain.engine import World
+from occstream.pretrain.replay import TrainData
+from tests.pretrain.small import pack_small
+
+with tempfile.TemporaryDirectory() as folder:
+    pack_small(f"{folder}/data", scenes=16, image_size=[900, 1600])
+    found = {}
+    for decoder in ("cpu", "nvimagecodec"):
+        words = [f"data.url={folder}/data", f"train.decoder={decoder}", "augment.image_size=[256,704]", "train.threads=8"]
+        feed = TrainData(load_config("tests/pretrain/small.yaml", words, stage="finetune"), World(0, 1, torch.device("cuda")))
+        images = feed.next().images.float()
+        began = time.perf_counter()
+        for _ in range(40):
+            feed.next()
+        torch.cuda.synchronize()
+        print(f"{decoder}: {160 / (time.perf_counter() - began):.0f} samples/s of 900 x 1600, trained at 256 x 704")
+        found[decoder] = images
+        feed.close()
+    gap = (found["cpu"] - found["nvimagecodec"]).abs().mean().item()
+    print(f"mean difference of pixels {gap:.2f} of 255")
+    assert gap < 2
+PY
+fi
+
 echo "== 2. shards"
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT

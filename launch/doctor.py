@@ -36,8 +36,12 @@ def examine(url: str = "") -> list[Finding]:
     spconv = next((p for p in ("spconv-cu120", "spconv-cu126", "spconv") if _version(p)), "")
     value = f"{spconv} {_version(spconv)}" if spconv else "not installed"
     found.append(
-        Finding("spconv", None if not spconv else True, value, "for sparse-convolution models: pip install -e '.[gpu]'")
+        Finding("spconv", True if spconv else None, value, "for sparse-convolution models: pip install -e '.[gpu]'")
     )
+    codec = next((p for p in ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13") if _version(p)), "")
+    value = f"{codec} {_version(codec)}" if codec else "not installed"
+    remedy = "to decode JPEGs on the GPU (train.decoder=nvimagecodec): pip install -e '.[jpeg]'"
+    found.append(Finding("nvimagecodec", True if codec else None, value, remedy))
     found.append(_tool("g++", "torch.compile and DeepSpeed's fused optimizers (not needed by default)"))
     found.append(_tool("pdsh", "deepspeed --hostfile over ssh (not needed with srun or Kubernetes)"))
     found.append(_tool("numactl", "deepspeed --bind_cores_to_rank (not needed by default)"))

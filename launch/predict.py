@@ -99,6 +99,7 @@ def predict_checkpoint(
         config.data.binary_from,
         labels=labelled,
         history=config.data.history,
+        decode=config.train.decoder == "cpu",
     )
     origin = {
         "checkpoint": trained.digest,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,47 +12,32 @@ from torch import Tensor, nn
 from occstream.models import kernels
 
 
-def sample_volume(values: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted trilinear samples of a dense volume (SPEC J.3).
+def sample(values: Tensor, locations: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+    """Weighted linear samples of volumes (SPEC J.3) or maps, as many of each as it has queries: nothing is padded.
 
     Args:
-        values: (B, C, X, Y, Z), C divisible by the heads.
-        locations: (B, Q, heads, points, 3) as (x, y, z) in 0..1 over the volume; voxel i's centre is (i + 0.5) / X.
-        weights: (B, Q, heads, points).
+        values: (N, C, X, Y, Z) or (N, C, h, w), C divisible by the heads.
+        locations: (T, heads, points, 3) as (x, y, z), or (T, heads, points, 2) as (u, v), in 0..1 over the volume or map;
+            cell i's centre is (i + 0.5) / X.
+        weights: (T, heads, points).
+        counts: queries of each of the N, which follow each other; T in all.
 
     Returns:
-        (B, Q, C); samples outside the volume count as 0.
+        (T, C); samples outside count as 0.
     """
     if kernels.wanted_for(values):
-        return kernels.sample(values, locations, weights)
-    b, q, heads, points, _ = locations.shape
-    volume = values.reshape(b * heads, values.shape[1] // heads, *values.shape[2:])
-    # grid_sample wants the last axis of the tensor first: (z, y, x) for (X, Y, Z).
-    grid = (2 * locations - 1).flip(-1).permute(0, 2, 1, 3, 4).reshape(b * heads, q, points, 1, 3)
-    sampled = F.grid_sample(volume, grid.to(volume.dtype), align_corners=False).squeeze(-1)
-    mixed = (sampled * weights.permute(0, 2, 1, 3).reshape(b * heads, 1, q, points)).sum(-1)
-    return mixed.view(b, -1, q).mT
-
-
-def sample_images(values: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted bilinear samples of feature maps.
-
-    Args:
-        values: (N, C, h, w).
-        locations: (N, L, heads, points, 2) as (u, v) in 0..1.
-        weights: (N, L, heads, points).
-
-    Returns:
-        (N, L, C).
-    """
-    if kernels.wanted_for(values):
-        return kernels.sample(values, locations, weights)
-    n, length, heads, points, _ = locations.shape
-    maps = values.reshape(n * heads, values.shape[1] // heads, *values.shape[2:])
-    grid = (2 * locations - 1).permute(0, 2, 1, 3, 4).reshape(n * heads, length, points, 2)
-    sampled = F.grid_sample(maps, grid.to(maps.dtype), align_corners=False)
-    mixed = (sampled * weights.permute(0, 2, 1, 3).reshape(n * heads, 1, length, points)).sum(-1)
-    return mixed.view(n, -1, length).mT
+        return kernels.sample(values, locations, weights, counts)
+    heads = weights.shape[1]
+    # grid_sample wants the last axis of the tensor first: (z, y, x) for (X, Y, Z), but (u, v) for (h, w).
+    grid = 2 * locations - 1
+    grid = (grid.flip(-1) if values.dim() == 5 else grid).transpose(0, 1).to(values.dtype)
+    grid = grid.unsqueeze(3) if values.dim() == 5 else grid
+    maps = values.unflatten(1, (heads, -1)).unbind()
+    found = []
+    for one, places, weight in zip(maps, grid.split(counts, 1), weights.transpose(0, 1).split(counts, 1)):
+        sampled = F.grid_sample(one, places, align_corners=False).flatten(3)  # (heads, C / heads, t, points)
+        found.append((sampled * weight.unsqueeze(1)).sum(-1).flatten(0, 1).mT)
+    return torch.cat(found)
 
 
 def _ring_bias(heads: int, points: int, dims: int) -> Tensor:
@@ -96,18 +82,35 @@ class VolumeAttention(nn.Module):
         self.value, self.output = nn.Conv3d(channels, channels, 1), nn.Linear(channels, channels)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, queries: Tensor, references: Tensor, volume: Tensor) -> Tensor:
-        """queries (B, Q, C), references (B, Q, 3) in 0..1, volume (B, C, X, Y, Z) -> (B, Q, C)."""
+    def forward(self, queries: Tensor, references: Tensor, volume: Tensor, counts: list[int]) -> Tensor:
+        """queries (T, C), references (T, 3) in 0..1, volume (B, C, X, Y, Z), queries of each of the B -> (T, C)."""
         offsets, weights = self.sampling(queries)
         cells = offsets.new_tensor(volume.shape[2:])
-        locations = references[:, :, None, None].float() + offsets / cells
-        return self.dropout(self.output(sample_volume(self.value(volume), locations, weights)))
+        locations = references[:, None, None].float() + offsets / cells
+        return self.dropout(self.output(sample(self.value(volume), locations, weights, counts)))
+
+
+@dataclass
+class Sightings:
+    """Which tokens which images see, image after image: P pairs.
+
+    Attributes:
+        token: (P,) its number.
+        pixel: (P, 2) of (u / W, v / H) in 0..1.
+        counts: pairs of each image, of all frames' first cameras, then all frames' second ones, ...
+        cameras: (T,) how many see each token.
+    """
+
+    token: Tensor
+    pixel: Tensor
+    counts: list[int]
+    cameras: Tensor
 
 
 class ImageAttention(nn.Module):
     """Deformable attention of tokens to the images that see them (J.4); residual not included.
 
-    Queries are compacted per batch element *and* camera; the result is averaged over the cameras that see a query.
+    Only pairs of a token and an image that sees it are computed; the result is averaged over the cameras that do.
     """
 
     def __init__(self, channels: int, features: int, heads: int = 8, points: int = 8, dropout: float = 0.1):
@@ -116,32 +119,21 @@ class ImageAttention(nn.Module):
         self.value, self.output = nn.Conv2d(features, channels, 1), nn.Linear(channels, channels)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, queries: Tensor, pixels: Tensor, visible: Tensor, features: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, seen: Sightings, features: Tensor) -> Tensor:
         """Attends.
 
         Args:
-            queries: (B, Q, C).
-            pixels: (B, V, Q, 2) reference (u / W, v / H) in 0..1.
-            visible: (B, V, Q) bool.
+            queries: (T, C).
+            seen: which images see them.
             features: (B, V, C_f, h, w).
 
         Returns:
-            (B, Q, C); zero before the output projection for queries that no camera sees.
+            (T, C); zero before the output projection for queries that no camera sees.
         """
-        b, v, q = visible.shape
         offsets, weights = self.sampling(queries)
-        values = self.value(features.flatten(0, 1))
+        values = self.value(features.transpose(0, 1).flatten(0, 1))
         cells = offsets.new_tensor([features.shape[-1], features.shape[-2]])
-        # slots (B V, L): the visible queries of each image first, in their order; L is the longest list.
-        counts = visible.sum(-1).flatten()
-        length = max(1, int(counts.max()))
-        slots = visible.flatten(0, 1).to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[:, :length]
-        used = torch.arange(length, device=slots.device) < counts.unsqueeze(1)
-        element = torch.arange(b, device=slots.device).repeat_interleave(v).unsqueeze(1)
-        reference = pixels.flatten(0, 1).gather(1, slots.unsqueeze(-1).expand(-1, -1, 2)).float()
-        locations = reference[:, :, None, None] + offsets[element, slots] / cells
-        sampled = sample_images(values, locations, weights[element, slots]) * used.unsqueeze(-1)
-        total = sampled.new_zeros(b * q, sampled.shape[-1])
-        total = total.index_add(0, (element * q + slots).flatten(), sampled.flatten(0, 1))
-        hits = visible.sum(1).clamp_min(1).unsqueeze(-1)
-        return self.dropout(self.output(total.view(b, q, -1) / hits))
+        locations = seen.pixel[:, None, None] + offsets[seen.token] / cells
+        sampled = sample(values, locations, weights[seen.token], seen.counts)
+        total = sampled.new_zeros(len(queries), sampled.shape[-1]).index_add(0, seen.token, sampled)
+        return self.dropout(self.output(total / seen.cameras.clamp_min(1).unsqueeze(-1)))

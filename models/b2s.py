@@ -265,21 +265,20 @@ class SparsePart(nn.Module):
             c.head_rows,
         )
 
-    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def select(self, scores: Tensor) -> list[Tensor]:
         """Voxels to refine: those above the threshold, best first, at least ``floor`` and at most ``cap``.
 
         Args:
             scores: (S, N) in 0..1 (2 forces a voxel in).
 
         Returns:
-            index: (S, M) flat voxel index; M is the largest number any frame needs.
-            used: (S, M) bool, False for padding.
+            Flat voxel index (M,) of each frame, with an M of its own.
         """
         total = scores.shape[1]
         floor, cap = min(self.c.floor, total), min(self.c.cap, total)
-        count = (scores > self.c.threshold).sum(1).clamp(floor, cap)
-        index = scores.topk(int(count.max()), dim=1).indices
-        return index, torch.arange(index.shape[1], device=index.device) < count.unsqueeze(1)
+        counts = (scores > self.c.threshold).sum(1).clamp(floor, cap).tolist()
+        index = scores.topk(max(counts), dim=1).indices
+        return [i[:count] for i, count in zip(index, counts)]
 
     def forward(
         self, volume: Tensor, logits: Tensor | None, features: Tensor, batch: OccBatch
@@ -295,23 +294,20 @@ class SparsePart(nn.Module):
         Returns:
             semantic logits (S, K, X, Y, Z) fp32, and the number of refined voxels (S,).
         """
-        s = volume.shape[0]
-        index, used = self.select(self.scores(logits, batch))
+        tokens = self.tokens.at(self.select(self.scores(logits, batch)), batch)
         flat = volume.flatten(2).mT  # (S, N, C')
-        x = self.into(flat.gather(1, index.unsqueeze(-1).expand(-1, -1, flat.shape[-1])))
-        position, references = self.tokens.places(index)
-        pixels, visible = self.tokens.views(index, used, batch)
+        x = self.into(flat.flatten(0, 1)[tokens.place])
         sampled = volume
         if self.c.query == "dense":
-            mask = volume.new_zeros(s, flat.shape[1]).scatter(1, index, used.to(volume.dtype))
-            sampled = volume * mask.view(s, 1, *self.shape)
+            mask = volume.new_zeros(flat.shape[:2].numel()).index_fill(0, tokens.place, 1)
+            sampled = volume * mask.view(len(volume), 1, *self.shape)
         sampled = self.volume(sampled)
         for layer in self.layers:
-            x = layer(x, position, references, sampled, pixels, visible, features)
-        refined = self.out(x) * used.unsqueeze(-1)
-        # Scatter by addition: padding repeats no voxel (top-k indices differ) and adds zero.
-        dense = refined.new_zeros(flat.shape).scatter_add(1, index.unsqueeze(-1).expand_as(refined), refined)
-        return self.full(torch.cat([dense, flat.to(dense.dtype)], -1), "semantic"), used.sum(1)
+            x = layer(x, tokens, sampled, features)
+        refined = self.out(x)
+        dense = refined.new_zeros(flat.flatten(0, 1).shape).index_copy(0, tokens.place, refined).view(flat.shape)
+        selected = torch.tensor(tokens.counts, device=volume.device)
+        return self.full(torch.cat([dense, flat.to(dense.dtype)], -1), "semantic"), selected
 
     def scores(self, logits: Tensor | None, batch: OccBatch) -> Tensor:
         """(S, N): how much each voxel wants to be refined."""

@@ -78,17 +78,19 @@ def _kernels() -> SimpleNamespace:
 
     @triton.jit
     def sample(
-        values, locations, weights, grad, out, to_values, to_locations, to_weights,
+        values, owner, locations, weights, grad, out, to_values, to_locations, to_weights,
         queries, heads, channels, sx, sy, sz,
         POINTS: tl.constexpr, DIMS: tl.constexpr, BACK: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, CH: tl.constexpr,
     ):  # fmt: skip
         """Weighted linear samples of some queries of one head, or their gradients. Axis order of the arrays: values
-        (B, X, Y, Z, heads, C) with X = 1 in two dimensions, locations (…, DIMS) as (x, y, z) or (u, v) = (z, y)."""
-        q = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        b, h = tl.program_id(1).to(tl.int64) // heads, tl.program_id(1) % heads
+        (N, X, Y, Z, heads, C) with X = 1 in two dimensions, locations (…, DIMS) as (x, y, z) or (u, v) = (z, y); owner says
+        which of the N a query samples."""
+        q = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        h = tl.program_id(1)
         c = tl.arange(0, CH)
         live, wide = q < queries, c < channels
-        row = (b * queries + q) * heads + h
+        b = tl.load(owner + q, mask=live, other=0).to(tl.int64)
+        row = q * heads + h
         total = tl.zeros([ROWS, CH], ACC)
         if BACK:
             mask = live[:, None] & wide[None, :]
@@ -230,51 +232,45 @@ def pool(depth: Tensor, context: Tensor, voxel: Tensor, size: int) -> Tensor:
 
 class _Sample(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        b, q, heads, _ = weights.shape
-        out = torch.empty(b, q, heads, values.shape[-1], device=values.device, dtype=_wide(values))
-        _launch(values, locations, weights, out=out)
-        ctx.save_for_backward(values, locations, weights)
+    def forward(ctx, values: Tensor, locations: Tensor, weights: Tensor, owner: Tensor) -> Tensor:
+        out = torch.empty(*weights.shape[:2], values.shape[-1], device=values.device, dtype=_wide(values))
+        _launch(values, owner, locations, weights, out=out)
+        ctx.save_for_backward(values, locations, weights, owner)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        values, locations, weights = ctx.saved_tensors
+        values, locations, weights, owner = ctx.saved_tensors
         # Atomic additions: in a type that keeps small ones.
         to_values = torch.zeros(values.shape, device=values.device, dtype=_wide(values))
         to_locations, to_weights = torch.empty_like(locations), torch.empty_like(weights)
-        _launch(values, locations, weights, grad=grad.contiguous(), back=(to_values, to_locations, to_weights))
-        return to_values.to(values.dtype), to_locations, to_weights
+        _launch(values, owner, locations, weights, grad=grad.contiguous(), back=(to_values, to_locations, to_weights))
+        return to_values.to(values.dtype), to_locations, to_weights, None
 
 
-def _launch(values: Tensor, locations: Tensor, weights: Tensor, out=None, grad=None, back=(None, None, None)) -> None:
+def _launch(values, owner, locations, weights, out=None, grad=None, back=(None, None, None)) -> None:
     k = _kernels()
-    b, q, heads, points = weights.shape
+    queries, heads, points = weights.shape
+    if not queries:
+        return
     x, y, z = values.shape[1:4]
     rows = 16
-    k.sample[(-(-q // rows), b * heads)](
-        values, locations, weights, grad, out, *back, q, heads, values.shape[-1], x, y, z,
+    k.sample[(-(-queries // rows), heads)](
+        values, owner, locations, weights, grad, out, *back, queries, heads, values.shape[-1], x, y, z,
         POINTS=points, DIMS=locations.shape[-1], BACK=out is None, ACC=_accumulator(k, values), ROWS=rows,
         CH=k.power(values.shape[-1]),
     )  # fmt: skip
 
 
-def sample(values: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted linear samples of a volume or of maps, as ``attention.sample_volume`` and ``sample_images``.
-
-    Args:
-        values: (B, C, X, Y, Z) or (B, C, h, w), C divisible by the heads.
-        locations: (B, Q, heads, points, 3 or 2) in 0..1, as there.
-        weights: (B, Q, heads, points).
-
-    Returns:
-        (B, Q, C) in the dtype of ``values``.
-    """
-    b, channels = values.shape[:2]
-    heads = weights.shape[2]
+def sample(values: Tensor, locations: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+    """``attention.sample``: the same arguments and (T, C) in the dtype of ``values``, all queries in one launch."""
+    heads = weights.shape[1]
     spatial = values.shape[2:] if values.dim() == 5 else (1, *values.shape[2:])
-    last = values.reshape(b, heads, channels // heads, *spatial).permute(0, 3, 4, 5, 1, 2).contiguous()
-    return _Sample.apply(last, locations.contiguous(), weights.contiguous()).flatten(2).to(values.dtype)
+    last = values.reshape(len(values), heads, -1, *spatial).permute(0, 3, 4, 5, 1, 2).contiguous()
+    each = torch.tensor(counts, device=values.device)
+    owner = torch.arange(len(counts), device=values.device).repeat_interleave(each, output_size=len(weights))
+    found = _Sample.apply(last, locations.contiguous(), weights.contiguous(), owner)
+    return found.flatten(1).to(values.dtype)
 
 
 def negative_focal(logits: Tensor, gamma: float, columns: Tensor | None) -> tuple[Tensor, Tensor]:

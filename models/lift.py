@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -41,23 +43,26 @@ def unproject(points: Tensor, batch: OccBatch) -> Tensor:
     return found.view(*found.shape[:2], *points.shape)
 
 
-def project(points: Tensor, batch: OccBatch) -> tuple[Tensor, Tensor]:
+def project(points: Iterable[Tensor], batch: OccBatch) -> list[tuple[Tensor, Tensor]]:
     """Augmented ego frame -> augmented pixels (SPEC J.2), inverse of ``unproject``.
 
     Args:
-        points: (B, N, 3) metres.
+        points: (N, 3) metres of each frame, each with an N of its own.
 
     Returns:
-        pixels: (B, V, N, 2) of (u, v).
-        depth: (B, V, N) metres along the camera's axis; pixels mean something only where it is positive.
+        For each frame pixels (V, N, 2) of (u, v), and depth (V, N), metres along the camera's axis: pixels mean something
+        only where it is positive.
     """
-    raw = points.float() @ torch.linalg.inv(batch.bda.float()).mT  # (B, N, 3)
-    to_camera = torch.linalg.inv(batch.camera_to_ego.float())
-    camera = raw.unsqueeze(1) @ to_camera[..., :3, :3].mT + to_camera[..., None, :3, 3]
-    image = camera @ batch.intrinsics.float().mT
-    depth = image[..., 2]
-    pixel = torch.cat([image[..., :2] / depth.clamp_min(1e-5).unsqueeze(-1), depth.unsqueeze(-1)], -1)
-    return (pixel @ batch.post_rot.float().mT + batch.post_tran.float().unsqueeze(2))[..., :2], depth
+    undo, to_camera = torch.linalg.inv(batch.bda.float()).mT, torch.linalg.inv(batch.camera_to_ego.float())
+    found = []
+    for i, mine in enumerate(points):
+        camera = mine.float() @ undo[i] @ to_camera[i, :, :3, :3].mT + to_camera[i, :, None, :3, 3]
+        image = camera @ batch.intrinsics[i].float().mT
+        depth = image[..., 2]
+        pixel = torch.cat([image[..., :2] / depth.clamp_min(1e-5).unsqueeze(-1), depth.unsqueeze(-1)], -1)
+        pixel = pixel @ batch.post_rot[i].float().mT + batch.post_tran[i].float().unsqueeze(1)
+        found.append((pixel[..., :2], depth))
+    return found
 
 
 class _Pool(torch.autograd.Function):

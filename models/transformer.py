@@ -3,12 +3,13 @@ that are taken for occupied (sparse). Shape legend: see ``batch``."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from occstream.models.attention import ImageAttention, VolumeAttention
+from occstream.models.attention import ImageAttention, Sightings, VolumeAttention
 from occstream.models.batch import OccBatch
 from occstream.models.layers import AxialEmbedding, checkpointed
 from occstream.models.lift import project
@@ -35,19 +36,37 @@ class TransformerLayer(nn.Module):
         )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
 
-    def forward(self, x: Tensor, position: Tensor, references, volume, pixels, visible, features) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tokens, volume: Tensor, features: Tensor) -> Tensor:
         """Refines tokens.
 
         Args:
-            x, position: (B, Q, C) tokens and their position embedding.
-            references: (B, Q, 3) in 0..1 of ``volume``.
+            x: (T, C).
+            tokens: where they are.
             volume: (B, C, X, Y, Z) that the self-attention samples.
-            pixels, visible: of ``views_of``.
             features: (B, V, C_f, h, w).
         """
-        x = self.norms[0](x + self.volume(x + position, references, volume))
-        x = self.norms[1](x + self.images(x + position, pixels, visible, features))
+        x = self.norms[0](x + self.volume(x + tokens.position, tokens.references, volume, tokens.counts))
+        x = self.norms[1](x + self.images(x + tokens.position, tokens.seen, features))
         return self.norms[2](x + self.ffn(x))
+
+
+@dataclass
+class Tokens:
+    """Voxels of the frames of a batch as one list, frame after frame: T in all, as many of each frame as it has.
+
+    Attributes:
+        place: (T,) row in the batch's voxels laid end to end: frame times voxels of a grid plus flat voxel index.
+        counts: tokens of each frame.
+        position: (T, C) embedding.
+        references: (T, 3) in 0..1 over the grid.
+        seen: by which cameras.
+    """
+
+    place: Tensor
+    counts: list[int]
+    position: Tensor
+    references: Tensor
+    seen: Sightings
 
 
 class VoxelTokens(nn.Module):
@@ -66,27 +85,30 @@ class VoxelTokens(nn.Module):
         self.register_buffer("centers", centers, persistent=False)
         self.embedding = AxialEmbedding(grid.shape, channels)
 
-    def places(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Flat voxel index (B, Q) -> position embedding (B, Q, C), references (B, Q, 3) in 0..1 over the grid."""
-        steps = torch.stack(torch.unravel_index(index, self.shape), -1)
-        return self.embedding(steps), (steps + 0.5) / steps.new_tensor(self.shape)
+    def at(self, index: list[Tensor], batch: OccBatch) -> Tokens:
+        """Flat voxel indices of each frame of a batch -> tokens."""
+        counts = [len(i) for i in index]
+        flat = torch.cat(index)
+        frame = torch.cat([torch.full_like(voxels, i) for i, voxels in enumerate(index)])
+        steps = torch.stack(torch.unravel_index(flat, self.shape), -1)
+        return Tokens(
+            place=frame * len(self.centers) + flat,
+            counts=counts,
+            position=self.embedding(steps),
+            references=(steps + 0.5) / steps.new_tensor(self.shape),
+            seen=self._sightings(index, batch),
+        )
 
-    def views(self, index: Tensor, used: Tensor, batch: OccBatch) -> tuple[Tensor, Tensor]:
-        """Where the cameras see voxels.
-
-        Args:
-            index: (B, Q) flat voxel index.
-            used: (B or 1, Q) bool; the others are seen by none.
-
-        Returns:
-            pixels: (B, V, Q, 2) of (u / W, v / H); 0 where not visible.
-            visible: (B, V, Q) bool: in front of the camera and in its image (SPEC A.5).
-        """
-        pixels, depth = project(self.centers[index], batch)
-        height, width = self.image_size
-        pixels = pixels / pixels.new_tensor([width, height])
-        visible = (depth > 1e-5) & ((pixels > 0) & (pixels < 1)).all(-1) & used.unsqueeze(1)
-        return torch.where(visible.unsqueeze(-1), pixels, pixels.new_zeros(())), visible
+    def _sightings(self, index: list[Tensor], batch: OccBatch) -> Sightings:
+        """Cameras see what is in front of them and in their image (SPEC A.5)."""
+        size = torch.tensor(self.image_size[::-1], device=batch.images.device)
+        projected = project((self.centers[i] for i in index), batch)
+        pixels, depth = (torch.cat(part, 1) for part in zip(*projected))
+        pixels = pixels / size  # (V, T, 2)
+        visible = (depth > 1e-5) & ((pixels > 0) & (pixels < 1)).all(-1)
+        camera, token = visible.nonzero().unbind(1)
+        counts = [v.sum(1) for v in visible.split([len(i) for i in index], 1)]
+        return Sightings(token, pixels[camera, token], torch.stack(counts, 1).flatten().tolist(), visible.sum(0))
 
 
 class DenseTransformer(nn.Module):
@@ -109,14 +131,15 @@ class DenseTransformer(nn.Module):
 
     def forward(self, volume: Tensor, features: Tensor, batch: OccBatch) -> Tensor:
         """volume (B, C, X, Y, Z), features (B, V, C_f, h, w) -> (B, C, X, Y, Z)."""
-        size = len(volume)
-        index = torch.arange(volume[0, 0].numel(), device=volume.device).expand(size, -1)
-        position, references = self.tokens.places(index)
-        pixels, visible = self.tokens.views(index, index[:1] >= 0, batch)
-        x = self.into(volume.flatten(2).mT)
+        everything = torch.arange(volume[0, 0].numel(), device=volume.device)
+        tokens = self.tokens.at([everything] * len(volume), batch)
+        x = self.into(volume.flatten(2).mT.flatten(0, 1))
         for layer in self.layers:
-            sampled = x.mT.unflatten(2, volume.shape[2:])
-            x = checkpointed(
-                layer, x, position, references, sampled, pixels, visible, features, when=self.checkpointing
-            )
-        return volume + self.out(x).mT.unflatten(2, volume.shape[2:])
+            sampled = self._volume(x, volume)
+            x = checkpointed(layer, x, tokens, sampled, features, when=self.checkpointing)
+        return volume + self._volume(self.out(x), volume)
+
+    @staticmethod
+    def _volume(tokens: Tensor, like: Tensor) -> Tensor:
+        """(B X Y Z, C) -> (B, C, X, Y, Z)."""
+        return tokens.unflatten(0, (len(like), -1)).mT.unflatten(2, like.shape[2:])

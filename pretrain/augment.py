@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from occstream.sharding.codec import CorruptSample
+from occstream.sharding.codec import CorruptSample, check_jpeg
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.order import generator
 from occstream.sharding.schema import IGNORE, Camera, Frame, Labels, Taxonomy, camera_to_key_ego
@@ -78,6 +78,12 @@ def image_affine(rng: np.random.Generator | None, source: tuple[int, int], confi
     return (np.array([[c, -s, cx - c * cx + s * cy], [s, c, cy - s * cx - c * cy], [0, 0, 1]]) @ affine)[:2]
 
 
+def shrink_factor(affine: np.ndarray) -> int:
+    """1, 2, 4 or 8: by how much an image may be shrunk before it goes through an affine map (2, 3), and not lack pixels."""
+    shrink = math.sqrt(abs(np.linalg.det(affine[:, :2])))
+    return max(n for n in (1, 2, 4, 8) if n == 1 or n * shrink <= 1)
+
+
 def warp_jpeg(jpeg: bytes, source: tuple[int, int], affine: np.ndarray, out: np.ndarray) -> None:
     """Decodes and warps an image into ``out`` (3, H, W) uint8 RGB; black outside.
 
@@ -87,17 +93,30 @@ def warp_jpeg(jpeg: bytes, source: tuple[int, int], affine: np.ndarray, out: np.
         ValueError: the JPEG is damaged or has another size than ``source`` says.
     """
     w, h = source
-    shrink = math.sqrt(abs(np.linalg.det(affine[:, :2])))
-    need = {"min_width": math.ceil(w * shrink), "min_height": math.ceil(h * shrink)} if shrink < 0.5 else {}
+    factor = shrink_factor(affine)
+    need = {"min_width": math.ceil(w / factor), "min_height": math.ceil(h / factor)} if factor > 1 else {}
     # strict, because libjpeg fills what a truncated file lacks with grey.
     image = simplejpeg.decode_jpeg(jpeg, "RGB", strict=True, **need)
-    factor = round(w / image.shape[1])
     if (math.ceil(h / factor), math.ceil(w / factor)) != image.shape[:2]:
         raise ValueError(f"image has {image.shape[1]}x{image.shape[0]} pixels (at 1/{factor}), its record says {w}x{h}")
     to_source = np.array([[factor, 0, (factor - 1) / 2], [0, factor, (factor - 1) / 2], [0, 0, 1.0]])
     size = (out.shape[2], out.shape[1])
     warped = cv2.warpAffine(image, affine @ to_source, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
     out[...] = warped.transpose(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Images of a sample that are yet to be decoded.
+
+    Attributes:
+        jpegs: V of them; ``names`` says of which frame and camera.
+        sizes: (W, H) of each.
+    """
+
+    jpegs: list[bytes]
+    names: list[str]
+    sizes: list[tuple[int, int]]
 
 
 def scene_flips(rng: np.random.Generator | None, config: AugmentConfig) -> tuple[bool, bool]:
@@ -182,6 +201,7 @@ class FrameFiller:
         labels: False: frames need none, and everything counts as free.
         history: key-frames of ``frame.past`` whose images are further views, after those of the frame itself, moved to where
             they were taken from by the ego's motion: what stands still falls into place.
+        decode: write images; False: return them as they are stored, for ``deviceimages``.
 
     Raises:
         ValueError: flips are asked for on a grid that is not symmetric.
@@ -202,10 +222,12 @@ class FrameFiller:
         depth_cell: int = 0,
         labels: bool = True,
         history: int = 0,
+        decode: bool = True,
     ):
         self.config, self.cameras, self.grid, self.taxonomy = config, cameras, grid, taxonomy
         self.seed, self.train, self.mask, self.semantic, self.binary_from = seed, train, mask, semantic, binary_from
         self.soft, self.depth_cell, self.labels, self.history = soft and semantic, depth_cell, labels, history
+        self.decode = decode
         for axis, wanted in enumerate((config.flip_x, config.flip_y)):
             if (
                 train
@@ -227,8 +249,8 @@ class FrameFiller:
     def fields(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of each array of one sample."""
         v, (h, w) = len(self.cameras) * (1 + self.history), self.config.image_size
-        shapes = {
-            "images": ((v, 3, h, w), "uint8"),
+        shapes = {"images": ((v, 3, h, w), "uint8")} if self.decode else {}
+        shapes |= {
             "intrinsics": ((v, 3, 3), "float32"),
             "camera_to_ego": ((v, 4, 4), "float32"),
             "post_rot": ((v, 3, 3), "float32"),
@@ -245,8 +267,8 @@ class FrameFiller:
             shapes["depth"] = ((v, -(-h // self.depth_cell), -(-w // self.depth_cell)), "float32")
         return shapes
 
-    def __call__(self, frame: Frame, epoch: int, views: dict[str, np.ndarray]) -> None:
-        """Fills the views of one sample.
+    def __call__(self, frame: Frame, epoch: int, views: dict[str, np.ndarray]) -> StoredImages | None:
+        """Fills the views of one sample; returns its images if they are not to be decoded here.
 
         Raises:
             CorruptSample: an image cannot be decoded.
@@ -268,7 +290,10 @@ class FrameFiller:
                 raise ValueError(f"frame {taken.key}: camera {name} is missing (has {have}); set data.cameras")
             affine = image_affine(rng, (camera.width, camera.height), self.config)
             try:
-                warp_jpeg(camera.jpeg, (camera.width, camera.height), affine, views["images"][i])
+                if self.decode:
+                    warp_jpeg(camera.jpeg, (camera.width, camera.height), affine, views["images"][i])
+                else:
+                    check_jpeg(taken.key, name, camera)
             except ValueError as error:
                 raise CorruptSample(f"frame {taken.key}, {name}: broken JPEG ({error}); pack its scene again") from None
             views["intrinsics"][i] = camera.intrinsics
@@ -284,6 +309,11 @@ class FrameFiller:
             self._labels(frame, flips, views)
         else:
             views["binary"][...], views["binary_valid"][...] = False, True
+        if self.decode:
+            return None
+        cameras = [taken.cameras[name] for taken, name in shown]
+        names = [f"frame {taken.key}, {name}" for taken, name in shown]
+        return StoredImages([c.jpeg for c in cameras], names, [(c.width, c.height) for c in cameras])
 
     def _labels(self, frame: Frame, flips: tuple[bool, bool], views: dict[str, np.ndarray]) -> None:
         labels = frame.labels

@@ -186,6 +186,8 @@ class TrainConfig:
     """Steps between log lines."""
     threads: int = 2
     """Reader threads per stream and rank."""
+    decoder: Literal["cpu", "nvimagecodec"] = "cpu"
+    """What decodes JPEGs: the reader threads, or nvImageCodec on the GPU (``pip install 'occstream[jpeg]'``)."""
     data_timeout: float = 300.0
     """Seconds that a step waits for data before it is an error on all ranks; less than ``timeout_minutes``."""
     timeout_minutes: float = 10.0

@@ -18,6 +18,7 @@ import torch
 from occstream.models import OccBatch, concat
 from occstream.pretrain.augment import FrameFiller
 from occstream.pretrain.config import Config
+from occstream.pretrain.deviceimages import DeviceImages
 from occstream.pretrain.engine import World
 from occstream.sharding import storage
 from occstream.sharding.manifest import Manifest
@@ -65,6 +66,7 @@ class TrainData:
             data.soft,
             depth_cell(config),
             history=data.history,
+            decode=cfg.decoder == "cpu",
         )
         micro = cfg.batch // cfg.accumulate
         self._feeds = {"main": _Feed(manifest, order, filler, micro, micro, config, world)}
@@ -105,6 +107,7 @@ class TrainData:
                 False,
                 depth_cell=depth_cell(config),
                 history=config.data.history,
+                decode=cfg.decoder == "cpu",
             )
             batch = most if len(sources) == 1 else functools.partial(quotas.of, number)
             name = f"replay-{number}" if number else "replay"
@@ -256,10 +259,11 @@ class Ahead:
         return batch, state
 
     def _copy(self) -> tuple[OccBatch, dict, torch.cuda.Event | None]:
-        got = next(self.stream)
         if self.copies is None:
+            got = next(self.stream)
             return to_occ_batch(got, self.device).clone(), got.state, None
         with torch.cuda.stream(self.copies):
+            got = next(self.stream)
             batch = to_occ_batch(got, self.device)
             done = torch.cuda.Event()
             done.record()
@@ -313,6 +317,7 @@ class EvalData:
             semantic,
             config.data.binary_from,
             history=config.data.history,
+            decode=config.train.decoder == "cpu",
         )
         plan = evaluation_batches(scenes, counts, ev.batch, world.rank, world.size)
         self._open = lambda: open_stream(manifest, plan, filler, ev.batch, config, world)
@@ -329,7 +334,7 @@ def depth_cell(config: Config) -> int:
 
 def to_occ_batch(got: StreamBatch, device: torch.device) -> OccBatch:
     """Stream arrays as tensors; on the CPU they share memory with the ring, to a GPU they are being copied."""
-    tensors = {name: torch.from_numpy(array) for name, array in got.arrays.items()}
+    tensors = {name: torch.as_tensor(array) for name, array in got.arrays.items()}
     semantic = tensors.pop("semantic", None)
     count = 0 if semantic is None else len(semantic)
     if semantic is None:
@@ -353,19 +358,20 @@ def open_stream(
     groups = ["cameras"]
     groups += [manifest.label_group] if filler.labels else []
     groups += ["lidar"] if filler.needs_lidar else []
-    allocate = None
-    if world.device.type == "cuda":
-        allocate = _pinned
+    allocate = _pinned if world.device.type == "cuda" else None
+    size, threads = config.augment.image_size, config.train.threads
+    finish = None if filler.decode else DeviceImages(size, world.device, threads)
     return Stream(
         ShardReader(manifest, groups, cache(manifest.url)),
         batches,
         {name: Field(shape, dtype) for name, (shape, dtype) in filler.fields().items()},
         filler,
         max(1, capacity),
-        config.train.threads,
+        threads,
         allocate=allocate,
         deadline=config.train.data_timeout,
         history=config.data.history,
+        finish=finish,
     )
 
 

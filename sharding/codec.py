@@ -80,7 +80,7 @@ def encode(frame: Frame, group: str, coding: Coding = LOSSLESS) -> list[tuple[st
                 "timestamp": camera.timestamp,
                 "distortion": list(camera.distortion) if camera.distortion is not None else None,
             }
-            _check_jpeg(frame.key, name, camera)
+            check_jpeg(frame.key, name, camera)
             members.append((f"{name.lower()}.jpg", camera.jpeg))
     elif group == "lidar":
         if frame.lidar is not None:
@@ -117,8 +117,12 @@ def encode(frame: Frame, group: str, coding: Coding = LOSSLESS) -> list[tuple[st
     return [(f"{frame.key}.{name}", data) for name, data in [first, *members]]
 
 
-def _check_jpeg(key: str, name: str, camera: Camera) -> None:
-    """Cheap check of what gets published: header and size, and that the end is there (a truncated file lacks it)."""
+def check_jpeg(key: str, name: str, camera: Camera) -> None:
+    """Cheap check of a JPEG that is not decoded: header and size, and that the end is there (a truncated file lacks it).
+
+    Raises:
+        ValueError: one of them is wrong.
+    """
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(camera.jpeg)
     except ValueError as error:

@@ -19,7 +19,7 @@ from occstream.sharding.manifest import Manifest, shard_path
 from occstream.sharding.order import Sample
 from occstream.sharding.schema import Frame, frame_key
 
-Fill = Callable[[Frame, int, dict[str, np.ndarray]], None]
+Fill = Callable[[Frame, int, dict[str, np.ndarray]], object]
 
 
 @dataclass(frozen=True)
@@ -216,12 +216,14 @@ class StreamBatch:
         keys: n frame keys.
         samples: the n draws.
         state: position after this batch, for a checkpoint.
+        returned: what ``fill`` returned for each of the n.
     """
 
     arrays: dict[str, np.ndarray]
     keys: list[str]
     samples: list[Sample]
     state: dict[str, int]
+    returned: list
 
 
 @dataclass
@@ -230,6 +232,7 @@ class _Slot:
     missing: int = 0
     samples: list[Sample] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    returned: list = field(default_factory=list)
     state: dict[str, int] = field(default_factory=dict)
 
 
@@ -244,7 +247,7 @@ class Stream:
         batches: samples of each batch of this rank and the position after it (``order.training_batches``).
         fields: arrays of one sample.
         fill: writes one sample into its views (``fill(frame, epoch, views)``), called from several threads; raises
-            ValueError for a sample that cannot be used.
+            ValueError for a sample that cannot be used. What it returns is in the batch's ``returned``.
         capacity: most samples in a batch.
         threads: reader threads; 0: the consumer itself reads, when it asks for a batch.
         ring: batches in flight, including the consumer's.
@@ -254,6 +257,7 @@ class Stream:
         warn: gets one line for each skipped sample.
         lookahead: batches beyond those in the ring whose shards are fetched into the cache ahead of need.
         deadline: seconds that the consumer waits for a batch before it is an error that names what is not there.
+        finish: completes each batch in the consumer's thread, such as by arrays that a GPU makes.
         history: key-frames before each one that ``fill`` finds in ``frame.past`` (at a scene's beginning its first, again).
     """
 
@@ -272,11 +276,12 @@ class Stream:
         lookahead: int = 64,
         deadline: float = 600.0,
         history: int = 0,
+        finish: Callable[[StreamBatch], None] | None = None,
     ):
         if ring < 2:
             raise ValueError(f"ring is {ring}, needs at least 2: one for the consumer, one to fill")
         allocate = allocate or (lambda shape, dtype: np.zeros(shape, dtype))
-        self._reader, self._fill, self._warn = reader, fill, warn
+        self._reader, self._fill, self._warn, self._finish = reader, fill, warn, finish
         self._batches, self._max_skipped, self._deadline = iter(batches), max_skipped, deadline
         self._free: deque[_Slot] = deque(
             _Slot({name: allocate((capacity, *f.shape), f.dtype) for name, f in fields.items()}) for _ in range(ring)
@@ -329,7 +334,11 @@ class Stream:
                 raise StopIteration
             slot = self._lent = self._filling.popleft()
         count = len(slot.samples)
-        return StreamBatch({k: v[:count] for k, v in slot.buffers.items()}, slot.keys, slot.samples, slot.state)
+        arrays = {k: v[:count] for k, v in slot.buffers.items()}
+        batch = StreamBatch(arrays, slot.keys, slot.samples, slot.state, slot.returned)
+        if self._finish:
+            self._finish(batch)
+        return batch
 
     def ready(self) -> bool:
         """Whether the next batch is there, so that asking for it does not wait."""
@@ -389,7 +398,7 @@ class Stream:
         samples, state = self._planned.popleft()
         slot = self._free.popleft()
         slot.samples, slot.state, slot.missing = samples, state, len(samples)
-        slot.keys = [""] * len(samples)
+        slot.keys, slot.returned = [""] * len(samples), [None] * len(samples)
         self._filling.append(slot)
         self._tasks.extend((slot, i) for i in range(len(samples)))
         if not samples:
@@ -445,7 +454,7 @@ class Stream:
             try:
                 *past, frame = self._reader.clip(sample.scene, index, 1 + self._history)
                 frame.past = past[::-1]
-                self._fill(frame, sample.epoch, views)
+                slot.returned[i] = self._fill(frame, sample.epoch, views)
             except CorruptSample as error:
                 self._skip(error)
                 continue

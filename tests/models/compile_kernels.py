@@ -29,7 +29,14 @@ if __name__ == "__main__":
             "to_context": "bf16",
         }
         build(k.pool_backward, arch, kinds, "channels bins cells", block)
-        kinds = {"values": "bf16", "locations": "fp32", "weights": "fp32", "grad": "fp32", "out": "fp32"}
+        kinds = {
+            "values": "bf16",
+            "owner": "i64",
+            "locations": "fp32",
+            "weights": "fp32",
+            "grad": "fp32",
+            "out": "fp32",
+        }
         kinds |= {"to_values": "fp32", "to_locations": "fp32", "to_weights": "fp32"}
         for dims in (2, 3):
             for back in (False, True):

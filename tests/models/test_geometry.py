@@ -19,7 +19,8 @@ def test_a_pixel_lifted_and_projected_comes_back(seed):
     points = frustum((32, 64), (5, 9), depths)
     lifted = unproject(points, batch)  # (B, V, D, h, w, 3)
     for view in range(4):
-        pixels, depth = project(lifted[:, view].reshape(2, -1, 3), batch)
+        projected = project(lifted[:, view].reshape(2, -1, 3), batch)
+        pixels, depth = (torch.stack(part) for part in zip(*projected))
         wanted = points.reshape(-1, 3)
         torch.testing.assert_close(pixels[:, view], wanted[:, :2].expand(2, -1, 2), atol=1e-3, rtol=0)
         torch.testing.assert_close(depth[:, view], wanted[:, 2].expand(2, -1), atol=1e-4, rtol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from occstream.models import kernels
-from occstream.models.attention import sample_images, sample_volume
+from occstream.models.attention import sample
 from occstream.models.lift import _Pool
 from occstream.pretrain.losses import LossConfig, _NegativeFocal, occupancy_loss
 from tests.models.helpers import make_batch
@@ -42,15 +42,14 @@ def test_voxel_pooling(channels, inside):
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize(("heads", "width", "queries"), [(1, 4, 1), (2, 3, 21)])
-def test_deformable_sampling(dims, heads, width, queries):
-    """Locations within the volume, beyond its border (0 there) and far away."""
+@pytest.mark.parametrize(("heads", "width", "counts"), [(1, 4, [0, 1]), (2, 3, [21, 17]), (1, 2, [0, 0])])
+def test_deformable_sampling(dims, heads, width, counts):
+    """Locations within the volume, beyond its border (0 there) and far away; as many of each volume as it has."""
     shape = (4, 3, 5)[3 - dims :]
     values = draw(0, 2, heads * width, *shape).requires_grad_()
-    locations = (0.5 + 0.5 * draw(1, 2, queries, heads, 3, dims)).requires_grad_()
-    weights = draw(2, 2, queries, heads, 3).requires_grad_()
-    reference = sample_volume if dims == 3 else sample_images
-    expected, found = reference(values, locations, weights), kernels.sample(values, locations, weights)
+    locations = (0.5 + 0.5 * draw(1, sum(counts), heads, 3, dims)).requires_grad_()
+    weights = draw(2, sum(counts), heads, 3).requires_grad_()
+    expected, found = (run(values, locations, weights, counts) for run in (sample, kernels.sample))
     torch.testing.assert_close(found, expected)
     inputs = values, locations, weights
     for mine, theirs in zip(grads(found, 3, *inputs), grads(expected, 3, *inputs)):

@@ -133,13 +133,13 @@ def test_depth_maps_hold_the_nearest_point_where_the_image_shows_it():
         num_semantic=0,
     )
     ego = frame.lidar.xyz @ frame.lidar.sensor_to_ego[:3, :3].T + frame.lidar.sensor_to_ego[:3, 3]
-    points = torch.from_numpy(ego).float()[None] @ batch.bda.mT
-    pixels, depth = project(points, batch)
+    points = torch.from_numpy(ego).float() @ batch.bda[0].mT
+    [(pixels, depth)] = project([points], batch)
     for view in range(len(cameras)):
-        seen = (depth[0, view] > 0.1) & ((pixels[0, view] >= 0) & (pixels[0, view] < torch.tensor([175, 63]))).all(-1)
-        cells = (pixels[0, view][seen] / 8 + 1e-4).long()
+        seen = (depth[view] > 0.1) & ((pixels[view] >= 0) & (pixels[view] < torch.tensor([175, 63]))).all(-1)
+        cells = (pixels[view][seen] / 8 + 1e-4).long()
         nearest = batch.depth[0, view][cells[:, 1], cells[:, 0]]
-        close = (nearest > 0) & (nearest <= depth[0, view][seen] + 0.05)
+        close = (nearest > 0) & (nearest <= depth[view][seen] + 0.05)
         assert close.float().mean() > 0.9, "pixels at the border of two cells may differ by rounding"
 
 

@@ -1,0 +1,116 @@
+"""JPEGs decoded and warped where the network runs, by nvImageCodec: on the GPU, or without one by its CPU code.
+
+The same pixels as ``augment.warp_jpeg`` but for rounding: whole images come to the device, are averaged over blocks where that
+lets the decoder shrink them, and warped.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from occstream.pretrain.augment import shrink_factor
+from occstream.sharding.stream import StreamBatch
+
+
+class DeviceImages:
+    """Completes batches of a stream whose filler does not decode: adds ``images`` (n, V, 3, H, W) uint8 on a device.
+
+    Args:
+        image_size: (H, W) of the network's input.
+        device: CUDA or CPU.
+        threads: of the decoder's own, for what it does on the CPU.
+
+    Raises:
+        ImportError: nvImageCodec is not installed.
+    """
+
+    def __init__(self, image_size: tuple[int, int], device: torch.device, threads: int):
+        try:
+            from nvidia import nvimgcodec
+        except ImportError as error:
+            raise ImportError(
+                f"train.decoder=nvimagecodec: {error}; pip install 'occstream[jpeg]', or set train.decoder=cpu"
+            ) from None
+        self.image_size, self.device, self._codec = image_size, device, nvimgcodec
+        if device.type == "cuda":
+            place, backends = device.index or 0, None
+        else:
+            backends = [nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)]
+            place = nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY
+        # libjpeg's way of spreading colour over pixels, so that both decoders agree.
+        self._decoder = nvimgcodec.Decoder(place, max(1, threads), backends, options=":fancy_upsampling=1")
+        self._params = nvimgcodec.DecodeParams(
+            apply_exif_orientation=False, sample_format=nvimgcodec.SampleFormat.P_RGB
+        )
+
+    def __call__(self, batch: StreamBatch) -> None:
+        """Adds the images; its other arrays stay as they are.
+
+        Raises:
+            ValueError: a JPEG cannot be decoded, or has another size than its record says.
+        """
+        views = batch.arrays["intrinsics"].shape[1]
+        affines = np.concatenate([batch.arrays["post_rot"][..., :2, :2], batch.arrays["post_tran"][..., :2, None]], -1)
+        images = torch.empty(len(batch.returned), views, 3, *self.image_size, dtype=torch.uint8, device=self.device)
+        for number, stored in enumerate(batch.returned):
+            self._one(stored, affines[number], images[number])
+        batch.arrays["images"] = images
+
+    def _one(self, stored, affines: np.ndarray, out: Tensor) -> None:
+        alike = defaultdict(list)  # views of one size, shrunk alike, are warped in one go
+        for view, image in enumerate(self._decode(stored)):
+            alike[tuple(image.shape), shrink_factor(affines[view])].append((view, image))
+        for (_, factor), found in alike.items():
+            chosen = [view for view, _ in found]
+            out[chosen] = warp(torch.stack([image for _, image in found]), affines[chosen], factor, self.image_size)
+
+    def _decode(self, stored) -> list[Tensor]:
+        """(3, h, w) uint8 each."""
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        sources = [self._codec.CodeStream(jpeg) for jpeg in stored.jpegs]
+        found = self._decoder.decode(sources, params=self._params, cuda_stream=stream)
+        images = []
+        for name, (w, h), image in zip(stored.names, stored.sizes, found):
+            if image is None:
+                raise ValueError(
+                    f"{name}: nvImageCodec cannot decode its JPEG; pack its scene again, or train.decoder=cpu"
+                )
+            if image.shape != (3, h, w):
+                raise ValueError(f"{name}: image has {image.shape[2]}x{image.shape[1]} pixels, its record says {w}x{h}")
+            # Without a CUDA driver its images cannot be handed on by DLPack.
+            cuda = self.device.type == "cuda"
+            images.append(torch.from_dlpack(image.cuda()) if cuda else torch.from_numpy(np.array(image)))
+        return images
+
+
+def warp(images: Tensor, affines: np.ndarray, factor: int, size: tuple[int, int]) -> Tensor:
+    """Images through affine maps, bilinear, black outside; means of ``factor`` x ``factor`` pixels first.
+
+    Args:
+        images: (n, 3, h, w) uint8.
+        affines: (n, 2, 3) from pixels of theirs to pixels of the result.
+        size: (H, W) of the result.
+
+    Returns:
+        (n, 3, H, W) uint8 on the same device.
+    """
+    pixels = images.float()
+    if factor > 1:
+        pixels = F.avg_pool2d(pixels, factor, ceil_mode=True, count_include_pad=False)
+    whole = np.tile(np.eye(3), (len(images), 1, 1))
+    whole[:, :2] = affines
+    whole = whole @ [[factor, 0, (factor - 1) / 2], [0, factor, (factor - 1) / 2], [0, 0, 1]]
+    # affine_grid counts from -1 to 1 between the centres of the outermost pixels.
+    back = _to_unit(*pixels.shape[:1:-1]) @ np.linalg.inv(whole) @ np.linalg.inv(_to_unit(size[1], size[0]))
+    theta = torch.from_numpy(back[:, :2]).to(pixels)
+    grid = F.affine_grid(theta, [len(images), 3, *size], align_corners=True)
+    return F.grid_sample(pixels, grid, align_corners=True).round_().to(torch.uint8)
+
+
+def _to_unit(width: int, height: int) -> np.ndarray:
+    return np.array([[2 / (width - 1), 0, -1], [0, 2 / (height - 1), -1], [0, 0, 1]])
