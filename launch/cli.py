@@ -186,6 +186,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--scenes", type=int, default=None, help="default 12 of 4 frames (pack), 30 of 10 (stream)")
+    p.add_argument(
+        "--jpeg", type=Path, nargs="+", default=[], help="with stream: 900 x 1600 images to decode and shrink"
+    )
     p.add_argument("--json", default="", help="also write the numbers here")
 
     p = command("demo", _demo, "the whole path on synthetic scenes: shards, pre-training, fine-tuning, comparison")
@@ -301,7 +304,7 @@ def _bench(args) -> int:
     else:
         from occstream.launch.bench_stream import bench_stream
 
-        found = bench_stream(args.scenes or 30, repeats=args.repeats)
+        found = bench_stream(args.scenes or 30, args.repeats, args.jpeg)
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))
     return 0

@@ -85,7 +85,7 @@ def shrink_factor(affine: np.ndarray) -> int:
 
 
 def warp_jpeg(jpeg: bytes, source: tuple[int, int], affine: np.ndarray, out: np.ndarray) -> None:
-    """Decodes and warps an image into ``out`` (3, H, W) uint8 RGB; black outside.
+    """Decodes and warps an image into ``out`` (3, H, W) uint8 RGB, contiguous; black outside.
 
     The decoder itself shrinks by 2, 4 or 8 where the affine shrinks as much, so one bilinear warp is enough.
 
@@ -96,13 +96,14 @@ def warp_jpeg(jpeg: bytes, source: tuple[int, int], affine: np.ndarray, out: np.
     factor = shrink_factor(affine)
     need = {"min_width": math.ceil(w / factor), "min_height": math.ceil(h / factor)} if factor > 1 else {}
     # strict, because libjpeg fills what a truncated file lacks with grey.
-    image = simplejpeg.decode_jpeg(jpeg, "RGB", strict=True, **need)
+    # Four channels, because OpenCV warps them twice as fast as three.
+    image = simplejpeg.decode_jpeg(jpeg, "RGBX", strict=True, **need)
     if (math.ceil(h / factor), math.ceil(w / factor)) != image.shape[:2]:
         raise ValueError(f"image has {image.shape[1]}x{image.shape[0]} pixels (at 1/{factor}), its record says {w}x{h}")
     to_source = np.array([[factor, 0, (factor - 1) / 2], [0, factor, (factor - 1) / 2], [0, 0, 1.0]])
     size = (out.shape[2], out.shape[1])
     warped = cv2.warpAffine(image, affine @ to_source, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
-    out[...] = warped.transpose(2, 0, 1)
+    cv2.split(warped, [*out, np.empty(out.shape[1:], np.uint8)])  # ten times as fast as a transposed copy
 
 
 @dataclass(frozen=True)
