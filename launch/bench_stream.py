@@ -14,6 +14,7 @@ import json
 import math
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -332,6 +333,26 @@ def flat(folder: Path, epochs: int = 5) -> dict:
     return {"mib": levels}
 
 
+def in_turns(folder: Path, rounds: int = 60, batches: int = 5) -> dict:
+    """CPU time of every loader without threads or workers, a few batches each in turn in one process: what else the machine
+    does meets all of them alike. As ratios to bare decoding: medians over the rounds."""
+    streams = {n: _for_ever(n, folder) for n in LOADERS if installed(n)}
+    taken: dict[str, list[float]] = {n: [] for n in streams}
+    for number in range(-rounds // 6, rounds):
+        for name, stream in streams.items():
+            before = time.process_time()
+            for _ in range(batches):
+                next(stream)
+            if number >= 0:  # those before are for warming up
+                taken[name].append(time.process_time() - before)
+    return {n: statistics.median(a / b for a, b in zip(t, taken["memory"])) for n, t in taken.items()}
+
+
+def _for_ever(name: str, folder: Path) -> Iterator:
+    while True:
+        yield from (batch for batch in LOADERS[name](folder, 0, 0) if batch is not None)
+
+
 def bench_stream(scenes: int = 30, repeats: int = 3, files: Sequence[Path] = ()) -> dict:
     """Prints a table and returns its numbers; ``files``: JPEGs of 900 x 1600 for its last part."""
     result: dict = {}
@@ -349,9 +370,11 @@ def bench_stream(scenes: int = 30, repeats: int = 3, files: Sequence[Path] = ())
             for case in cases[turn % len(cases) :] + cases[: turn % len(cases)]:
                 runs[case].append(_process(case, folder))
         # Other load on the machine only ever adds: the least disturbed run of each says what it costs.
+        ratios = [_process(("in turns", 0, 0), folder) for _ in range(repeats)]
         ideal = min(r["cpu_ms"] for r in runs["memory", 0, 0])
         print(
-            f"best of {repeats} runs each; peers decode by our functions, but 'webdataset, alone' by Pillow, as it does"
+            f"best of {repeats} runs each, and x memory: CPU time over that of bare decoding, without threads in turns within "
+            "one process; peers decode by our functions, but 'webdataset, alone' by Pillow, as it does"
         )
         head = f"{'loader':<17} {'threads':>7} {'samples/s':>10} {'CPU ms':>8} {'x memory':>9} {'first s':>8} {'resume s':>9}"
         print(f"{head} {'peak MiB':>9} {'kB/sample':>10}")
@@ -360,11 +383,12 @@ def bench_stream(scenes: int = 30, repeats: int = 3, files: Sequence[Path] = ())
                 continue
             resumed = min(r["first_s"] for r in runs[n, w, scenes * 5]) if n != "memory" else float("nan")
             row = {k: min(r[k] for r in runs[n, w, s]) for k in ("cpu_ms", "first_s", "peak_mib")}
+            row["x memory"] = row["cpu_ms"] / ideal if w else statistics.median(r[n] for r in ratios)
             row |= {"samples/s": max(r["samples/s"] for r in runs[n, w, s]), "resume_s": resumed}
             result[f"{n}-{w}"] = row | {"bytes": disk.get(n)}
             kept = f"{disk[n] / 1e3:>10.0f}" if n in disk else f"{'-':>10}"
             print(
-                f"{n:<17} {w:>7} {row['samples/s']:>10.1f} {row['cpu_ms']:>8.2f} {row['cpu_ms'] / ideal:>9.2f} "
+                f"{n:<17} {w:>7} {row['samples/s']:>10.1f} {row['cpu_ms']:>8.2f} {row['x memory']:>9.2f} "
                 f"{row['first_s']:>8.3f} {resumed:>9.3f} {row['peak_mib']:>9.0f} {kept}"
             )
         levels = result["memory"] = _process(("flat", 0, 0), folder)["mib"]
@@ -441,5 +465,7 @@ if __name__ == "__main__":
         importlib.import_module(module)  # outside the clock
     if loader == "flat":
         print(json.dumps(flat(Path(place))))
+    elif loader == "in turns":
+        print(json.dumps(in_turns(Path(place))))
     else:
         print(json.dumps(measure(loader, Path(place), int(workers), int(skip))))
