@@ -7,8 +7,8 @@ JSON; they take turns. All decode the same bytes with the same functions into ba
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
-import importlib.util
 import itertools
 import json
 import math
@@ -161,6 +161,20 @@ def webdataset_alone(folder: Path, workers: int, skip: int) -> Iterator:
     yield from webdataset(folder, workers, skip, decode_into)
 
 
+def mosaicml(folder: Path, workers: int, skip: int) -> Iterator:
+    from streaming import StreamingDataLoader, StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    clean_stale_shared_memory()  # of a process before that was stopped
+
+    def loader():
+        data = StreamingDataset(local=str(folder / "mds"), shuffle=True, shuffle_seed=0, batch_size=BATCH)
+        collated = lambda samples: collate([sample_of(s) for s in samples])  # noqa: E731  decodes in the workers
+        return StreamingDataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=collated)
+
+    yield from _resumed(loader, skip, lambda it: it.state_dict(), lambda it, state: it.load_state_dict(state))
+
+
 def litdata(folder: Path, workers: int, skip: int) -> Iterator:
     import litdata as ld
 
@@ -225,23 +239,33 @@ LOADERS: dict[str, Callable] = {
     "memory": memory,
     "webdataset": webdataset,
     "webdataset, alone": webdataset_alone,
+    "mosaicml": mosaicml,
     "litdata": litdata,
     "energon": energon,
 }
 MODULES = {
     "webdataset": "webdataset",
     "webdataset, alone": "webdataset",
+    "mosaicml": "streaming",
     "litdata": "litdata",
     "energon": "megatron.energon",
 }
 
 
+@functools.cache
 def installed(name: str) -> bool:
-    """Whether a loader's module is there."""
+    """Whether a loader's module is there and works beside our packages; says so if it only is there."""
     try:
-        return name not in MODULES or importlib.util.find_spec(MODULES[name]) is not None
-    except ModuleNotFoundError:  # of the package above it
-        return False
+        importlib.import_module(MODULES.get(name, "json"))
+        return True
+    except ModuleNotFoundError as error:
+        if MODULES[name].split(".")[0] == (error.name or "").split(".")[0]:
+            return False
+        why = error
+    except Exception as error:
+        why = error
+    print(f"{name} is left out, it cannot be imported: {str(why)[:100]}")
+    return False
 
 
 def prepare(folder: Path, scenes: int, variety: int = 10) -> dict[str, float]:
@@ -266,6 +290,12 @@ def prepare(folder: Path, scenes: int, variety: int = 10) -> dict[str, float]:
             writer[number] = members
         writer.done()
         writer.merge()
+    if installed("mosaicml"):
+        from streaming import MDSWriter
+
+        with MDSWriter(out=str(folder / "mds"), columns=dict.fromkeys(samples[0][1], "bytes")) as writer:
+            for _, members in samples:
+                writer.write(members)
     if installed("webdataset"):
         import webdataset as wds
 
@@ -289,6 +319,7 @@ def prepare(folder: Path, scenes: int, variety: int = 10) -> dict[str, float]:
         "ours": "ours",
         "webdataset": "merged",
         "webdataset, alone": "merged",
+        "mosaicml": "mds",
         "litdata": "litdata",
         "energon": "merged",
     }
