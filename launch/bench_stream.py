@@ -268,7 +268,7 @@ def installed(name: str) -> bool:
     return False
 
 
-def prepare(folder: Path, scenes: int, variety: int = 10) -> dict[str, float]:
+def prepare(folder: Path, scenes: int, variety: int = 10, per_tar: int = 50) -> dict[str, float]:
     """Writes the samples in every form; returns bytes per sample on disk by loader."""
     made = open_source("synthetic", {"scenes": 1, "frames": variety, "image_size": IMAGE, "grid": "occ3d"})
     frames = tuple(made.load(made.scene_names()[0]).frames)
@@ -300,9 +300,9 @@ def prepare(folder: Path, scenes: int, variety: int = 10) -> dict[str, float]:
         import webdataset as wds
 
         (folder / "merged").mkdir()
-        for number in range(0, len(samples), 50):
+        for number in range(0, len(samples), per_tar):
             with wds.TarWriter(str(folder / "merged" / f"{number:06d}.tar")) as tar:
-                for key, members in samples[number : number + 50]:
+                for key, members in samples[number : number + per_tar]:
                     tar.write({"__key__": key, **members})
     if installed("energon"):
         from megatron.energon.flavors import BaseWebdatasetFactory
@@ -366,7 +366,7 @@ def flat(folder: Path, epochs: int = 5) -> dict:
 
 def in_turns(folder: Path, rounds: int = 60, batches: int = 5) -> dict:
     """CPU time of every loader without threads or workers, a few batches each in turn in one process: what else the machine
-    does meets all of them alike. As ratios to bare decoding: medians over the rounds."""
+    does meets all of them alike. As ratios to bare decoding."""
     streams = {n: _for_ever(n, folder) for n in LOADERS if installed(n)}
     taken: dict[str, list[float]] = {n: [] for n in streams}
     for number in range(-rounds // 6, rounds):
@@ -376,7 +376,7 @@ def in_turns(folder: Path, rounds: int = 60, batches: int = 5) -> dict:
                 next(stream)
             if number >= 0:  # those before are for warming up
                 taken[name].append(time.process_time() - before)
-    return {n: statistics.median(a / b for a, b in zip(t, taken["memory"])) for n, t in taken.items()}
+    return {n: sum(t) / sum(taken["memory"]) for n, t in taken.items()}
 
 
 def _for_ever(name: str, folder: Path) -> Iterator:
