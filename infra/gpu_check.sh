@@ -79,7 +79,7 @@ from occstream.pretrain.replay import TrainData
 from tests.pretrain.small import pack_small
 
 with tempfile.TemporaryDirectory() as folder:
-    pack_small(f"{folder}/data", scenes=16, image_size=[900, 1600])
+    pack_small(f"{folder}/data", scenes=6, image_size=[900, 1600])
     found = {}
     for decoder in ("cpu", "nvimagecodec"):
         words = [f"data.url={folder}/data", f"train.decoder={decoder}", "augment.image_size=[256,704]", "train.threads=8"]
