@@ -287,7 +287,12 @@ class FrameFiller:
         for i, (taken, name) in enumerate(shown):
             camera = taken.cameras.get(name)
             if camera is None:
-                have = ", ".join(taken.cameras) or "none"
+                if not taken.cameras:
+                    raise ValueError(
+                        f"frame {taken.key}: has no cameras; train on other scenes (data.scene_names), and pack those with "
+                        "cameras into a set of their own (scenes=[…]) to predict"
+                    )
+                have = ", ".join(taken.cameras)
                 raise ValueError(f"frame {taken.key}: camera {name} is missing (has {have}); set data.cameras")
             affine = image_affine(rng, (camera.width, camera.height), self.config)
             try:
