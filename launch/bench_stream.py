@@ -155,7 +155,7 @@ def webdataset(folder: Path, workers: int, skip: int, decode_into: Callable = si
     yield from itertools.islice(loader, skip // BATCH, None)  # it cannot go on from a place: it reads up to it
 
 
-def webdataset_alone(folder: Path, workers: int, skip: int) -> Iterator:
+def webdataset_pillow(folder: Path, workers: int, skip: int) -> Iterator:
     """With its own image decoder, as ``.decode("rgb8")`` uses it."""
     from webdataset.autodecode import imagehandler
 
@@ -244,14 +244,14 @@ LOADERS: dict[str, Callable] = {
     "ours": ours,
     "memory": memory,
     "webdataset": webdataset,
-    "webdataset, alone": webdataset_alone,
+    "webdataset, Pillow": webdataset_pillow,
     "mosaicml": mosaicml,
     "litdata": litdata,
     "energon": energon,
 }
 MODULES = {
     "webdataset": "webdataset",
-    "webdataset, alone": "webdataset",
+    "webdataset, Pillow": "webdataset",
     "mosaicml": "streaming",
     "litdata": "litdata",
     "energon": "megatron.energon",
@@ -324,7 +324,7 @@ def prepare(folder: Path, scenes: int, variety: int = 10, per_tar: int = 50) -> 
     where = {
         "ours": "ours",
         "webdataset": "merged",
-        "webdataset, alone": "merged",
+        "webdataset, Pillow": "merged",
         "mosaicml": "mds",
         "litdata": "litdata",
         "energon": "merged",
@@ -433,7 +433,7 @@ def bench_stream(scenes: int = 30, repeats: int = 3, files: Sequence[Path] = ())
         ideal = min(r["cpu_ms"] for r in runs["memory", 0, 0])
         print(
             f"best of {repeats} runs each, and x memory: CPU time over that of bare decoding, in turns within one process, "
-            "with workers of separate runs; peers decode by our functions, but 'webdataset, alone' by Pillow, as it does"
+            "with workers of separate runs; peers decode by our functions, 'webdataset, Pillow' as it does by itself"
         )
         head = f"{'loader':<17} {'threads':>7} {'samples/s':>10} {'CPU ms':>8} {'x memory':>9} {'first s':>8} {'resume s':>9}"
         print(f"{head} {'peak MiB':>9} {'kB/sample':>10}")

@@ -106,20 +106,6 @@ def warp_jpeg(jpeg: bytes, source: tuple[int, int], affine: np.ndarray, out: np.
     cv2.split(warped, [*out, np.empty(out.shape[1:], np.uint8)])  # ten times as fast as a transposed copy
 
 
-@dataclass(frozen=True)
-class StoredImages:
-    """Images of a sample that are yet to be decoded.
-
-    Attributes:
-        jpegs: V of them; ``names`` says of which frame and camera.
-        sizes: (W, H) of each.
-    """
-
-    jpegs: list[bytes]
-    names: list[str]
-    sizes: list[tuple[int, int]]
-
-
 def scene_flips(rng: np.random.Generator | None, config: AugmentConfig) -> tuple[bool, bool]:
     """Whether to mirror the scene along x and along y."""
     if rng is None:
@@ -268,8 +254,8 @@ class FrameFiller:
             shapes["depth"] = ((v, -(-h // self.depth_cell), -(-w // self.depth_cell)), "float32")
         return shapes
 
-    def __call__(self, frame: Frame, epoch: int, views: dict[str, np.ndarray]) -> StoredImages | None:
-        """Fills the views of one sample; returns its images if they are not to be decoded here.
+    def __call__(self, frame: Frame, epoch: int, views: dict[str, np.ndarray]) -> list[tuple[str, Camera]]:
+        """Fills the views of one sample; returns what is yet to be decoded, by "frame …, camera" for messages.
 
         Raises:
             CorruptSample: an image cannot be decoded.
@@ -299,7 +285,7 @@ class FrameFiller:
                 if self.decode:
                     warp_jpeg(camera.jpeg, (camera.width, camera.height), affine, views["images"][i])
                 else:
-                    check_jpeg(taken.key, name, camera)
+                    check_jpeg(camera)
             except ValueError as error:
                 raise CorruptSample(f"frame {taken.key}, {name}: broken JPEG ({error}); pack its scene again") from None
             views["intrinsics"][i] = camera.intrinsics
@@ -315,11 +301,7 @@ class FrameFiller:
             self._labels(frame, flips, views)
         else:
             views["binary"][...], views["binary_valid"][...] = False, True
-        if self.decode:
-            return None
-        cameras = [taken.cameras[name] for taken, name in shown]
-        names = [f"frame {taken.key}, {name}" for taken, name in shown]
-        return StoredImages([c.jpeg for c in cameras], names, [(c.width, c.height) for c in cameras])
+        return [] if self.decode else [(f"frame {taken.key}, {name}", taken.cameras[name]) for taken, name in shown]
 
     def _labels(self, frame: Frame, flips: tuple[bool, bool], views: dict[str, np.ndarray]) -> None:
         labels = frame.labels

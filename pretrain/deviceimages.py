@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from occstream.pretrain.augment import StoredImages, shrink_factor
+from occstream.pretrain.augment import shrink_factor
+from occstream.sharding.schema import Camera
 from occstream.sharding.stream import StreamBatch
 
 TOGETHER = 12  # images warped at a time: bounds memory (12 of 900 x 1600 in fp32 are 207 MB)
@@ -70,21 +71,24 @@ class DeviceImages:
                 out[chosen] = warp(pixels, affines[chosen], factor, self.image_size)
         batch.arrays["images"] = out
 
-    def _decode(self, samples: list[StoredImages]) -> list[Tensor]:
+    def _decode(self, samples: list[list[tuple[str, Camera]]]) -> list[Tensor]:
         """(3, h, w) uint8 of every image of every sample."""
         cuda = self.device.type == "cuda"
         stream = torch.cuda.current_stream(self.device).cuda_stream if cuda else 0
-        sources = [self._codec.CodeStream(jpeg) for sample in samples for jpeg in sample.jpegs]
+        cameras = [named for sample in samples for named in sample]
+        sources = [self._codec.CodeStream(camera.jpeg) for _, camera in cameras]
         decoded = self._decoder.decode(sources, params=self._params, cuda_stream=stream) if sources else []
-        about = [about for sample in samples for about in zip(sample.names, sample.sizes)]
         images = []
-        for (name, (w, h)), image in zip(about, decoded, strict=True):
+        for (name, camera), image in zip(cameras, decoded, strict=True):
             if image is None:
                 raise ValueError(
                     f"{name}: nvImageCodec cannot decode its JPEG; pack its scene again, or train.decoder=cpu"
                 )
-            if image.shape != (3, h, w):
-                raise ValueError(f"{name}: image has {image.shape[2]}x{image.shape[1]} pixels, its record says {w}x{h}")
+            if image.shape != (3, camera.height, camera.width):
+                raise ValueError(
+                    f"{name}: image has {image.shape[2]}x{image.shape[1]} pixels, its record says "
+                    f"{camera.width}x{camera.height}"
+                )
             # Without a CUDA driver its images cannot be handed on by DLPack.
             images.append(torch.from_dlpack(image.cuda()) if cuda else torch.from_numpy(np.array(image)))
         return images

@@ -80,7 +80,10 @@ def encode(frame: Frame, group: str, coding: Coding = LOSSLESS) -> list[tuple[st
                 "timestamp": camera.timestamp,
                 "distortion": list(camera.distortion) if camera.distortion is not None else None,
             }
-            check_jpeg(frame.key, name, camera)
+            try:
+                check_jpeg(camera)
+            except ValueError as error:
+                raise ValueError(f"frame {frame.key}, {name}: {error}; fetch the image again") from None
             members.append((f"{name.lower()}.jpg", camera.jpeg))
     elif group == "lidar":
         if frame.lidar is not None:
@@ -117,7 +120,7 @@ def encode(frame: Frame, group: str, coding: Coding = LOSSLESS) -> list[tuple[st
     return [(f"{frame.key}.{name}", data) for name, data in [first, *members]]
 
 
-def check_jpeg(key: str, name: str, camera: Camera) -> None:
+def check_jpeg(camera: Camera) -> None:
     """Cheap check of a JPEG that is not decoded: header and size, and that the end is there (a truncated file lacks it).
 
     Raises:
@@ -126,13 +129,11 @@ def check_jpeg(key: str, name: str, camera: Camera) -> None:
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(camera.jpeg)
     except ValueError as error:
-        raise ValueError(f"frame {key}, {name}: not a JPEG ({error}); fetch the image again") from None
+        raise ValueError(f"not a JPEG ({error})") from None
     if (width, height) != (camera.width, camera.height):
-        raise ValueError(
-            f"frame {key}, {name}: image has {width}x{height} pixels, its record says {camera.width}x{camera.height}"
-        )
+        raise ValueError(f"image has {width}x{height} pixels, its record says {camera.width}x{camera.height}")
     if b"\xff\xd9" not in camera.jpeg[-1024:]:
-        raise ValueError(f"frame {key}, {name}: JPEG is truncated ({len(camera.jpeg)} bytes); fetch the image again")
+        raise ValueError(f"JPEG is truncated ({len(camera.jpeg)} bytes)")
 
 
 def decode(groups: Iterable[dict[str, bytes]]) -> Frame:

@@ -49,4 +49,4 @@ def test_turns_are_ratios_to_bare_decoding(folder):
     found = bench_stream.in_turns(folder, rounds=6, batches=1)
     assert found["memory"] == 1
     assert set(found) == {n for n in bench_stream.LOADERS if bench_stream.installed(n)}
-    assert found["webdataset, alone"] > 0
+    assert found["webdataset, Pillow"] > 0

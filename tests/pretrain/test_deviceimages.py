@@ -7,11 +7,12 @@ import pytest
 import simplejpeg
 import torch
 
-from occstream.pretrain.augment import AugmentConfig, StoredImages, image_affine, shrink_factor, warp_jpeg
+from occstream.pretrain.augment import AugmentConfig, image_affine, shrink_factor, warp_jpeg
 from occstream.pretrain.config import load_config
 from occstream.pretrain.deviceimages import DeviceImages, warp
 from occstream.pretrain.engine import World
 from occstream.pretrain.replay import TrainData
+from occstream.sharding.schema import Camera
 from occstream.sharding.sources import open_source
 from occstream.sharding.stream import StreamBatch
 from tests.pretrain.small import RECIPE, pack_small
@@ -84,7 +85,7 @@ def test_a_stream_gives_the_same_batches(data, words):
 
 
 def stored(jpeg, size=(352, 198)):
-    return StoredImages([jpeg], ["frame s-0003, CAM_FRONT"], [size])
+    return [("frame s-0003, CAM_FRONT", Camera(jpeg, *size, np.eye(3), np.eye(4), np.eye(4), 0))]
 
 
 def completed(*samples):
