@@ -12,9 +12,9 @@ import shlex
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from occstream.evaluation.compare import compare
@@ -49,12 +49,8 @@ def demo(out: Path, seeds: int) -> int:
     _run([*occstream, "inspect", str(out / "shards")], env)
 
     _heading("2. Pre-train on binary labels; fine-tune on 6 labelled scenes from scratch and from it")
-    failures: list[str] = []
-    threads = [threading.Thread(target=_seed, args=(out, seed, env, failures)) for seed in range(seeds)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(seeds) as pool:
+        failures = [said for said in pool.map(lambda seed: _seed(out, seed, env), range(seeds)) if said]
     if failures:
         print("\n".join(failures), file=sys.stderr)
         return 3
@@ -70,8 +66,8 @@ def demo(out: Path, seeds: int) -> int:
     return 0
 
 
-def _seed(out: Path, seed: int, env: Mapping[str, str], failures: list[str]) -> None:
-    """Pre-training, then both fine-tunings, of one seed."""
+def _seed(out: Path, seed: int, env: Mapping[str, str]) -> str:
+    """Pre-training, then both fine-tunings, of one seed. Returns what went wrong."""
     pretrained = out / f"pretrain-{seed}"
     common = [f"train.seed={seed}", f"data.url={out / 'shards'}", f"track.uri={_uri(out)}"]
     tag = f"[seed {seed}]"
@@ -85,7 +81,8 @@ def _seed(out: Path, seed: int, env: Mapping[str, str], failures: list[str]) -> 
         replay = [f"train.init={pretrained}", f"replay.url={out / 'shards'}"]
         _run([*script, "demo-replay", *common, *replay, f"output={out}/replay-{seed}"], env, tag)
     except subprocess.CalledProcessError as error:
-        failures.append(f"{tag} ended with code {error.returncode}: {' '.join(map(str, error.cmd))}")
+        return f"{tag} ended with code {error.returncode}: {error.cmd}"
+    return ""
 
 
 def _run(command: Sequence[str], env: Mapping[str, str], tag: str = "") -> None:

@@ -20,7 +20,6 @@ import os
 import queue
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from occstream.sharding import storage
+from occstream.sharding import storage, threads
 
 FORMAT = 1
 COMPLETE, LATEST = "COMPLETE.json", "latest.json"
@@ -169,8 +168,7 @@ class Uploader:
     def __init__(self, url: str):
         self.url, self.busy, self.seconds, self.failed = url, [], 0.0, ""
         self._queue: queue.Queue[Path | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
-        self._thread.start()
+        self._thread = threads.start("upload", self._work, self._ended)
 
     def add(self, path: Path) -> None:
         self.busy.append(path)
@@ -181,6 +179,10 @@ class Uploader:
         self._queue.put(None)
         self._thread.join(wait)
         return not self.busy and not self.failed
+
+    def _ended(self, error: BaseException) -> None:
+        self.failed = f"{type(error).__name__}: {error}"
+        print(f"nothing more is uploaded to {self.url} ({self.failed}); it stays here", file=sys.stderr, flush=True)
 
     def _work(self) -> None:
         while (path := self._queue.get()) is not None:

@@ -92,6 +92,7 @@ class ReplaySource:
 
     def __post_init__(self):
         _need(self.weight >= 1, f"weight is {self.weight}, must be a whole number from 1")
+        _need(self.draw is None or self.draw >= 1, f"draw is {self.draw}, must be at least 1 (or null)")
 
 
 @dataclass
@@ -126,6 +127,12 @@ class EvalConfig:
     """Mask of the metric, declared with the result."""
     pictures: int = 1
     """Pictures of predictions to draw at the end."""
+
+    def __post_init__(self):
+        _need(self.batch >= 1, f"batch is {self.batch}, must be at least 1")
+        _need(self.scenes is None or self.scenes >= 1, f"scenes is {self.scenes}, must be at least 1 (or null for all)")
+        for name in ("holdout", "every", "pictures"):
+            _need(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, must not be negative")
 
 
 @dataclass
@@ -215,6 +222,10 @@ class TrainConfig:
         _need(self.steps is None or self.steps >= 1, f"steps is {self.steps}, must be at least 1 (or null)")
         _need(self.epochs > 0, f"epochs is {self.epochs}, must be positive")
         _need(self.keep >= 1, f"keep is {self.keep}, must be at least 1")
+        _need(self.log_every >= 1, f"log_every is {self.log_every}, must be at least 1")
+        _need(self.data_timeout > 0, f"data_timeout is {self.data_timeout}, must be positive")
+        for name in ("threads", "timeout_minutes", "save_every", "keep_every", "skip_nonfinite", "profile", "warmup"):
+            _need(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, must not be negative")
 
 
 @dataclass

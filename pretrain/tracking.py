@@ -22,6 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from occstream.sharding import threads
+
 EVENTS, STATE = "metrics.jsonl", "tracking.json"
 
 
@@ -70,8 +72,7 @@ class Tracker:
         if uri:
             self._sender = Sender(folder, uri, experiment)
             self._stop, self._wake = threading.Event(), threading.Event()
-            self._thread = threading.Thread(target=self._send_loop, name="mlflow", daemon=True)
-            self._thread.start()
+            self._thread = threads.start("mlflow", self._send_loop, self._ended)
 
     @property
     def run_id(self) -> str | None:
@@ -120,6 +121,14 @@ class Tracker:
         self._file.flush()
         if self._sender:
             self._wake.set()
+
+    def _ended(self, error: BaseException) -> None:
+        print(
+            f"nothing more is sent to MLflow ({type(error).__name__}: {redact(str(error))[:160]}); training goes on, numbers "
+            f"wait in {self.folder / EVENTS}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _send_loop(self) -> None:
         pause, told = 1.0, False

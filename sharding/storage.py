@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from occstream.sharding import threads
+
 T = TypeVar("T")
 TRIES = 6
 PAUSE = 0.2  # seconds before the second try; doubles with each
@@ -117,16 +119,10 @@ def hedged(work: Callable[[int], T], after: float) -> T:
     Raises:
         The error of the last one, if none succeeded.
     """
-    came: queue.SimpleQueue[tuple[T | None, Exception | None]] = queue.SimpleQueue()
-
-    def ask(number: int) -> None:
-        try:
-            came.put((work(number), None))
-        except Exception as error:
-            came.put((None, error))
+    came: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
     def start(number: int) -> None:  # a daemon: a request that hangs must not keep the process from ending
-        threading.Thread(target=ask, args=(number,), daemon=True, name=f"hedge-{number}").start()
+        threads.start(f"hedge-{number}", lambda: came.put((work(number), None)), lambda error: came.put((None, error)))
 
     start(0)
     asked = 1

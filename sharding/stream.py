@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from occstream.sharding import storage
+from occstream.sharding import threads as guarded
 from occstream.sharding.codec import CorruptSample, decode
 from occstream.sharding.manifest import Manifest, shard_path
 from occstream.sharding.order import Sample
 from occstream.sharding.schema import Frame, frame_key
 
 Fill = Callable[[Frame, int, dict[str, np.ndarray]], object]
+PATIENCE = 10.0  # seconds that closing waits for threads that are in the middle of a read
 
 
 @dataclass(frozen=True)
@@ -280,6 +282,8 @@ class Stream:
     ):
         if ring < 2:
             raise ValueError(f"ring is {ring}, needs at least 2: one for the consumer, one to fill")
+        if capacity < 1 or threads < 0:
+            raise ValueError(f"capacity is {capacity}, needs at least 1; threads is {threads}, must not be negative")
         allocate = allocate or (lambda shape, dtype: np.zeros(shape, dtype))
         self._reader, self._fill, self._warn, self._finish = reader, fill, warn, finish
         self._batches, self._max_skipped, self._deadline = iter(batches), max_skipped, deadline
@@ -300,9 +304,7 @@ class Stream:
         self._known: set[int] = set()
         self._decoders = threads
         work = [self._work] * threads + [self._fetch] * (2 if self._lookahead else 0)
-        self._threads = [threading.Thread(target=w, daemon=True, name=f"stream-{i}") for i, w in enumerate(work)]
-        for thread in self._threads:
-            thread.start()
+        self._threads = [guarded.start(f"stream-{i}", w, self._fail) for i, w in enumerate(work)]
 
     @property
     def bytes_read(self) -> int:
@@ -352,21 +354,31 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads and closes files; safe to call twice."""
+        """Ends the threads and closes files; safe to call twice. A thread that a store keeps waiting is left behind."""
         with self._change:
             self._closed = True
             self._tasks.clear()
             self._change.notify_all()
+        until = time.monotonic() + PATIENCE
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
         self._reader.close()
+
+    def _fail(self, error: BaseException) -> None:
+        """The consumer gets the first error of any thread, whatever it waits for."""
+        with self._change:
+            self._error = self._error or error
+            self._change.notify_all()
 
     def _work_until_ready(self) -> None:
         """With the lock held: reads the next batch in the consumer's own thread."""
         while not (self._filling and not self._filling[0].missing) and (self._tasks or self._plan()):
             while self._tasks:
                 slot, i = self._tasks.popleft()
-                self._load(slot, i)
+                try:
+                    self._load(slot, i)
+                except BaseException as error:
+                    return self._fail(error)
                 slot.missing -= 1
 
     def _late(self) -> str:
@@ -385,12 +397,17 @@ class Stream:
 
     def _plan(self) -> bool:
         """With the lock held: opens the next batch if a buffer is free. True if that gave tasks."""
-        if self._ended or not self._free:
+        if self._ended or self._error or not self._free:
             return False
-        while len(self._planned) <= self._lookahead and (batch := next(self._batches, None)):
-            self._planned.append(batch)
-            if self._lookahead:
-                self._want(batch[0])
+        try:
+            while len(self._planned) <= self._lookahead and (batch := next(self._batches, None)):
+                self._planned.append(batch)
+                if self._lookahead:
+                    self._want(batch[0])
+        except BaseException as error:
+            # Before the lock is given up: a generator that has raised looks like one that has ended.
+            self._fail(error)
+            return False
         if not self._planned:
             self._ended = True
             self._change.notify_all()
@@ -428,18 +445,12 @@ class Stream:
         while True:
             with self._change:
                 while not self._tasks and not self._closed and not self._error:
-                    if not self._plan():
+                    if not self._plan() and not self._error:
                         self._change.wait()
                 if self._closed or self._error:
                     return
                 slot, i = self._tasks.popleft()
-            try:
-                self._load(slot, i)
-            except BaseException as error:
-                with self._change:
-                    self._error = self._error or error
-                    self._change.notify_all()
-                return
+            self._load(slot, i)
             with self._change:
                 slot.missing -= 1
                 if not slot.missing:

@@ -53,6 +53,12 @@ def test_no_pickle_from_outside():
                 assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path
 
 
+def test_every_thread_tells_of_its_errors():
+    for path in FILES:
+        if path.name != "threads.py":
+            assert "Thread(" not in path.read_text(), f"{path}: start it by sharding.threads"
+
+
 def test_launch_scripts_say_how_to_install(tmp_path):
     """Without the package they print the command that mends it."""
     script = ROOT / "launch" / "pretrain.py"

@@ -75,6 +75,18 @@ def test_a_store_that_fails_does_not_end_the_run(tmp_path, capsys):
     assert "was not uploaded" in capsys.readouterr().err
 
 
+def test_an_uploader_that_ends_says_so_and_what_waits_stays(tmp_path, capsys, monkeypatch):
+    def broken(path, url):
+        raise SystemExit("a client library that ends its thread")
+
+    monkeypatch.setattr(checkpoint, "upload", broken)
+    uploader = checkpoint.Uploader(f"file://{tmp_path}/store")
+    uploader.add(_write(tmp_path / "here", 1))
+    assert not uploader.close(30)
+    assert "nothing more is uploaded" in capsys.readouterr().err
+    assert uploader.busy
+
+
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
 def test_damage_is_named(tmp_path, harm):
     file = _write(tmp_path) / "model.safetensors"

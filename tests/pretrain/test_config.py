@@ -86,6 +86,17 @@ def test_broken_yaml_and_wrong_shapes_are_named(tmp_path):
         parse_config({"train": 3})
 
 
+@pytest.mark.parametrize(
+    "word",
+    ["eval.batch=0", "eval.every=-1", "eval.scenes=0", "train.threads=-1", "train.log_every=0", "train.data_timeout=0"]
+    + ["train.timeout_minutes=-1", "train.save_every=-2", "replay.draw=0"],
+)
+def test_a_setting_under_which_a_run_would_hang_or_divide_by_zero_is_refused(word):
+    key, _, value = word.partition("=")
+    with pytest.raises(ValueError, match=f"{key.rpartition('.')[2]} is {value}"):
+        load_config("demo", [word])
+
+
 def test_learning_rate_is_a_function_of_samples():
     config = load_config("demo", ["train.batch=4", "train.warmup=10", "train.lr=1.0", "train.schedule=cosine"]).train
     assert learning_rate(0, 400, config) == pytest.approx(0.001)

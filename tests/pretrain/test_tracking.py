@@ -78,6 +78,18 @@ def test_dead_server_costs_nothing_and_is_made_up_for(tmp_path, capsys, monkeypa
     assert len(_history(_uri(tmp_path), later.run_id, "x")) == 100
 
 
+def test_a_sender_that_ends_says_so_and_loses_nothing(tmp_path, capsys, monkeypatch):
+    def broken(self):
+        raise SystemExit("a client library that ends its thread")
+
+    monkeypatch.setattr(Sender, "send", broken)
+    tracker = _tracker(tmp_path / "run", uri=_uri(tmp_path))
+    tracker.log(1, {"a": 1.0})
+    tracker.close(wait=10)
+    assert "nothing more is sent to MLflow (SystemExit" in capsys.readouterr().err
+    assert [e["metrics"] for e in read_events(tmp_path / "run" / EVENTS) if "metrics" in e] == [{"a": 1.0}]
+
+
 def test_inactive_ranks_write_nothing(tmp_path):
     tracker = _tracker(tmp_path / "run", _uri(tmp_path), active=False)
     tracker.log(1, {"x": 1.0})

@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from occstream.sharding import stream as stream_module
 from occstream.sharding.codec import CorruptSample
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.order import Order, Quotas, Sample, evaluation_batches, share, training_batches
 from occstream.sharding.pack import pack
+from occstream.sharding.storage import ShardCache
 from occstream.sharding.stream import Field, ShardReader, Stream
 from tests.sharding.toy import GRID, ToySource
 
@@ -282,8 +284,65 @@ def test_errors_in_threads_reach_the_consumer_and_threads_end(data):
         next(stream)
 
 
+@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("after", [0, 2])
+def test_an_error_of_the_plan_reaches_the_consumer_at_once(data, threads, after):
+    def plan():
+        order = Order(data.fingerprint, range(4), [s.frames for s in data.scenes], seed=1)
+        yield from islice(training_batches(order, 2, 0, 1), after)
+        raise KeyError("a plan that cannot be made")
+
+    with Stream(ShardReader(data, ("labels",)), plan(), FIELDS, fill, 2, threads, deadline=60) as stream:
+        with pytest.raises(KeyError, match="cannot be made"):
+            list(islice(stream, after + 1))
+        with pytest.raises(KeyError, match="cannot be made"):  # not the end of the data either
+            next(stream)
+
+
+def test_an_error_of_a_thread_that_fetches_ahead_reaches_the_consumer(data, tmp_path, monkeypatch):
+    def broken(self, number):
+        raise KeyError("a client library")
+
+    monkeypatch.setattr(ShardReader, "prefetch", broken)
+    monkeypatch.setattr(ShardReader, "frame", lambda *_: time.sleep(0.2))
+    reader = ShardReader(data, ("labels",), ShardCache(tmp_path, 2**30))
+    plan = evaluation_batches(range(4), [s.frames for s in data.scenes], 4, 0, 1)
+    with (
+        Stream(reader, plan, FIELDS, fill, 4, deadline=60) as stream,
+        pytest.raises(KeyError, match="a client library"),
+    ):
+        next(stream)
+
+
+def test_an_error_without_reader_threads_is_the_same_error_again(data):
+    def broken(frame, epoch, views):
+        raise RuntimeError("no space on device")
+
+    with make_stream(data, broken, threads=0, deadline=60) as stream:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="no space"):
+                next(stream)
+
+
+@pytest.mark.parametrize("bad", [{"batch": 0}, {"threads": -1}, {"ring": 1}])
+def test_settings_under_which_nothing_would_come_are_refused(data, bad):
+    with pytest.raises(ValueError, match="needs at least"):
+        make_stream(data, **bad)
+
+
+def test_closing_does_not_wait_for_a_read_that_hangs(data, monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(stream_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(ShardReader, "frame", lambda *_: release.wait(60))
+    began = time.monotonic()
+    with make_stream(data, 2, deadline=0.1) as stream, pytest.raises(TimeoutError):
+        next(stream)
+    release.set()
+    assert time.monotonic() - began < 30
+
+
 def test_a_batch_that_does_not_come_is_an_error_that_names_its_shard(data, monkeypatch):
-    monkeypatch.setattr(ShardReader, "frame", lambda *_: time.sleep(3))
+    monkeypatch.setattr(ShardReader, "frame", lambda *_: time.sleep(1))
     with (
         make_stream(data, 2, deadline=0.3) as stream,
         pytest.raises(TimeoutError, match=r"frames .* of shards labels/labels-0"),
