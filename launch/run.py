@@ -79,6 +79,12 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
+def _ranks_lost(error: RuntimeError) -> bool:
+    """Gloo's plain errors have no class of their own."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in kinds or "third_party/gloo" in str(error)
+
+
 def guarded(work: Callable[[], int]) -> int:
     """Runs ``work``; errors that a user can mend become one line on stderr and an exit code."""
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -91,8 +97,16 @@ def guarded(work: Callable[[], int]) -> int:
         print(f"{where}interrupted", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if not _out_of_memory(error) or os.environ.get("OCCSTREAM_TRACEBACK"):
+        if os.environ.get("OCCSTREAM_TRACEBACK") or not (_out_of_memory(error) or _ranks_lost(error)):
             raise
+        if _ranks_lost(error):
+            print(
+                f"{where}error: another rank ended or did not answer in time ({' '.join(str(error).split())[:160]}): look for "
+                "the first message of another rank. The same command goes on from the newest checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            return 3
         said = str(error).splitlines()[0][:200]
         print(
             f"{where}error: out of memory ({said}). Use less with: train.accumulate (more micro-steps), "

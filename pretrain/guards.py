@@ -6,9 +6,13 @@ import contextlib
 import faulthandler
 import fcntl
 import json
+import math
 import os
 import signal
 import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -18,11 +22,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from occstream.pretrain.engine import World
+from occstream.sharding import threads
 
 STOP = "STOP"
 LOCK = ".lock"
 WATCHED = "OCCSTREAM_WATCHED"  # set by a parent whose end means the end of the run
 REQUEUE = 75  # exit code of a run that was asked to stop and can go on (EX_TEMPFAIL)
+HUNG = 3  # exit code of a process that a watchdog ended
+UNSAID = 30.0  # seconds after which a hang that cannot be told of ends all the same
 
 
 class RunLock:
@@ -125,39 +132,73 @@ class Stopper:
 
 
 class Watchdog:
-    """Writes the stacks of all threads and ends the process when a step takes longer than ``minutes``: a hang that no
-    collective's time-out ends. Other ranks then end by theirs.
+    """Writes the stacks of all threads, says so and ends the process when a step takes longer than ``minutes``: a hang that
+    no collective's time-out ends. Other ranks then end by theirs.
 
     Args:
-        run: the stacks go to ``stacks-rank-<n>.txt`` there.
+        run: the stacks go to ``stacks-rank-<n>.txt`` there, after those of earlier starts.
         minutes: 0 turns it off.
     """
 
     def __init__(self, run: Path, world: World, minutes: float):
-        self.seconds = minutes * 60
-        if self.seconds:
+        self.minutes, self.rank = minutes, world.rank
+        self._deadline, self._closed = math.inf, False
+        self._change = threading.Condition()
+        if self.minutes:
             run.mkdir(parents=True, exist_ok=True)
             self.path = run / f"stacks-rank-{world.rank}.txt"
-            self.file = self.path.open("w")
+            self.file = self.path.open("a")
+            self._thread = threads.start("watchdog", self._watch, self._unwatched)
 
     def alive(self) -> None:
         """Call at every step: the time begins anew."""
-        if self.seconds:
-            faulthandler.dump_traceback_later(self.seconds, exit=True, file=self.file)
+        if self.minutes:
+            seconds = self.minutes * 60
+            # Who holds Python's lock and hangs stops the thread below too; faulthandler needs no lock, but says nothing.
+            faulthandler.dump_traceback_later(seconds + UNSAID, exit=True, file=self.file)
+            self._until(time.monotonic() + seconds)
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Time within the context (evaluation, saving) is not watched."""
         faulthandler.cancel_dump_traceback_later()
+        self._until(math.inf)
         yield
         self.alive()
 
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
-        if self.seconds:
+        if self.minutes and not self._closed:
+            self._until(math.inf, closed=True)
+            self._thread.join()
             self.file.close()
             if not os.path.getsize(self.path):
                 self.path.unlink()
+
+    def _until(self, deadline: float, closed: bool = False) -> None:
+        with self._change:
+            self._deadline, self._closed = deadline, closed
+            self._change.notify_all()
+
+    def _watch(self) -> None:
+        with self._change:
+            while not self._closed and (left := self._deadline - time.monotonic()) > 0:
+                self._change.wait(None if left == math.inf else left)
+            if self._closed:
+                return
+        print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}", file=self.file, flush=True)
+        faulthandler.dump_traceback(self.file, all_threads=True)
+        print(
+            f"{'' if self.rank == 0 else f'[rank {self.rank}] '}error: a step has taken longer than {self.minutes:g} minutes "
+            f"(train.timeout_minutes): this process hangs and is ended. The stacks of all its threads are in {self.path}. "
+            "The same command goes on from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(HUNG)
+
+    def _unwatched(self, error: BaseException) -> None:
+        print(f"hangs are not watched for any more ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
 
 
 class FiniteGuard:

@@ -6,12 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+import torch
 
+from occstream.pretrain import guards
 from occstream.pretrain.checkpoint import Checkpoint, latest_remote
-from occstream.pretrain.guards import REQUEUE
+from occstream.pretrain.engine import World
+from occstream.pretrain.guards import REQUEUE, Watchdog
 from occstream.pretrain.tracking import read_events
 from tests.pretrain.small import RECIPE, ROOT, environment, losses, pack_small
 from tests.pretrain.soak import soak
@@ -93,13 +97,41 @@ def test_a_profile_is_a_trace_and_a_table(data, tmp_path):
     assert last["data/mb_s"] > 0
 
 
-def test_a_hang_ends_with_the_stacks_of_all_threads(tmp_path):
+def test_a_hang_ends_with_the_stacks_of_all_threads_and_a_line_that_names_them(tmp_path, monkeypatch, capfd):
+    ended = threading.Event()
+    codes = []
+    monkeypatch.setattr(guards.os, "_exit", lambda code: (codes.append(code), ended.set()))
+    dog = Watchdog(tmp_path, World(1, 2, torch.device("cpu")), 1 / 600)
+    dog.alive()
+    with dog.off():
+        assert not ended.wait(0.3)
+
+    def stuck():
+        assert ended.wait(30)
+
+    stuck()
+    dog.close()
+    assert codes == [3]
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("[rank 1] error: a step has taken longer than")
+    assert str(tmp_path / "stacks-rank-1.txt") in line
+    assert "in stuck" in (tmp_path / "stacks-rank-1.txt").read_text()
+
+
+def test_a_watchdog_that_saw_no_hang_leaves_nothing(tmp_path):
+    dog = Watchdog(tmp_path, World(0, 1, torch.device("cpu")), 5)
+    dog.alive()
+    dog.close()
+    dog.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hang_that_holds_pythons_lock_ends_too(tmp_path):
     script = (
-        "import time, torch\nfrom pathlib import Path\nfrom occstream.pretrain.engine import World\n"
-        "from occstream.pretrain.guards import Watchdog\n"
-        f"dog = Watchdog(Path({str(tmp_path)!r}), World(0, 1, torch.device('cpu')), 1 / 120)\n"
-        "dog.alive()\nwith dog.off():\n    time.sleep(1)\n"
-        "def stuck():\n    time.sleep(60)\nstuck()\n"
+        "import ctypes, torch\nfrom pathlib import Path\nfrom occstream.pretrain import guards\n"
+        "from occstream.pretrain.engine import World\nguards.UNSAID = 0.1\n"
+        f"dog = guards.Watchdog(Path({str(tmp_path)!r}), World(0, 1, torch.device('cpu')), 1 / 120)\n"
+        "dog.alive()\ndef stuck():\n    ctypes.PyDLL(None).sleep(60)\nstuck()\n"
     )
     began = time.monotonic()
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 1
@@ -143,6 +175,19 @@ def test_out_of_memory_names_the_knobs(capsys):
     said = capsys.readouterr().err
     assert "out of memory" in said
     assert "train.accumulate" in said
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.distributed.DistBackendError])
+def test_ranks_that_went_away_are_one_line(kind, capsys):
+    from occstream.launch.run import guarded
+
+    def lonely():
+        raise kind("[/a/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:4021")
+
+    assert guarded(lonely) == 3
+    [line] = capsys.readouterr().err.splitlines()
+    assert "another rank ended" in line
+    assert "Connection closed by peer [10.0.0.7]" in line
 
 
 def test_a_short_soak(tmp_path):
