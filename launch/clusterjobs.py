@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import yaml
 
 from occstream.launch.study import Run, Study
+
+USER = 10001  # of infra/Dockerfile
 
 _SLURM = """#!/bin/bash
 # Written by `occstream sweep --write slurm`. Set partition, account and GPUs for your cluster.
@@ -88,13 +91,21 @@ def _indexed_job(name: str, lines: Sequence[str]) -> dict:
     """One index per run; a failed one is tried again without the others."""
     script = 'set -euo pipefail\nmapfile -t commands <<"END"\n' + "\n".join(lines) + "\nEND\n"
     script += 'exec bash -c "${commands[$JOB_COMPLETION_INDEX]}"\n'
+    mounts = {"runs": "/opt/occstream/runs", "scratch": "/tmp", "shm": "/dev/shm"}
     container = {
         "name": "occstream",
-        "image": "occstream:latest",
+        "image": f"occstream:{metadata.version('occstream')}",
         "workingDir": "/opt/occstream",
         "command": ["bash", "-c", script],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "env": [{"name": "HOME", "value": "/tmp"}, {"name": "OCCSTREAM_CACHE", "value": "/tmp/shards"}],
+        "envFrom": [{"secretRef": {"name": "occstream-s3", "optional": True}}],
         "resources": {"limits": {"nvidia.com/gpu": 1, "cpu": "16", "memory": "96Gi"}},
-        "volumeMounts": [{"name": "runs", "mountPath": "/opt/occstream/runs"}],
+        "volumeMounts": [{"name": name, "mountPath": path} for name, path in mounts.items()],
     }
     return {
         "apiVersion": "batch/v1",
@@ -107,11 +118,26 @@ def _indexed_job(name: str, lines: Sequence[str]) -> dict:
             "backoffLimitPerIndex": 3,
             "maxFailedIndexes": len(lines),
             "template": {
+                "metadata": {"labels": {"occstream/tracking": "client"}},  # what the network policy of MLflow lets in
                 "spec": {
                     "restartPolicy": "Never",
+                    "serviceAccountName": "occstream-train",
+                    "automountServiceAccountToken": False,
+                    "securityContext": {
+                        "runAsNonRoot": True,
+                        "runAsUser": USER,
+                        "runAsGroup": USER,
+                        "fsGroup": USER,
+                        "fsGroupChangePolicy": "OnRootMismatch",
+                        "seccompProfile": {"type": "RuntimeDefault"},
+                    },
                     "containers": [container],
-                    "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": "occstream-runs"}}],
-                }
+                    "volumes": [
+                        {"name": "runs", "persistentVolumeClaim": {"claimName": "occstream-runs"}},
+                        {"name": "scratch", "emptyDir": {}},
+                        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}},
+                    ],
+                },
             },
         },
     }

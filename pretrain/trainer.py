@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -440,12 +441,13 @@ def _check_same_run(config: Config, data: TrainData, saved: checkpoint.Checkpoin
 
 
 def _code_version() -> str:
-    """Commit of the checkout this runs from ("+" if it has changes), else the version of the installed package."""
+    """Commit of the checkout this runs from ("+" if it has changes), else ``OCCSTREAM_COMMIT`` (set in the image, which
+    has no .git), else the version of the installed package."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return metadata.version("occstream")
+        return os.environ.get("OCCSTREAM_COMMIT") or metadata.version("occstream")
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
     return found.stdout.strip() + ("+" if changed else "")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from occstream.launch import clusterjobs
 from occstream.pretrain.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +51,7 @@ def test_yaml_is_clean():
     passes(tool("yamllint"), "-d", RULES, INFRA, ROOT / "launch/recipes")
 
 
-@pytest.mark.parametrize("name", ["shard-job", "mlflow"])
+@pytest.mark.parametrize("name", ["accounts", "mlflow", "shard-job"])
 def test_kubernetes_manifests_fit_their_schemas(name):
     passes(tool("kubernetes-validate"), "--strict", INFRA / f"k8s/{name}.yaml")
 
@@ -82,7 +83,6 @@ def test_manifests_and_scripts_name_recipes_and_options_that_exist():
     assert config.data.scenes == 8000
     used = re.findall(r"sbatch .* (\S+) (\S+) data\.url", (INFRA / "slurm/train.sbatch").read_text())
     assert all((ROOT / f"launch/{stage}.py").exists() and load_config(recipe) for stage, recipe in used)
-    json.loads((INFRA / "seaweedfs-s3.example.json").read_text())
 
 
 def test_secrets_are_asked_for_and_not_here():
@@ -90,11 +90,134 @@ def test_secrets_are_asked_for_and_not_here():
     assert set(compose["services"]) == {"s3", "postgres", "mlflow"}
     for line in (INFRA / "example.env").read_text().splitlines():
         assert line.startswith("#") or line.endswith("="), line
+    json.loads((INFRA / "seaweedfs-s3.example.json").read_text())
     ignored = (ROOT / ".gitignore").read_text()
     assert "infra/.env" in ignored
     # Ports are bound to this machine only.
     for service in compose["services"].values():
         assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", []))
+
+
+def _documents():
+    files = [*sorted((INFRA / "k8s").glob("*.yaml")), INFRA / "compose.yaml"]
+    return [d for f in files for d in yaml.safe_load_all(f.read_text())]
+
+
+def _pods():
+    """name → (labels, pod spec, container) of everything that runs on Kubernetes, also of a study's jobs."""
+    found = {}
+    for doc in [*_documents(), clusterjobs._indexed_job("study", ["true"])]:
+        if doc.get("kind") == "TrainJob":
+            [job] = doc["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+            template = job["template"]["spec"]["template"]
+        elif doc.get("kind") in ("Job", "Deployment"):
+            template = doc["spec"]["template"]
+        else:
+            continue
+        [container] = template["spec"]["containers"]
+        found[doc["metadata"]["name"]] = template.get("metadata", {}).get("labels", {}), template["spec"], container
+    return found
+
+
+def _images(node):
+    if isinstance(node, dict):
+        return [v for k, v in node.items() if k == "image"] + [i for v in node.values() for i in _images(v)]
+    return [i for v in node for i in _images(v)] if isinstance(node, list) else []
+
+
+def test_images_have_a_version():
+    images = _images(_documents())
+    assert len(images) >= 5
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    for image in images:
+        assert re.search(r":\d+\.\d+[\w.-]*$|@sha256:[0-9a-f]{64}$", image), image
+        assert not image.startswith("occstream") or image.endswith(f":{version}"), image
+
+
+def test_every_pod_runs_confined():
+    pods = _pods()
+    assert set(pods) == {"mlflow", "occstream-shard", "occstream-pretrain", "study"}
+    accounts = [d["metadata"]["name"] for d in _documents() if d.get("kind") == "ServiceAccount"]
+    for name, (_, pod, container) in pods.items():
+        context, own = pod["securityContext"], container["securityContext"]
+        assert context["runAsNonRoot"] is True, name
+        assert context["runAsUser"] == context["fsGroup"] == clusterjobs.USER, name
+        assert f"--uid {context['runAsUser']} " in (INFRA / "Dockerfile").read_text(), name
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert own == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }, name
+        assert pod["serviceAccountName"] in accounts, name
+        mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
+        volumes = {v["name"]: v for v in pod["volumes"]}
+        assert set(mounts.values()) == set(volumes), name
+        assert "emptyDir" in volumes[mounts["/tmp"]], name
+        if name in ("occstream-pretrain", "study"):
+            assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory", name
+
+
+def test_only_labeled_pods_reach_the_tracking_server():
+    pods = _pods()
+    [policy] = [d["spec"] for d in _documents() if d.get("kind") == "NetworkPolicy"]
+    assert policy["podSelector"]["matchLabels"].items() <= pods["mlflow"][0].items()
+    [rule] = policy["ingress"]
+    [source] = rule["from"]
+    wanted = source["podSelector"]["matchLabels"].items()
+    assert [name for name, (labels, *_) in pods.items() if wanted <= labels.items()] == ["occstream-pretrain", "study"]
+
+
+def test_a_study_job_fits_its_schema():
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    kubernetes_validate.validate(clusterjobs._indexed_job("study", ["true"]), "1.37", strict=True)
+
+
+def test_policies_give_the_least_rights():
+    may = {}
+    for file in sorted((INFRA / "iam").glob("*.json")):
+        found = json.loads(file.read_text())["Statement"]
+        may[file.stem] = {a for s in found for a in s["Action"]}
+        for statement in found:
+            assert statement["Effect"] == "Allow"
+            bucket, _, key = statement["Resource"].removeprefix("arn:aws:s3:::").partition("/")
+            assert "*" not in bucket
+            if statement["Action"] == ["s3:ListBucket"]:
+                assert not key
+                assert statement["Condition"]["StringLikeIfExists"]["s3:prefix"]
+            else:
+                assert re.fullmatch(r"[\w-]+/\*", key), "one prefix"
+    assert may["reader"] == {"s3:ListBucket", "s3:GetObject"}
+    writing = may["reader"] | {
+        "s3:PutObject",
+        "s3:DeleteObject",
+        "s3:AbortMultipartUpload",
+        "s3:ListMultipartUploadParts",
+    }
+    assert may["writer"] == may["checkpoints"] == may["mlflow"] == writing
+
+
+@pytest.mark.parametrize(("file", "context"), [("Dockerfile", ROOT), ("mlflow.Dockerfile", INFRA)])
+def test_images_see_only_what_they_need(file, context):
+    first, *rest = [w for w in (context / ".dockerignore").read_text().split("\n") if w and not w.startswith("#")]
+    assert first == "*", "nothing goes to the Docker daemon that is not named: no data, runs, .git, .env"
+    named = [w[1:] for w in rest if w.startswith("!")]
+    assert named
+    assert all((context / w).exists() for w in named)
+    copied = re.findall(r"^COPY (\S+) ", (INFRA / file).read_text(), re.M)
+    assert all(w in (".", *named) for w in copied)
+    if context == ROOT:
+        assert {"sharding", "models", "evaluation", "pretrain", "launch", "pyproject.toml"} <= set(named)
+
+
+def test_the_tracking_image_is_installed_by_hashes():
+    text = (INFRA / "mlflow.Dockerfile").read_text()
+    assert all("--require-hashes" in line for line in text.split("\n") if "pip install" in line)
+    lock = (INFRA / "mlflow.lock").read_text()
+    pins = re.findall(r"^([\w.-]+)(?:\[\S+\])?==(\S+)(.*(?:\n    --hash=.*)+)", lock, re.M)
+    assert len(pins) == len(re.findall(r"^[\w.-]+.*==", lock, re.M))
+    assert {f"{name}=={version}" for name, version, _ in pins} >= set((INFRA / "mlflow.in").read_text().split())
+    assert f"mlflow=={dict((n, v) for n, v, _ in pins)['mlflow']}" in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_lock_file_pins_what_the_project_asks_for():
