@@ -30,6 +30,7 @@ class EvalResult:
         iou: geometric, of the semantic output. miou: by the convention.
         per_class: IoU by class name; NaN for classes that do not occur.
         seconds: wall time. mask, convention: as declared.
+        unknown: share (0..1) of the voxels counted that the labels do not know; None for a mask that counts none of them.
     """
 
     frames: int
@@ -38,12 +39,15 @@ class EvalResult:
     miou: float | None = None
     per_class: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
-    mask: str = "none"
+    mask: str = "auto"
     convention: str = "occ3d"
+    unknown: float | None = None
 
     def metrics(self) -> dict[str, float]:
         """MLflow metrics."""
         out = {"eval/frames": float(self.frames)}
+        if self.unknown is not None:
+            out["eval/unknown_share"] = 100 * self.unknown
         if self.binary_iou is not None:
             out["eval/binary_iou"] = self.binary_iou
         if self.miou is not None:
@@ -54,7 +58,9 @@ class EvalResult:
     def summary(self) -> str:
         """One line."""
         scores = (("binary IoU", self.binary_iou), ("IoU", self.iou), ("mIoU", self.miou))
-        return ", ".join(f"{name} {value:.2f}" for name, value in scores if value is not None) + f" (mask {self.mask})"
+        said = ", ".join(f"{name} {value:.2f}" for name, value in scores if value is not None)
+        unknown = f", {100 * self.unknown:.1f} % unknown voxels counted" if self.unknown else ""
+        return f"{said} (mask {self.mask}{unknown})"
 
     def table(self) -> str:
         """For the terminal."""
@@ -90,7 +96,8 @@ def evaluate(
     *,
     taxonomy: Taxonomy,
     convention: str = "occ3d",
-    mask: str = "none",
+    mask: str = "auto",
+    unknown: float | None = None,
     kind: Head = "sigmoid_focal",
     threshold: float = 0.25,
     watch: Callable[[OccBatch, OccOutputs], None] | None = None,
@@ -103,7 +110,7 @@ def evaluate(
         taxonomy: of the labels.
         convention: what a class counts that neither labels nor prediction have: nothing for "occ3d" (SPEC F.1), zero for
             "openscene" (F.2).
-        mask: which mask the labels were made with; only reported.
+        mask, unknown: which mask the labels were made with, and what share of unknown voxels it counts; only reported.
         kind, threshold: how logits become classes.
         watch: gets each batch and its outputs (for pictures).
 
@@ -144,6 +151,7 @@ def evaluate(
         binary_iou=100 * binary.iou() if has_binary else None,
         seconds=time.perf_counter() - began,
         mask=mask,
+        unknown=unknown,
         convention=convention,
     )
     if semantic:

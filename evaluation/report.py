@@ -164,7 +164,7 @@ def frame_picture(path: Path, frame: Frame, manifest: Manifest) -> None:
     panels, classes = [], []
     cells, dots, points = np.zeros((0, 3), int), np.zeros((0, 3), np.uint8), None
     if labels is not None:
-        seen = labels.mask_lidar if labels.mask_lidar is not None else np.ones(grid.shape, bool)
+        seen = labels.known()
         known = labels.binary & seen
         colors = height_colors(grid.shape) if labels.semantic is None else class_colors(labels.semantic, taxonomy)
         cells = np.argwhere(_surface(known) & (seen if labels.mask_camera is None else labels.mask_camera))
@@ -194,7 +194,7 @@ def frame_picture(path: Path, frame: Frame, manifest: Manifest) -> None:
 
 def _seen_from_above(labels: Labels) -> np.ndarray:
     """(H, W, 3) uint8, x up, y left: share of each column that was observed, brighter where in view of a camera."""
-    seen = labels.mask_lidar if labels.mask_lidar is not None else np.ones(labels.binary.shape, bool)
+    seen = labels.known()
     base = np.array([40, 70, 120])
     image = seen.mean(2)[..., None] * base
     if labels.mask_camera is not None:

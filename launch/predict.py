@@ -11,7 +11,7 @@ import numpy as np
 
 from occstream.evaluation.predict import Keep, predict
 from occstream.pretrain.augment import FrameFiller
-from occstream.pretrain.replay import camera_names, device_batches, open_stream
+from occstream.pretrain.replay import camera_names, device_batches, open_stream, unknown_line, unknown_share
 from occstream.pretrain.trainer import load_trained
 from occstream.sharding.attach import Sidecar
 from occstream.sharding.codec import Coding, encode
@@ -87,6 +87,8 @@ def predict_checkpoint(
     config.data.url, config.loss.depth_weight = url, 0.0
     kept = {base.scenes[i].name for i in base.subset(truth, config.data.subset_seed, holdout)} if truth else set()
     cameras = trained.cameras or camera_names(base, 0)
+    if offboard and (share := unknown_share(base, range(len(base.scenes)), config.data.mask, config.data.binary_from)):
+        print(unknown_line("data.mask", config.data.mask, share))
     filler = FrameFiller(
         config.augment,
         cameras,

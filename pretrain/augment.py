@@ -180,7 +180,7 @@ class FrameFiller:
         taxonomy: of the labels.
         seed: of the run.
         train: False: no augmentation.
-        mask: voxels outside this visibility mask become invalid.
+        mask: voxels that the labels do not know (auto), or outside this visibility mask, become invalid; none: no voxel.
         semantic: also write semantic labels.
         binary_from: binary target from the binary labels, or from the semantic ones (B*, SPEC A.12).
         soft: also write the two best classes of labels that have them (SPEC J.10).
@@ -202,7 +202,7 @@ class FrameFiller:
         taxonomy: Taxonomy,
         seed: int,
         train: bool,
-        mask: Literal["none", "lidar", "camera"] = "none",
+        mask: Literal["auto", "none", "lidar", "camera"] = "auto",
         semantic: bool = True,
         binary_from: Literal["labels", "semantic"] = "labels",
         soft: bool = False,
@@ -337,6 +337,8 @@ class FrameFiller:
         if self.mask == "none":
             return None
         valid = labels.mask_camera if self.mask == "camera" else labels.mask_lidar
-        if valid is None:
-            raise ValueError(f"frame {frame.key} has no {self.mask} mask; set mask=none or pack labels that have it")
+        if valid is None and self.mask != "auto":
+            raise ValueError(
+                f"frame {frame.key} has no {self.mask} mask; set mask=auto (what the labels know) or pack labels that have it"
+            )
         return valid

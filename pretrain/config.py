@@ -26,7 +26,7 @@ from occstream.pretrain.losses import LossConfig
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.schema import TAXONOMIES, Taxonomy, get_taxonomy
 
-Mask = Literal["none", "lidar", "camera"]
+Mask = Literal["auto", "none", "lidar", "camera"]
 
 
 def _need(ok: bool, message: str) -> None:
@@ -60,8 +60,10 @@ class DataConfig:
     soft: bool = False
     """Learn from both classes of labels that have two (pseudo-labels of ``occstream predict --keep top2``; SPEC J.10);
     False: from the first alone."""
-    mask: Mask = "none"
-    """Voxels outside this visibility mask enter neither loss nor metric (SPEC A.9: camera for Occ3D)."""
+    mask: Mask = "auto"
+    """Which voxels enter loss and metric: those that the labels know (auto: all where they have no mask), those of the
+    LiDAR's or the cameras' visibility mask, or all (none). How many unknown voxels a setting makes count is printed and
+    stored."""
 
     def __post_init__(self):
         _need(self.scenes is None or self.scenes >= 1, f"scenes is {self.scenes}, must be at least 1 (or null for all)")
@@ -87,7 +89,7 @@ class ReplaySource:
     """As ``data.holdout``."""
     labels: str = "labels"
     """As ``data.labels``."""
-    mask: Mask = "none"
+    mask: Mask = "auto"
     """As ``data.mask``."""
 
     def __post_init__(self):
@@ -123,8 +125,8 @@ class EvalConfig:
     """Frames per forward and rank."""
     convention: Literal["occ3d", "openscene"] = "occ3d"
     """How classes are averaged (SPEC F.1, F.2)."""
-    mask: Mask = "none"
-    """Mask of the metric, declared with the result."""
+    mask: Mask = "auto"
+    """As ``data.mask``, for the metric; declared with the result."""
     pictures: int = 1
     """Pictures of predictions to draw at the end."""
 

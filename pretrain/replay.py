@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,13 @@ import torch
 
 from occstream.models import OccBatch, concat
 from occstream.pretrain.augment import FrameFiller
-from occstream.pretrain.config import Config
+from occstream.pretrain.config import Config, Mask
 from occstream.pretrain.deviceimages import DeviceImages
 from occstream.pretrain.engine import World
 from occstream.sharding import storage
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.order import Order, Quotas, evaluation_batches, training_batches
+from occstream.sharding.schema import IGNORE
 from occstream.sharding.stream import Field, ShardReader, Stream, StreamBatch
 
 
@@ -35,6 +36,8 @@ class TrainData:
         scenes: names of all scenes that any stream takes frames from.
         frames_per_step: S and B frames of all ranks in one optimizer step.
         fingerprint, fingerprints: of the S manifest; of all.
+        unknown: share of unknown voxels that a setting counts (see ``unknown_share``), by setting; ``notes``: of those above
+            0, a line to print.
         cameras: names in order.
     """
 
@@ -71,6 +74,9 @@ class TrainData:
         micro = cfg.batch // cfg.accumulate
         self._feeds = {"main": _Feed(manifest, order, filler, micro, micro, config, world)}
         self.fingerprints = {"data": manifest.fingerprint}
+        self.unknown: dict[str, float] = {}
+        self.notes: list[str] = []
+        self._note_unknown("data.mask", manifest, scenes, data.mask, data.binary_from)
         self.frames_per_step = cfg.batch
         if config.replay.url and semantic:
             self._add_replay(len(scenes))
@@ -113,7 +119,15 @@ class TrainData:
             name = f"replay-{number}" if number else "replay"
             self._feeds[name] = _Feed(pool, order, filler, batch, most, config, self.world)
             self.fingerprints[name] = pool.fingerprint
+            self._note_unknown(f"{name}.mask", pool, chosen, source.mask)
         self.frames_per_step += total
+
+    def _note_unknown(self, key: str, manifest: Manifest, scenes: list[int], mask: Mask, binary_from: str = "labels"):
+        share = unknown_share(manifest, scenes, mask, binary_from)
+        if share is not None:
+            self.unknown[key] = share
+        if share:
+            self.notes.append(unknown_line(key, mask, share))
 
     @property
     def fingerprint(self) -> str:
@@ -282,10 +296,13 @@ class EvalData:
     Attributes:
         total: frames; 0: nothing is held out.
         scenes: their names.
+        unknown: share of unknown voxels that ``eval.mask`` counts (see ``unknown_share``); ``notes``: as of ``TrainData``.
     """
 
     def __init__(self, config: Config, world: World, cameras: tuple[str, ...] | None = None):
         self.world, self.total, self.scenes = world, 0, set()
+        self.unknown: float | None = None
+        self.notes: list[str] = []
         ev = config.eval
         manifest = _load(config, ev.url or config.data.url)
         if ev.scene_names:
@@ -305,6 +322,9 @@ class EvalData:
                 f"{self.total} frames to evaluate on, but {world.size} processes: evaluate on more, or use fewer processes"
             )
         self.cameras = cameras or config.data.cameras or camera_names(manifest, scenes[0])
+        self.unknown = unknown_share(manifest, scenes, ev.mask, config.data.binary_from)
+        if self.unknown:
+            self.notes.append(unknown_line("eval.mask", ev.mask, self.unknown))
         semantic = config.stage == "finetune"
         filler = FrameFiller(
             config.augment,
@@ -386,6 +406,36 @@ def cache(url: str) -> storage.ShardCache | None:
         return None
     folder = os.environ.get("OCCSTREAM_CACHE") or Path.home() / ".cache" / "occstream"
     return storage.ShardCache(folder, int(float(os.environ.get("OCCSTREAM_CACHE_GB", "64")) * 2**30))
+
+
+def unknown_share(
+    manifest: Manifest, scenes: Sequence[int], mask: Mask, binary_from: str = "labels", frames: int = 8
+) -> float | None:
+    """Share (0..1) of the voxels that count under a mask although the labels do not know them, over evenly spaced frames;
+    None for the masks that never count one."""
+    if mask not in ("none", "camera"):
+        return None
+    places = [(i, k) for i in scenes for k in range(manifest.scenes[i].frames)]
+    reader = ShardReader(manifest, (manifest.label_group,), cache(manifest.url))
+    counted = unknown = 0
+    try:
+        for n in np.unique(np.linspace(0, len(places) - 1, min(frames, len(places))).astype(int)):
+            labels = reader.frame(*places[n]).labels
+            if labels is None or (mask == "camera" and labels.mask_camera is None):
+                continue  # the streams say which frame lacks what
+            counts = labels.mask_camera if mask == "camera" else np.ones(labels.binary.shape, bool)
+            if binary_from == "semantic" and labels.semantic is not None:
+                counts = counts & (labels.semantic != IGNORE)
+            counted += int(counts.sum())
+            unknown += int((counts & ~labels.known()).sum())
+    finally:
+        reader.close()
+    return unknown / max(1, counted)
+
+
+def unknown_line(key: str, mask: Mask, share: float) -> str:
+    """What to print of a setting that makes unknown voxels count."""
+    return f"{key}={mask}: {100 * share:.1f} % of the voxels that count are unknown to the labels; {key}=auto leaves them out"
 
 
 def _load(config: Config, url: str, labels: str = "labels") -> Manifest:

@@ -130,6 +130,8 @@ def _train(config: Config, world: World, run: Path) -> Result:
     data = TrainData(config, world)
     held_out = EvalData(config, world, data.cameras)
     total = data.steps
+    for note in (*data.notes, *held_out.notes):
+        _say(world, note)
 
     model = create_model(config)
     _check_strategy(config, model)
@@ -176,6 +178,7 @@ def _train(config: Config, world: World, run: Path) -> Result:
             **{f"{name}_fingerprint": value for name, value in data.fingerprints.items()},
             "world_size": world.size,
             "parameters": parameters,
+            **{f"unknown_share.{key}": share for key, share in data.unknown.items()},
             "code": _code_version(),
         },
         active=world.is_main,
@@ -293,6 +296,7 @@ def evaluate_on(config: Config, model: nn.Module, frames: EvalData, drawer: Draw
         taxonomy=config.classes,
         convention=config.eval.convention,
         mask=config.eval.mask,
+        unknown=frames.unknown,
         kind=config.loss.kind,
         watch=drawer,
     )
@@ -314,6 +318,8 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), picture
     frames = EvalData(config, world, trained.cameras)
     if not frames.total:
         raise ValueError("nothing to evaluate on: the recipe holds no scenes out; give --data or eval.scene_names=[…]")
+    for note in frames.notes:
+        print(note)
     drawer = Drawer(config, frames.cameras, config.eval.pictures, picture, trained.step) if picture else None
     return evaluate_on(config, trained.model, frames, drawer)
 
@@ -515,6 +521,7 @@ class Keeper:
                 "ema_updates": ema.updates if ema else 0,
                 "config": config.to_dict(),
                 "fingerprints": data.fingerprints,
+                "unknown_share": data.unknown,
                 "cameras": list(data.cameras),
                 "world_size": world.size,
                 "mlflow_run_id": tracker.run_id,

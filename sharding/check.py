@@ -186,9 +186,7 @@ def _check_frame(frame: Frame, manifest: Manifest) -> Iterator[str]:
             return
     if labels.semantic is not None:
         yield from _check_classes("labels", labels.semantic, taxonomy.free_id)
-        known = labels.semantic != IGNORE
-        if labels.mask_lidar is not None:
-            known = known & labels.mask_lidar
+        known = (labels.semantic != IGNORE) & labels.known()
         wrong = labels.binary[known] != (labels.semantic[known] != taxonomy.free_id)
         if manifest.label_group.startswith("pseudo-"):
             wrong &= ~labels.binary[known]  # a prediction may call free what is known to be occupied
@@ -327,7 +325,7 @@ def _count(content: Content, frame: Frame, manifest: Manifest) -> None:
     content.missing["boxes"] += frame.boxes is None
     for name in ("semantic", "mask_lidar", "mask_camera"):
         content.missing[f"labels.{name}"] += getattr(labels, name) is None
-    seen = labels.mask_lidar if labels.mask_lidar is not None else np.ones(labels.binary.shape, bool)
+    seen = labels.known()
     content.voxels += seen.size
     content.observed += int(seen.sum())
     content.occupied += int((labels.binary & seen).sum())

@@ -20,8 +20,9 @@ def data_card(manifest: Manifest, other: str = "", frames: int = 100) -> dict[st
         frames: at most so many.
 
     Returns:
-        Shares in percent: ``occupied_share`` of all voxels; ``observed_share`` and ``in_view_share`` of all voxels (masks);
-        ``occluded_share``: occupied voxels that no camera sees; ``class/<name>`` of the occupied voxels; metres:
+        Shares in percent: ``occupied_share`` of the voxels that the labels know; ``observed_share`` (those that they know)
+        and ``in_view_share`` of all voxels; ``occluded_share``: occupied voxels that no camera sees; ``class/<name>`` of the
+        occupied voxels; occupied is what is also known; metres:
         ``distance_p50``, ``distance_p90`` of occupied voxels from the ego; and of the other labels, where they claim to know:
         ``recall``, ``precision`` of occupied voxels, ``known_share`` of all voxels. ``scenes``, ``frames`` of the set.
 
@@ -41,19 +42,21 @@ def data_card(manifest: Manifest, other: str = "", frames: int = 100) -> dict[st
         labels = reader.frame(scene, index).labels
         if labels is None:
             raise ValueError(f"{manifest.url}: frames have no labels; pack the labels group")
+        known = labels.known()
+        occupied = labels.binary & known
         count["voxels"] += labels.binary.size
-        count["occupied"] += int(labels.binary.sum())
-        count["observed"] += int(labels.mask_lidar.sum()) if labels.mask_lidar is not None else labels.binary.size
+        count["occupied"] += int(occupied.sum())
+        count["observed"] += int(known.sum())
         seen = labels.mask_camera if labels.mask_camera is not None else np.ones_like(labels.binary)
         count["seen"] += int(seen.sum())
-        count["seen_occupied"] += int((seen & labels.binary).sum())
-        far.append(distance[labels.binary])
+        count["seen_occupied"] += int((seen & occupied).sum())
+        far.append(distance[occupied])
         if labels.semantic is not None:
-            known = labels.semantic[labels.binary]
-            classes += np.bincount(known[known < taxonomy.free_id], minlength=taxonomy.num_classes)
+            found = labels.semantic[occupied]
+            classes += np.bincount(found[found < taxonomy.free_id], minlength=taxonomy.num_classes)
         if second:
             theirs = second.frame(scene, index).labels
-            sure = theirs.mask_lidar if theirs.mask_lidar is not None else np.ones_like(theirs.binary)
+            sure = theirs.known() & known
             if labels.semantic is not None:
                 sure = sure & (labels.semantic != IGNORE)
             truth, said = labels.binary & sure, theirs.binary & sure
@@ -64,7 +67,7 @@ def data_card(manifest: Manifest, other: str = "", frames: int = 100) -> dict[st
     card = {
         "scenes": float(len(manifest.scenes)),
         "frames": float(manifest.num_frames),
-        "occupied_share": share(count["occupied"], count["voxels"]),
+        "occupied_share": share(count["occupied"], count["observed"]),
         "observed_share": share(count["observed"], count["voxels"]),
         "in_view_share": share(count["seen"], count["voxels"]),
         "occluded_share": share(count["occupied"] - count["seen_occupied"], count["occupied"]),
@@ -86,8 +89,8 @@ def data_card(manifest: Manifest, other: str = "", frames: int = 100) -> dict[st
 _WORDS = {
     "scenes": "scenes",
     "frames": "frames",
-    "occupied_share": "occupied, % of all voxels",
-    "observed_share": "observed by LiDAR, % of all voxels",
+    "occupied_share": "occupied, % of the known voxels",
+    "observed_share": "known (observed by LiDAR), % of all voxels",
     "in_view_share": "in view of a camera, % of all voxels",
     "occluded_share": "occupied but in no camera's view, % of the occupied",
     "distance_p50": "distance of occupied voxels from the ego, median, m",

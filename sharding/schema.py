@@ -238,6 +238,10 @@ class Labels:
     logits: np.ndarray | None = None
     ranked: np.ndarray | None = None
 
+    def known(self) -> np.ndarray:
+        """(X, Y, Z) bool: voxels that the labels say something about; the others are neither occupied nor free."""
+        return self.mask_lidar if self.mask_lidar is not None else np.ones(self.binary.shape, bool)
+
 
 @dataclass
 class Frame:

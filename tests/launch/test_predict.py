@@ -7,6 +7,7 @@ import pytest
 
 from occstream.launch.cli import main
 from occstream.launch.predict import predict_checkpoint
+from occstream.pretrain import checkpoint
 from occstream.sharding import storage
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.stream import ShardReader
@@ -18,7 +19,13 @@ def place(tmp_path_factory):
     """A packed set and a teacher trained on two of its scenes."""
     root = tmp_path_factory.mktemp("predict")
     pack_small(str(root / "data"), scenes=6)
-    words = [f"data.url={root}/data", f"output={root}/teacher", "model.strategy=offboard", "data.scenes=2"]
+    words = [
+        f"data.url={root}/data",
+        f"output={root}/teacher",
+        "model.strategy=offboard",
+        "data.scenes=2",
+        "data.mask=none",
+    ]
     jobs = [{"recipe": RECIPE, "stage": "finetune", "overrides": [*words, "train.steps=4"]}]
     run_jobs(jobs, 1, root / "logs")
     return root
@@ -36,6 +43,10 @@ def labels_of(manifest):
 
 
 def test_the_loop_closes(place, capsys):
+    saved = checkpoint.Checkpoint(place / "teacher").state
+    assert saved["unknown_share"] == {"data.mask": 0.0}, (
+        "its labels know everything, so mask=none counts nothing unknown"
+    )
     command = ["predict", str(place / "teacher"), str(place / "data"), "--name", "pseudo-two", "--keep", "top2"]
     # Batches of one frame: more of them than the stream has buffers.
     assert main([*command, "--truth", "2", "--holdout", "1", "eval.batch=1"]) == 0
