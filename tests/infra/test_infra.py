@@ -1,6 +1,7 @@
 """Every file of infra/ passes its linter, offline."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -229,3 +230,67 @@ def test_the_lock_file_pins_what_the_project_asks_for():
         if name != "torch":
             assert pins[name] == version, f"{name}: run the command at the top of the lock file again"
     assert "torch" not in pins
+
+
+@pytest.mark.parametrize(("cores", "given", "threads"), [("96", None, "6"), ("8", None, "1"), ("96", "3", "3")])
+def test_the_slurm_job_hands_its_cores_to_the_ranks(tmp_path, cores, given, threads):
+    """Run with a stand-in for srun, which says what it was given."""
+    for name, line in {"scontrol": "echo node-0", "srun": 'echo "$SRUN_CPUS_PER_TASK $OMP_NUM_THREADS $*"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env |= {"SLURM_JOB_NODELIST": "node-[0-3]", "SLURM_NNODES": "4", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": cores}
+    env |= {"SLURM_GPUS_ON_NODE": "8"} | ({"OMP_NUM_THREADS": given} if given else {})
+    command = ["bash", INFRA / "slurm/train.sbatch", "pretrain", "tiny", f"output={tmp_path}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{cores} {threads} --kill-on-bad-exit=1 torchrun --nnodes 4 --nproc-per-node 8 ")
+
+
+def test_the_ssh_launcher_forwards_what_the_ranks_need(tmp_path, monkeypatch):
+    """DeepSpeed's own launcher reads the example, up to the command it would give to pdsh."""
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    example = INFRA / "deepspeed_env.example"
+    commands = []
+
+    class Started:
+        returncode = 0
+
+        def __init__(self, command, env):
+            commands.append(command)
+
+        def wait(self):
+            pass
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setattr(runner, "DEEPSPEED_ENVIRONMENT_NAME", str(example))
+    monkeypatch.setattr(runner, "DEEPSPEED_ENVIRONMENT_PATHS", ["."])
+    monkeypatch.setattr(runner.subprocess, "Popen", Started)
+    monkeypatch.setattr(runner.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(runner.PDSHRunner, "backend_exists", lambda _: True)
+    words = [
+        "--hostfile",
+        str(INFRA / "hostfile.example"),
+        "--no_ssh_check",
+        "--master_addr",
+        "node-0",
+        "launch/pretrain.py",
+    ]
+    runner.main(words)
+    [command] = commands
+    [exports] = [word for word in command if word.startswith("export ")]
+    given = dict(re.findall(r"export (\w+)=(.*?);", exports))
+    listed = dict(line.split("=", 1) for line in example.read_text().splitlines())
+    assert listed.items() <= given.items()
+    assert given["MLFLOW_TRACKING_URI"]
+    needed = {
+        "GLOO_SOCKET_IFNAME",
+        "OMP_NUM_THREADS",
+        "HF_HOME",
+        "AWS_PROFILE",
+        "AWS_ENDPOINT_URL_S3",
+        "OCCSTREAM_CACHE",
+    }
+    assert needed <= set(listed)
+    # The launcher prints the command: what it forwards is no place for secrets.
+    assert not [name for name in listed if re.search("SECRET|TOKEN|PASSWORD|ACCESS_KEY", name)]
