@@ -19,8 +19,10 @@ import numpy as np
 from scipy import ndimage
 
 from occstream.sharding.codec import canonical_json
+from occstream.sharding.exactmath import angle_of, cos, sin
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.levelling import level
+from occstream.sharding.poses import apply, compose, inverse
 from occstream.sharding.schema import (
     IGNORE,
     Boxes,
@@ -35,7 +37,7 @@ from occstream.sharding.schema import (
 )
 from occstream.sharding.voxelrays import count_points, first_box, mark_free, mark_visible, place_returns
 
-VERSION = "lidar-2"
+VERSION = "lidar-3"
 TILE = 16.0  # metres: edge of the squares that the static cloud is sorted by
 
 
@@ -128,7 +130,7 @@ def label_scene(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: Label
     clouds = _gather(scene, taxonomy, config)
     frames = []
     for number, frame in enumerate(scene.frames):
-        to_grid = np.linalg.inv(_grid_to_global(frame, grid)) @ clouds.to_global  # from the scene's own axes
+        to_grid = compose(inverse(_grid_to_global(frame, grid)), clouds.to_global)  # from the scene's own axes
         votes = np.zeros((*grid.shape, taxonomy.num_classes if clouds.with_classes else 0), np.uint16)
         counts = np.zeros(grid.shape, np.uint16)
         lower, voxel = np.array(grid.lower), np.array(grid.voxel)
@@ -182,23 +184,23 @@ class _Clouds:
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(points, classes, pose into the grid) of everything that may lie in the grid at a frame."""
         corners = np.array(np.meshgrid(*zip(grid.lower, grid.upper))).reshape(3, -1).T
-        reach = _apply(np.linalg.inv(to_grid), corners)[:, :2]
+        reach = apply(inverse(to_grid), corners)[:, :2]
         low, high = np.floor(reach.min(0) / TILE), np.floor(reach.max(0) / TILE)
         for tile in np.flatnonzero(((self.tiles >= low) & (self.tiles <= high)).all(1)):
             part = slice(self.starts[tile], self.starts[tile + 1])
             yield self.xyz[part], self.classes[part], to_grid
         yield *self.own[number], to_grid
         if frame.boxes is not None:
-            here = np.linalg.inv(self.to_global) @ frame.ego_to_global
+            here = compose(inverse(self.to_global), frame.ego_to_global)
             _, owners, poses, _ = _box_poses(frame.boxes, here, frame.key)
             for track, pose in zip(owners, poses):
                 if track in self.tracks:
-                    yield *self.tracks[track], to_grid @ pose
+                    yield *self.tracks[track], compose(to_grid, pose)
 
 
 def _gather(scene: Scene, taxonomy: Taxonomy, config: LabelConfig) -> _Clouds:
     to_global = scene.frames[0].ego_to_global
-    from_global = np.linalg.inv(to_global)
+    from_global = inverse(to_global)
     thing = np.zeros(256, bool)
     thing[[taxonomy.id(c) for c in taxonomy.things]] = True
     with_classes = any(s.classes is not None for f in scene.frames for s in (*f.sweeps, f.lidar))
@@ -208,21 +210,21 @@ def _gather(scene: Scene, taxonomy: Taxonomy, config: LabelConfig) -> _Clouds:
         before = scene.frames[number - 1] if number else None
         for sweep in (*frame.sweeps, frame.lidar):
             boxes = frame.boxes if sweep is frame.lidar else _boxes_at(before, frame, sweep.timestamp)
-            local, keep = usable_returns(sweep, from_global @ sweep.ego_to_global @ sweep.sensor_to_ego, config)
+            local, keep = usable_returns(sweep, compose(from_global, sweep.ego_to_global, sweep.sensor_to_ego), config)
             classes = np.full(len(local), IGNORE, np.uint8) if sweep.classes is None else sweep.classes[keep]
             # A road user that no box covers has moved by the next frame, unless the data set says that it stood.
             mover = thing[classes] if sweep.moving is None else sweep.moving[keep]
             if boxes is not None and len(boxes.boxes):
-                names, owners, poses, half = _box_poses(boxes, from_global @ frame.ego_to_global, frame.key)
-                inverse = np.linalg.inv(poses)
-                inside = first_box(local, np.ascontiguousarray(inverse[:, :3]), half + config.box_margin)
+                names, owners, poses, half = _box_poses(boxes, compose(from_global, frame.ego_to_global), frame.key)
+                into = inverse(poses)
+                inside = first_box(local, np.ascontiguousarray(into[:, :3]), half + config.box_margin)
                 hit = np.flatnonzero(inside >= 0)
                 for box in np.unique(inside[hit]):
                     chosen = hit[inside[hit] == box]
                     kinds = classes[chosen]
                     if with_classes and names[box] in taxonomy.classes:
                         kinds[kinds == IGNORE] = taxonomy.id(names[box])
-                    tracks[owners[box]].append((_apply(inverse[box], local[chosen]).astype(np.float32), kinds))
+                    tracks[owners[box]].append((apply(into[box], local[chosen]).astype(np.float32), kinds))
                 left = inside < 0
                 local, classes, mover = local[left], classes[left], mover[left]
             static.append((local[~mover], classes[~mover]))
@@ -291,12 +293,12 @@ def _dilate(occupied: np.ndarray, semantic: np.ndarray | None, unseen: np.ndarra
 def _camera_mask(frame: Frame, solid: np.ndarray, wanted: np.ndarray, grid: VoxelGrid) -> np.ndarray:
     """(X, Y, Z) bool: in the view of a camera and not behind something solid. Right where ``wanted``."""
     seen = np.zeros(grid.shape, bool)
-    from_ego = np.linalg.inv(_grid_to_global(frame, grid)) @ frame.ego_to_global
+    from_ego = compose(inverse(_grid_to_global(frame, grid)), frame.ego_to_global)
     scale = np.diag([*grid.voxel, 1.0])
     scale[:3, 3] = grid.lower  # voxel units -> metres
     for camera in frame.cameras.values():
-        pose = np.linalg.inv(scale) @ from_ego @ camera_to_key_ego(frame, camera)
-        to_camera = np.ascontiguousarray(np.linalg.inv(pose)[:3])
+        pose = compose(inverse(scale), from_ego, camera_to_key_ego(frame, camera))
+        to_camera = np.ascontiguousarray(inverse(pose)[:3])
         intrinsics = np.ascontiguousarray(camera.intrinsics, np.float64)
         mark_visible(solid, wanted, seen, pose[:3, 3].copy(), to_camera, intrinsics, camera.width, camera.height)
     return seen
@@ -307,11 +309,11 @@ def _box_poses(boxes: Boxes, from_ego: np.ndarray, key: str):
     (B, 3) half sizes."""
     rows = boxes.boxes.astype(np.float64)
     poses = np.zeros((len(rows), 4, 4))
-    cos, sin = np.cos(rows[:, 6]), np.sin(rows[:, 6])
-    poses[:, 0, 0], poses[:, 0, 1], poses[:, 1, 0], poses[:, 1, 1] = cos, -sin, sin, cos
+    c, s = cos(rows[:, 6]), sin(rows[:, 6])
+    poses[:, 0, 0], poses[:, 0, 1], poses[:, 1, 0], poses[:, 1, 1] = c, -s, s, c
     poses[:, 2, 2], poses[:, 3, 3], poses[:, :3, 3] = 1, 1, rows[:, :3]
     owners = [track or f"{key}/{i}" for i, track in enumerate(boxes.track_ids)]
-    return boxes.names, owners, from_ego @ poses, rows[:, 3:6] / 2
+    return boxes.names, owners, compose(from_ego, poses), rows[:, 3:6] / 2
 
 
 def _boxes_at(before: Frame | None, frame: Frame, timestamp: int) -> Boxes | None:
@@ -320,28 +322,24 @@ def _boxes_at(before: Frame | None, frame: Frame, timestamp: int) -> Boxes | Non
     if frame.boxes is None or before is None or before.boxes is None or frame.timestamp == before.timestamp:
         return frame.boxes
     share = np.clip((timestamp - before.timestamp) / (frame.timestamp - before.timestamp), 0, 1)
-    shift = np.linalg.inv(frame.ego_to_global) @ before.ego_to_global
-    turn = math.atan2(shift[1, 0], shift[0, 0])
+    shift = compose(inverse(frame.ego_to_global), before.ego_to_global)
+    turn = angle_of(shift[0, 0], shift[1, 0])
     earlier = {t: i for i, t in enumerate(before.boxes.track_ids) if t}
     rows = frame.boxes.boxes.astype(np.float64).copy()
     for row, track in zip(rows, frame.boxes.track_ids):
         if track in earlier:
             old = before.boxes.boxes[earlier[track]].astype(np.float64)
-            row[:3] = (1 - share) * _apply(shift, old[None, :3])[0] + share * row[:3]
+            row[:3] = (1 - share) * apply(shift, old[:3]) + share * row[:3]
             row[6] -= (1 - share) * math.remainder(row[6] - old[6] - turn, 2 * math.pi)
     return dataclasses.replace(frame.boxes, boxes=rows)
 
 
 def sweep_to_grid(frame: Frame, sweep: LidarSweep, grid: VoxelGrid) -> np.ndarray:
     """LiDAR axes of any sweep -> metres of the grid of a key-frame, (4, 4) float64."""
-    return np.linalg.inv(_grid_to_global(frame, grid)) @ sweep.ego_to_global @ sweep.sensor_to_ego
+    return compose(inverse(_grid_to_global(frame, grid)), sweep.ego_to_global, sweep.sensor_to_ego)
 
 
 def _grid_to_global(frame: Frame, grid: VoxelGrid) -> np.ndarray:
     if grid.frame == "ego":
         return frame.ego_to_global
-    return frame.ego_to_global @ sweep_to_key_ego(frame, frame.lidar)
-
-
-def _apply(pose: np.ndarray, points: np.ndarray) -> np.ndarray:
-    return points @ pose[:3, :3].T + pose[:3, 3]
+    return compose(frame.ego_to_global, sweep_to_key_ego(frame, frame.lidar))

@@ -11,8 +11,9 @@ import dataclasses
 from collections import deque
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
+from occstream.sharding.exactmath import cos_sin
+from occstream.sharding.poses import apply, compose, inverse, rotate
 from occstream.sharding.schema import LidarSweep, Scene
 
 CELL = 1.0  # metres: edge of the cells of the height maps
@@ -30,7 +31,7 @@ def level(scene: Scene) -> Scene:
     for frame in scene.frames:
         last = fix
         ground = _ground(frame.lidar, fix) if frame.lidar is not None else {}
-        fix = _step(ground, earlier, (fix @ frame.ego_to_global)[:3, 3]) @ fix
+        fix = compose(_step(ground, earlier, compose(fix, frame.ego_to_global)[:3, 3]), fix)
         earlier.append(_ground(frame.lidar, fix) if frame.lidar is not None else {})
 
         def between(sweep: LidarSweep, last=last, fix=fix, frame=frame, before=before) -> np.ndarray:
@@ -43,7 +44,7 @@ def level(scene: Scene) -> Scene:
         frames.append(
             dataclasses.replace(
                 frame,
-                ego_to_global=fix @ frame.ego_to_global,
+                ego_to_global=compose(fix, frame.ego_to_global),
                 lidar=_moved(frame.lidar, fix) if frame.lidar is not None else None,
                 sweeps=[_moved(sweep, between(sweep)) for sweep in frame.sweeps],
                 cameras={name: _moved(camera, fix) for name, camera in frame.cameras.items()},
@@ -55,21 +56,20 @@ def level(scene: Scene) -> Scene:
 
 def _moved(part, fix: np.ndarray):
     """A sweep or camera with a corrected ego pose."""
-    return dataclasses.replace(part, ego_to_global=fix @ part.ego_to_global)
+    return dataclasses.replace(part, ego_to_global=compose(fix, part.ego_to_global))
 
 
 def _ground(sweep: LidarSweep, fix: np.ndarray) -> dict[tuple[int, int], float]:
     """Height of flat cells around the vehicle, by cell, in the (corrected) global frame."""
-    ego = sweep.xyz.astype(np.float64) @ sweep.sensor_to_ego[:3, :3].T + sweep.sensor_to_ego[:3, 3]
-    far = np.hypot(ego[:, 0], ego[:, 1])
+    ego = apply(sweep.sensor_to_ego, sweep.xyz)
+    far = np.sqrt(ego[:, 0] ** 2 + ego[:, 1] ** 2)
     ego, far = ego[(far > NEAR) & (far < FAR)], far[(far > NEAR) & (far < FAR)]  # without what is not finite, too
     close = ego[far < 10, 2]
     if len(close) < 20:
         return {}
     # Where the ground is: of the vehicle's frame some have their origin on it, some at the LiDAR.
     ego = ego[np.abs(ego[:, 2] - np.percentile(close, 10)) < 0.1 * far + 0.3]
-    pose = fix @ sweep.ego_to_global
-    points = ego @ pose[:3, :3].T + pose[:3, 3]
+    points = apply(compose(fix, sweep.ego_to_global), ego)
     cell = np.floor(points[:, :2] / CELL).astype(np.int64)
     order = np.lexsort((points[:, 2], cell[:, 1], cell[:, 0]))
     cell, height = cell[order], points[order, 2]
@@ -88,17 +88,37 @@ def _step(ground: dict, earlier: deque[dict], at: np.ndarray) -> np.ndarray:
     if len(shared) < FEWEST:
         return np.eye(4)
     x = (np.array(shared) + 0.5) * CELL - at[:2]
-    terms = np.concatenate([np.ones((len(x), 1)), x], 1)
     gap = np.array([known[c] - ground[c] for c in shared])
     # Least squares whose outliers lose their weight (Geman-McClure); from the median, which outliers do not move far.
     solved, scale = np.array([np.median(gap), 0.0, 0.0]), 0.15
     for _ in range(10):
-        weight = 1 / (1 + ((gap - terms @ solved) / scale) ** 2)
-        solved = np.linalg.lstsq(terms * weight[:, None], gap * weight, rcond=None)[0]
+        weight = 1 / (1 + ((gap - solved[0] - x[:, 0] * solved[1] - x[:, 1] * solved[2]) / scale) ** 2)
+        solved = _plane(x, gap, weight**2)
         scale = max(0.05, scale * 0.8)
     shift, tilt_x, tilt_y = solved
     motion, to, back = np.eye(4), np.eye(4), np.eye(4)
-    motion[:3, :3] = Rotation.from_rotvec([tilt_y, -tilt_x, 0]).as_matrix()
+    motion[:3, :3] = _turn(np.array([tilt_y, -tilt_x, 0.0]))
     motion[2, 3] = shift
     to[:3, 3], back[:3, 3] = -at, at
-    return back @ motion @ to
+    return compose(back, motion, to)
+
+
+def _plane(x: np.ndarray, gap: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(3,) height and slopes of the plane through (N, 2) places and (N,) heights by weighted least squares. Where the
+    places lie on one line, its slope across them is 0."""
+    terms = np.stack([np.ones(len(x)), *x.T])
+    normal = np.eye(4)
+    normal[:3, :3] = (terms[:, None] * terms[None] * weight).sum(-1)
+    normal[[1, 2], [1, 2]] += 1e-9 * normal[0, 0]
+    return rotate(inverse(normal), (terms * gap * weight).sum(-1))
+
+
+def _turn(vector: np.ndarray) -> np.ndarray:
+    """(3, 3) rotation about a vector by its length in radians."""
+    x, y, z = vector
+    angle = np.sqrt(x * x + y * y + z * z)
+    if angle < 1e-12:
+        return np.eye(3)
+    axis, (c, s) = vector / angle, cos_sin(angle)
+    x, y, z = axis
+    return c * np.eye(3) + s * np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) + (1 - c) * axis[:, None] * axis

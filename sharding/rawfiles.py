@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import math
 import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 import cv2
 import numpy as np
 import simplejpeg
-from scipy.spatial.transform import Rotation
 
 # What pickled numpy arrays, scalars and dicts need, and nothing that can run code.
 _HARMLESS = {
@@ -149,9 +149,18 @@ def read_jpeg(path: Path, quality: int = 95) -> tuple[bytes, int, int]:
 
 def pose_of(translation: Sequence[float], rotation: Sequence[float]) -> np.ndarray:
     """(4, 4) float64 of a translation in metres and a quaternion w, x, y, z."""
-    w, x, y, z = rotation
+    w, x, y, z = (float(part) for part in rotation)
+    length = math.sqrt(w * w + x * x + y * y + z * z)
+    if not length > 0:
+        raise ValueError(f"rotation {[w, x, y, z]} is not a quaternion")
+    w, x, y, z = w / length, x / length, y / length, z / length
     pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = Rotation.from_quat([x, y, z, w]).as_matrix(), translation
+    pose[:3, :3] = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    pose[:3, 3] = translation
     return pose
 
 

@@ -20,6 +20,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from occstream.sharding.grid import VoxelGrid
+from occstream.sharding.poses import compose, inverse
 
 IGNORE = 255  # semantic id of voxels and points whose class is unknown; never enters a loss or a metric
 
@@ -337,9 +338,9 @@ def check_scene_name(name: str) -> None:
 
 def camera_to_key_ego(frame: Frame, camera: Camera) -> np.ndarray:
     """Camera -> ego at the key-frame, (4, 4) float64, corrected for the time between both (SPEC J.1)."""
-    return np.linalg.inv(frame.ego_to_global) @ camera.ego_to_global @ camera.sensor_to_ego
+    return compose(inverse(frame.ego_to_global), camera.ego_to_global, camera.sensor_to_ego)
 
 
 def sweep_to_key_ego(frame: Frame, sweep: LidarSweep) -> np.ndarray:
     """LiDAR -> ego at the key-frame, (4, 4) float64."""
-    return np.linalg.inv(frame.ego_to_global) @ sweep.ego_to_global @ sweep.sensor_to_ego
+    return compose(inverse(frame.ego_to_global), sweep.ego_to_global, sweep.sensor_to_ego)

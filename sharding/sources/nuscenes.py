@@ -7,7 +7,6 @@ ego pose is the LiDAR's (the first camera's where a sample has no LiDAR).
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from occstream.sharding.exactmath import angle_of
 from occstream.sharding.grid import VoxelGrid
+from occstream.sharding.poses import compose, inverse, rotate
 from occstream.sharding.rawfiles import choose, existing_folder, pose_of, read_file, read_points
 from occstream.sharding.schema import (
     IGNORE,
@@ -142,7 +143,7 @@ class Nuscenes:
             cameras={channel: self._camera(row) for channel, row in sample["cameras"].items()},
             lidar=self._sweep(sample["lidar"]) if sample["lidar"] else None,
             sweeps=[self._sweep(row) for row in sample["sweeps"]],
-            boxes=self._boxes(sample["boxes"], np.linalg.inv(pose)),
+            boxes=self._boxes(sample["boxes"], inverse(pose)),
             labels=labels,
         )
 
@@ -192,11 +193,11 @@ class Nuscenes:
         boxes = np.zeros((len(rows), 7), np.float32)
         velocity = np.full((len(rows), 2), np.nan, np.float32)
         for i, row in enumerate(rows):
-            pose = to_ego @ pose_of(row["translation"], row["rotation"])
+            pose = compose(to_ego, pose_of(row["translation"], row["rotation"]))
             width, length, height = row["size"]
-            boxes[i] = (*pose[:3, 3], length, width, height, math.atan2(pose[1, 0], pose[0, 0]))
+            boxes[i] = (*pose[:3, 3], length, width, height, angle_of(pose[0, 0], pose[1, 0]))
             if row["velocity"] is not None:
-                velocity[i] = (to_ego[:3, :3] @ row["velocity"])[:2]
+                velocity[i] = rotate(to_ego, np.array(row["velocity"]))[:2]
         classes = [CLASS_OF_CATEGORY.get(row["category"]) for row in rows]
         names = [self._class_name(c) if c else row["category"] for c, row in zip(classes, rows)]
         return Boxes(boxes, names, [row["track"] for row in rows], velocity)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from occstream.sharding.grid import VoxelGrid, get_grid
+from occstream.sharding.poses import compose, rotate
 from occstream.sharding.rawfiles import (
     choose,
     existing_folder,
@@ -111,7 +112,7 @@ class OpenScene:
                 width=width,
                 height=height,
                 intrinsics=np.array(row["cam_intrinsic"], np.float64),
-                sensor_to_ego=lidar @ to_lidar,
+                sensor_to_ego=compose(lidar, to_lidar),
                 ego_to_global=ego,  # OpenScene has no pose for each camera
                 timestamp=timestamp,
                 distortion=None if distortion is None else tuple(float(v) for v in np.ravel(distortion)),
@@ -182,6 +183,6 @@ class OpenScene:
 
 def _boxes(anns: dict, lidar: np.ndarray) -> Boxes:
     boxes = np.asarray(anns["gt_boxes"], np.float32).reshape(-1, 7)  # already x, y, z, length, width, height, yaw; ego
-    velocity = np.asarray(anns["gt_velocity_3d"], np.float64).reshape(-1, 3) @ lidar[:3, :3].T  # LiDAR axes -> ego axes
+    velocity = rotate(lidar, np.asarray(anns["gt_velocity_3d"], np.float64).reshape(-1, 3))  # LiDAR axes -> ego axes
     tracks = [str(t) for t in anns["track_tokens"]]
     return Boxes(boxes, [str(n) for n in anns["gt_names"]], tracks, velocity[:, :2].astype(np.float32))

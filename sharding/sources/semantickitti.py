@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from occstream.sharding.grid import VoxelGrid, get_grid
+from occstream.sharding.poses import compose, inverse
 from occstream.sharding.rawfiles import (
     choose,
     existing_folder,
@@ -120,7 +121,7 @@ class SemanticKitti:
         calibration = _calibration(folder / "calib.txt")
         velo_to_cam = rigid(calibration["Tr"])
         # SPEC E.4: poses are of the left camera; the first scan's LiDAR frame becomes the global frame.
-        poses = [np.linalg.inv(velo_to_cam) @ rigid(row) @ velo_to_cam for row in read_rows(folder / "poses.txt", 12)]
+        poses = [compose(inverse(velo_to_cam), rigid(row), velo_to_cam) for row in read_rows(folder / "poses.txt", 12)]
         times = _times(folder / "times.txt")
         frames = []
         for index, (scan, between) in enumerate(zip(piece.keys, piece.between)):
@@ -148,8 +149,8 @@ class SemanticKitti:
         jpeg, width, height = read_jpeg(path)
         projection = calibration["P2"].reshape(3, 4)
         offset = np.eye(4)
-        offset[:3, 3] = np.linalg.solve(projection[:, :3], projection[:, 3])  # left grey camera -> left colour camera
-        to_lidar = np.linalg.inv(offset @ velo_to_cam)
+        offset[:3, 3] = -inverse(rigid(projection))[:3, 3]  # left grey camera -> left colour camera
+        to_lidar = inverse(compose(offset, velo_to_cam))
         return Camera(jpeg, width, height, projection[:, :3].copy(), to_lidar, pose, time)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from occstream.sharding.grid import VoxelGrid, get_grid
+from occstream.sharding.poses import compose, inverse
 from occstream.sharding.rawfiles import choose, existing_folder, read_file, read_jpeg, read_points, read_rows, rigid
 from occstream.sharding.schema import IGNORE, KITTI360, Camera, Frame, LidarSweep, Scene, Taxonomy
 from occstream.sharding.sources.semantickitti import STEP_US, Piece, cut, read_voxels
@@ -87,7 +88,7 @@ class SscBench:
         for index, scan in enumerate(piece.keys):
             if scan not in poses:
                 raise ValueError(f"{folder / 'cam0_to_world.txt'}: has no pose of frame {scan:010d}")
-            pose = poses[scan] @ np.linalg.inv(cam_to_velo)
+            pose = compose(poses[scan], inverse(cam_to_velo))
             camera = self._camera(folder, scan, cam_to_velo, pose)
             frames.append(
                 Frame(

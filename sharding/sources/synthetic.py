@@ -1,6 +1,7 @@
 """Procedural street scenes, the embedded default: cameras, LiDAR, boxes and exact occupancy, ray-cast from solids.
 
-Every scene is a pure function of (generator version, seed, number): any machine makes the same scenes in any order.
+Every scene is a pure function of (generator version, seed, number): any machine makes the same scenes in any order, to the
+last bit, because nothing here goes through BLAS or a function that the CPU chooses (see ``exactmath`` and ``poses``).
 Road users stand still while a key-frame is captured; the ego vehicle does not, so each camera has its own ego pose.
 The ego frame lies on the ground below the rear axle.
 """
@@ -16,7 +17,9 @@ from typing import Literal
 import numpy as np
 import simplejpeg
 
+from occstream.sharding.exactmath import cos, cos_sin, sin
 from occstream.sharding.grid import VoxelGrid, get_grid
+from occstream.sharding.poses import apply, compose, inverse, rotate
 from occstream.sharding.schema import (
     OCC3D,
     OCC3D_TO_OPENSCENE,
@@ -30,7 +33,7 @@ from occstream.sharding.schema import (
     get_taxonomy,
 )
 from occstream.sharding.sources import synthetic_rays as rays
-from occstream.sharding.sources.synthetic_world import SURFACES, VERSION, World, build_world
+from occstream.sharding.sources.synthetic_world import SURFACES, VERSION, World, build_world, normals
 from occstream.sharding.voxelrays import mark_free
 
 PERIOD = 0.5  # seconds between key-frames
@@ -199,7 +202,7 @@ class Synthetic:
 
     def _frame(self, world: World, name: str, number: int, index: int) -> Frame:
         time = index * PERIOD
-        pose = world.ego(time)
+        pose, heading = world.ego(time), world.heading(time)
         moment = _Moment(world, time)
         rng = np.random.Generator(np.random.PCG64([VERSION, self.seed, number, index + 1]))
         cameras, looks = {}, []
@@ -220,7 +223,7 @@ class Synthetic:
             cameras=cameras,
             lidar=sweep,
             sweeps=extra,
-            boxes=self._boxes(world, pose, time),
+            boxes=self._boxes(world, pose, heading, time),
             labels=self._labels(moment, pose, looks, returns),
         )
 
@@ -239,8 +242,8 @@ class Synthetic:
         )
         to_ego = _mount_pose(mount.at, mount.yaw)
         ego = world.ego(moment.time + mount.delay)
-        to_world = ego @ to_ego
-        directions = _pixel_rays(intrinsics.tobytes(), height, width) @ to_world[:3, :3].T
+        to_world = compose(ego, to_ego)
+        directions = rotate(to_world, _pixel_rays(intrinsics.tobytes(), height, width))
         origin = to_world[:3, 3].copy()
         hit = moment.cast(origin, directions, CAMERA_RANGE)
         colors = rays.shade(
@@ -255,7 +258,7 @@ class Synthetic:
             world.number,
         )
         image = colors.reshape(height, width, 3) * np.float32(world.exposure)
-        image += rng.standard_normal(image.shape, np.float32) * np.float32(world.noise)
+        image += normals(rng, *image.shape).astype(np.float32) * np.float32(world.noise)
         image = (np.clip(image, 0, 1) * 255).astype(np.uint8)
         # Every second row and column is dense enough to see every voxel, and four times as fast.
         step = 2 if height * width > 20_000 else 1
@@ -276,9 +279,9 @@ class Synthetic:
         world = moment.world
         ego = world.ego(moment.time)
         to_ego = _mount_pose(LIDAR_AT, None)
-        to_world = ego @ to_ego
+        to_world = compose(ego, to_ego)
         local = _beam_rays(self.beams)
-        directions = local @ to_world[:3, :3].T
+        directions = rotate(to_world, local)
         origin = to_world[:3, 3].copy()
         reach = LIDAR_RANGE * {"rain": 0.8, "fog": 0.6}.get(world.weather, 1.0)
         distance, what, normal, point = moment.cast(origin, directions, reach)
@@ -288,7 +291,7 @@ class Synthetic:
         strength *= (0.3 + 0.7 * facing) * rng.uniform(0.7, 1.3, len(facing))
         lost = rng.random(len(facing)) < 0.03 + 0.12 * (distance / LIDAR_RANGE) * (strength < 0.1)
         keep = (what != rays.NOTHING) & ~lost & (distance > 1.0)
-        measured = distance[keep] + rng.normal(0, 0.015, keep.sum())
+        measured = distance[keep] + 0.015 * normals(rng, keep.sum())
         azimuth = np.tile(np.arange(AZIMUTHS), self.beams)[keep]
         sweep = LidarSweep(
             xyz=(local[keep] * measured[:, None]).astype(np.float32),
@@ -302,21 +305,20 @@ class Synthetic:
         )
         return sweep, (origin, origin + directions[keep] * (distance[keep, None] + 1e-3))
 
-    def _boxes(self, world: World, pose: np.ndarray, time: float) -> Boxes:
-        inverse, rows, names, tracks, velocity = np.linalg.inv(pose), [], [], [], []
-        heading = math.atan2(pose[1, 0], pose[0, 0])
+    def _boxes(self, world: World, pose: np.ndarray, heading: float, time: float) -> Boxes:
+        to_ego, rows, names, tracks, velocity = inverse(pose), [], [], [], []
         for number, actor in enumerate(world.actors):
             if actor.size is None:
                 continue
             x, y, yaw = world.place(actor, time)
-            center = inverse @ (x, y, world.elevation(x, y) + actor.size[2] / 2, 1.0)
-            if np.hypot(center[0], center[1]) > BOX_RANGE:
+            center = apply(to_ego, np.array([x, y, world.elevation(x, y) + actor.size[2] / 2]))
+            if center[0] ** 2 + center[1] ** 2 > BOX_RANGE**2:
                 continue
             turn = yaw - heading
-            rows.append((*center[:3], *actor.size, math.remainder(turn, 2 * math.pi)))
+            rows.append((*center, *actor.size, math.remainder(turn, 2 * math.pi)))
             names.append(_class_name(actor.name, self.taxonomy))
             tracks.append(f"{world.number}-{number}")
-            velocity.append((actor.speed * math.cos(turn), actor.speed * math.sin(turn)))
+            velocity.append(tuple(actor.speed * part for part in cos_sin(turn)))
         return Boxes(
             np.array(rows, np.float32).reshape(-1, 7), names, tracks, np.array(velocity, np.float32).reshape(-1, 2)
         )
@@ -324,7 +326,7 @@ class Synthetic:
     def _labels(self, moment: _Moment, pose: np.ndarray, looks: list[tuple], returns: tuple | None) -> Labels:
         grid, taxonomy, world = self.grid, self.taxonomy, moment.world
         semantic = np.full(grid.shape, taxonomy.free_id, np.uint8)
-        to_grid = np.linalg.inv(pose)
+        to_grid = inverse(pose)
         lower, voxel = np.array(grid.lower), np.array(grid.voxel)
         priority = np.zeros(256, np.int8)
         priority[: taxonomy.num_classes] = [_PRIORITY[c] for c in taxonomy.classes]
@@ -349,8 +351,8 @@ class Synthetic:
             """Voxels that a ray passes, and those it ends in: where it grazes something solid it still sees it."""
             passed = np.zeros(grid.shape, bool)
             for origin, points in views:
-                ends = (points @ to_grid[:3, :3].T + to_grid[:3, 3] - lower) / voxel
-                start = (to_grid[:3, :3] @ origin + to_grid[:3, 3] - lower) / voxel
+                ends = (apply(to_grid, points) - lower) / voxel
+                start = (apply(to_grid, origin) - lower) / voxel
                 pose = np.hstack([np.eye(3), start[:, None]])
                 mark_free(passed, (ends - start).astype(np.float32), pose)
                 last = np.floor(ends).astype(np.int64)
@@ -369,9 +371,9 @@ class _Moment:
         rows, colors, textures, names = [], [], [], []
         for actor in world.actors:
             x, y, yaw = world.place(actor, time)
-            if math.hypot(x - ego[0], y - ego[1]) > CAMERA_RANGE + 15:
+            if (x - ego[0]) ** 2 + (y - ego[1]) ** 2 > (CAMERA_RANGE + 15) ** 2:
                 continue
-            z, c, s = world.elevation(x, y), math.cos(yaw), math.sin(yaw)
+            z, (c, s) = world.elevation(x, y), cos_sin(yaw)
             for part in actor.parts:
                 px, py, pz = part.center
                 rows.append((part.kind, x + c * px - s * py, y + s * px + c * py, z + pz, *part.half, c, s))
@@ -430,7 +432,7 @@ def _mount_pose(at: tuple[float, float, float], yaw: float | None) -> np.ndarray
     pose = np.eye(4)
     pose[:3, 3] = at
     if yaw is not None:
-        c, s = math.cos(math.radians(yaw)), math.sin(math.radians(yaw))
+        c, s = cos_sin(math.radians(yaw))
         pose[:3, :3] = np.array([[s, 0, c], [-c, 0, s], [0, -1, 0]])
     return pose
 
@@ -441,7 +443,7 @@ def _pixel_rays(intrinsics: bytes, height: int, width: int) -> np.ndarray:
     k = np.frombuffer(intrinsics).reshape(3, 3)
     v, u = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     out = np.stack([(u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1], np.ones(u.shape)], -1).reshape(-1, 3)
-    return out / np.linalg.norm(out, axis=1, keepdims=True)
+    return out / np.sqrt((out**2).sum(1, keepdims=True))
 
 
 @lru_cache(maxsize=4)
@@ -449,5 +451,5 @@ def _beam_rays(beams: int) -> np.ndarray:
     """(beams * AZIMUTHS, 3) unit vectors, lowest beam first."""
     up = np.radians(np.linspace(-30, 10, beams))[:, None]
     around = np.radians(np.arange(AZIMUTHS) * 360 / AZIMUTHS)[None]
-    parts = (np.cos(up) * np.cos(around), np.cos(up) * np.sin(around), np.sin(up) * np.ones_like(around))
+    parts = (cos(up) * cos(around), cos(up) * sin(around), sin(up) * np.ones_like(around))
     return np.stack(parts, -1).reshape(-1, 3)

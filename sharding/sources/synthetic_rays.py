@@ -9,6 +9,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from occstream.sharding.exactmath import decay
+
 KIND, CX, CY, CZ, HX, HY, HZ, COS, SIN = range(9)
 BOX, ELLIPSOID, CYLINDER, CONE = 0.0, 1.0, 2.0, 3.0
 PLAIN, FACADE, FOLIAGE, VEHICLE, STRIPES, ROUGH = range(6)
@@ -278,7 +280,7 @@ def shade(directions, distance, what, normal, local, colors, textures, ground, r
         )
         d = distance[r]
         lit = light[4] * (0.8 + 0.2 * normal[r, 2]) + light[3] * sun + light[9] * facing / (1.0 + (d / 12.0) ** 2)
-        clear = np.exp(-light[5] * d)
+        clear = decay(light[5] * d)
         out[r, 0] = cr * lit * clear + light[6] * (1 - clear)
         out[r, 1] = cg * lit * clear + light[7] * (1 - clear)
         out[r, 2] = cb * lit * clear + light[8] * (1 - clear)

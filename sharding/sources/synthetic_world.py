@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.spatial import cKDTree
 
+from occstream.sharding.exactmath import cos, cos_sin, sin
 from occstream.sharding.schema import OCC3D
 from occstream.sharding.sources.synthetic_rays import (
     BOX,
@@ -24,7 +25,7 @@ from occstream.sharding.sources.synthetic_rays import (
 )
 
 ID = {name: i for i, name in enumerate(OCC3D.classes)}
-VERSION = 1  # of the generator: another number, other scenes
+VERSION = 2  # of the generator: another number, other scenes
 CELL = 0.4  # metres of the ground raster
 MARGIN = 70.0  # metres around the drive
 SURFACES = ("driveable_surface", "other_flat", "sidewalk", "terrain")  # numbers in the ground raster; 4 is a marking
@@ -85,26 +86,27 @@ class World:
         x, y, yaw = self.road.at(20.0 + self.speed * time, -1.75)
         return self._pose(x, y, yaw)
 
+    def heading(self, time: float) -> float:
+        """Of the ego vehicle, radians from the world's x axis."""
+        return self.road.at(20.0 + self.speed * time, -1.75)[2]
+
     def place(self, actor: Actor, time: float) -> tuple[float, float, float]:
         """World x, y and heading of an actor at a time."""
-        forward = actor.speed * time * math.cos(actor.yaw)
-        side = actor.speed * time * math.sin(actor.yaw)
-        x, y, yaw = self.road.at(actor.s + forward, actor.l + side)
+        c, s = cos_sin(actor.yaw)
+        x, y, yaw = self.road.at(actor.s + actor.speed * time * c, actor.l + actor.speed * time * s)
         return x, y, yaw + actor.yaw
 
     def elevation(self, x: float, y: float) -> float:
         return float(ground_height(self.height, *self.raster, x, y))
 
     def _pose(self, x: float, y: float, yaw: float) -> np.ndarray:
-        c, s = math.cos(yaw), math.sin(yaw)
+        c, s = cos_sin(yaw)
         z = self.elevation(x, y)
         rise = (self.elevation(x + 1.5 * c, y + 1.5 * s) - self.elevation(x - 1.5 * c, y - 1.5 * s)) / 3
         tilt = (self.elevation(x - 0.8 * s, y + 0.8 * c) - self.elevation(x + 0.8 * s, y - 0.8 * c)) / 1.6
-        forward = np.array([c, s, rise])
+        forward = _unit(np.array([c, s, rise]))
         left = np.array([-s, c, tilt])
-        forward /= np.linalg.norm(forward)
-        left -= forward * (left @ forward)
-        left /= np.linalg.norm(left)
+        left = _unit(left - forward * _dot(left, forward))
         pose = np.eye(4)
         pose[:3, 0], pose[:3, 1], pose[:3, 2], pose[:3, 3] = forward, left, np.cross(forward, left), (x, y, z)
         return pose
@@ -117,10 +119,10 @@ class Road:
         self.step, self.start = 0.5, -90.0
         s = np.arange(self.start, length + 90.0, self.step)
         bend = rng.choice([0.0, 0.006, 0.018], p=[0.3, 0.4, 0.3])
-        waves = sum(rng.normal() * np.sin(s / rng.uniform(18, 60) + rng.uniform(0, 6.3)) for _ in range(3))
+        waves = sum(_normal(rng) * sin(s / rng.uniform(18, 60) + rng.uniform(0, 6.3)) for _ in range(3))
         self.yaw = rng.uniform(-math.pi, math.pi) + np.cumsum(bend * waves) * self.step
-        self.x = rng.uniform(-500, 500) + np.cumsum(np.cos(self.yaw)) * self.step
-        self.y = rng.uniform(-500, 500) + np.cumsum(np.sin(self.yaw)) * self.step
+        self.x = rng.uniform(-500, 500) + np.cumsum(cos(self.yaw)) * self.step
+        self.y = rng.uniform(-500, 500) + np.cumsum(sin(self.yaw)) * self.step
         self.half_width = float(rng.uniform(3.4, 7.5))
         self.walk = float(rng.uniform(1.6, 4.0))
         self.verge = float(rng.choice([0.0, rng.uniform(1.0, 5.0)]))
@@ -134,17 +136,37 @@ class Road:
         yaw = self.yaw[k] * (1 - f) + self.yaw[k + 1] * f
         x = self.x[k] * (1 - f) + self.x[k + 1] * f
         y = self.y[k] * (1 - f) + self.y[k + 1] * f
-        return float(x - l * math.sin(yaw)), float(y + l * math.cos(yaw)), float(yaw)
+        c, s = cos_sin(yaw)
+        return float(x - l * s), float(y + l * c), float(yaw)
 
     def coordinates(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(s, l) of world points."""
         _, k = cKDTree(np.stack([self.x, self.y], 1)).query(np.stack([x.ravel(), y.ravel()], 1))
         dx, dy = x.ravel() - self.x[k], y.ravel() - self.y[k]
-        c, s = np.cos(self.yaw[k]), np.sin(self.yaw[k])
+        c, s = cos(self.yaw[k]), sin(self.yaw[k])
         return (self.start + k * self.step + c * dx + s * dy).reshape(x.shape), (-s * dx + c * dy).reshape(x.shape)
 
     def near_crossing(self, s: float, margin: float) -> bool:
         return not math.isnan(self.crossing) and abs(s - self.crossing) < self.crossing_half + margin
+
+
+def normals(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Random numbers of mean 0 and deviation 1 from the number of bits set among 64: no logarithm, which CPUs round
+    differently. float64, in steps of 1/4."""
+    return (np.bitwise_count(rng.integers(0, 2**64, shape, np.uint64)).astype(np.float64) - 32) / 4
+
+
+def _normal(rng: np.random.Generator) -> float:
+    """One of ``normals``, finer: the sum of twelve uniform numbers."""
+    return math.fsum(rng.random(12)) - 6
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> float:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / math.sqrt(_dot(vector, vector))
 
 
 def build_world(seed: int, number: int, duration: float, weather: str = "any", style: str = "any") -> World:
@@ -169,8 +191,7 @@ def build_world(seed: int, number: int, duration: float, weather: str = "any", s
     colors *= rng.uniform(0.75, 1.2, (5, 1)) * rng.uniform(0.93, 1.07, (5, 3))
     if rng.random() < 0.2:
         colors[3] = [0.45, 0.38, 0.25]  # dry grass
-    sun = np.array([rng.normal(), rng.normal(), rng.uniform(0.5, 1.6)])
-    sun /= np.linalg.norm(sun)
+    sun = _unit(np.array([_normal(rng), _normal(rng), rng.uniform(0.5, 1.6)]))
     # sun strength, ambient, fog, sky r g b, headlights
     looks = {
         "clear": (0.85, 0.4, 0.002, 0.55, 0.72, 0.95, 0.0),
@@ -205,7 +226,7 @@ def _blocks_road(world: World, actor: Actor) -> bool:
     if actor.name != "manmade" or max(actor.parts[0].half[:2]) < 0.5:
         return False
     x, y, yaw = world.place(actor, 0.0)
-    (hx, hy, _), c, s = actor.parts[0].half, math.cos(yaw), math.sin(yaw)
+    (hx, hy, _), (c, s) = actor.parts[0].half, cos_sin(yaw)
     u, v = np.meshgrid(np.arange(-hx, hx + 0.4, 0.4), np.arange(-hy, hy + 0.4, 0.4))
     x0, y0, cell = world.raster
     i = np.clip((x + c * u - s * v - x0) / cell, 0, world.ground.shape[0] - 1).astype(int)
@@ -219,7 +240,8 @@ def _meets_ego(world: World, actor: Actor, duration: float) -> bool:
     for time in np.arange(-0.5, duration + 0.25, 0.25):
         pose = world.ego(time)
         x, y, _ = world.place(actor, time)
-        ahead, aside, _ = pose[:3, :3].T @ (x - pose[0, 3], y - pose[1, 3], 0.0)
+        away = np.array([x - pose[0, 3], y - pose[1, 3], 0.0])
+        ahead, aside = _dot(pose[:3, 0], away), _dot(pose[:3, 1], away)
         # The vehicle's middle is 1.4 m before its rear axle.
         if abs(ahead - 1.4) < reach + 0.5 and abs(aside) < min(reach, 2.2 if actor.size and actor.speed else 1.5):
             return True
@@ -236,9 +258,8 @@ def _ground(
     height = np.zeros(x.shape)
     for _ in range(3):
         a = rng.uniform(0, 2 * math.pi)
-        height += rng.uniform(0, 0.7) * np.sin(
-            (x * math.cos(a) + y * math.sin(a)) / rng.uniform(14, 40) + rng.uniform(0, 6.3)
-        )
+        c, s = cos_sin(a)
+        height += rng.uniform(0, 0.7) * sin((x * c + y * s) / rng.uniform(14, 40) + rng.uniform(0, 6.3))
     # Coarse coordinates are smooth enough to be interpolated, and the nearest-point search is what costs.
     s, l = (_upsample(v, x.shape) for v in road.coordinates(x[::4, ::4], y[::4, ::4]))
     across = np.abs(l)
@@ -288,7 +309,7 @@ def _upsample(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def _tint(rng: np.random.Generator, *choices: tuple[float, float, float]) -> tuple[float, float, float]:
     base = np.array(choices[rng.integers(len(choices))])
-    return tuple(np.clip(base * rng.uniform(0.75, 1.2) + rng.normal(0, 0.03, 3), 0.02, 1.0))
+    return tuple(np.clip(base * rng.uniform(0.75, 1.2) + 0.03 * normals(rng, 3), 0.02, 1.0))
 
 
 def _static(rng: np.random.Generator, road: Road, length: float, style: str) -> list[Actor]:
@@ -367,7 +388,7 @@ def _tree(rng: np.random.Generator, s: float, l: float) -> Actor:
         )
     ]
     for _ in range(int(rng.integers(1, 4))):
-        x, y, z = rng.normal(0, 0.3 * radius, 3)
+        x, y, z = 0.3 * radius * normals(rng, 3)
         parts.append(
             Part(
                 ELLIPSOID,
@@ -523,7 +544,7 @@ def _traffic(rng: np.random.Generator, road: Road, length: float, style: str, sp
             if road.half_width > 4.6 and rng.random() < 0.65 and not road.near_crossing(s, 5):
                 name, parts, size = _car(rng)
                 l = side * (road.half_width - size[1] / 2 - 0.2)
-                found.append(Actor(name, parts, s, l, (0.0 if side < 0 else math.pi) + rng.normal(0, 0.03), 0.0, size))
+                found.append(Actor(name, parts, s, l, (0.0 if side < 0 else math.pi) + 0.03 * _normal(rng), 0.0, size))
     for direction, l in ((1, -1.75), (-1, 1.75)):
         s = -60.0
         pace = speed if direction > 0 else rng.uniform(2, 12)  # a lane drives together
@@ -533,7 +554,7 @@ def _traffic(rng: np.random.Generator, road: Road, length: float, style: str, sp
                 name, parts, size = _car(rng)
                 yaw = 0.0 if direction > 0 else math.pi
                 found.append(Actor(name, parts, s, l, yaw, pace * rng.uniform(0.85, 1.1), size))
-    for _ in range(int(rng.poisson(5 * busy))):
+    for _ in range(np.count_nonzero(rng.random(12) < 0.4 * busy)):
         side = int(rng.choice([-1, 1]))
         l = side * (road.half_width + road.verge + rng.uniform(0.2, max(0.4, road.walk)))
         yaw, speed = (0.0 if rng.random() < 0.5 else math.pi), rng.uniform(0, 1.8)
@@ -541,7 +562,7 @@ def _traffic(rng: np.random.Generator, road: Road, length: float, style: str, sp
             l, yaw = side * rng.uniform(0.5, road.half_width), -side * math.pi / 2
         name, parts, size = _pedestrian(rng)
         found.append(Actor(name, parts, rng.uniform(-10, length + 40), l, yaw, speed, size))
-    for _ in range(int(rng.poisson(1.6 * busy))):
+    for _ in range(np.count_nonzero(rng.random(6) < 0.27 * busy)):
         side = int(rng.choice([-1, 1]))
         name, parts, size = _two_wheeler(rng, "bicycle" if rng.random() < 0.75 else "motorcycle")
         moving = len(parts) > 1

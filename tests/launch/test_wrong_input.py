@@ -93,7 +93,7 @@ def test_unknown_source_option_grid_and_recipe(tmp_path, said):
         ("train.zero_stage=4", "zero_stage is 4, must be 0, 1, 2 or 3"),
         ("train.batch=many", "train.batch = 'many'"),
         ("data.scenes=50", "50 scenes asked for, but it has 3"),
-        ("data.scene_names=[synthetic-v1-s0-00001]", "did you mean 'synthetic-v1-s0-000001'"),
+        ("data.scene_names=[synthetic-v2-s0-00001]", "did you mean 'synthetic-v2-s0-000001'"),
         ("model.compact_factor=8", "compact_factor is 8"),
         ("train.steps", "write key=value"),
         ("data.cameras=[CAM_TOP]", "camera CAM_TOP is missing"),

@@ -1,5 +1,11 @@
 """The synthetic source: pure scenes whose sensors and labels agree with each other."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import simplejpeg
@@ -19,7 +25,7 @@ def scenes():
 
 def test_a_scene_is_a_function_of_seed_and_number(scenes):
     again = open_source("synthetic", {**SMALL, "scenes": 2, "first": 3})
-    scene = again.load("synthetic-v1-s0-000003")
+    scene = again.load("synthetic-v2-s0-000003")
     for a, b in zip(scenes[3].frames, scene.frames, strict=True):
         assert [c.jpeg for c in a.cameras.values()] == [c.jpeg for c in b.cameras.values()]
         np.testing.assert_array_equal(a.lidar.xyz, b.lidar.xyz)
@@ -27,24 +33,49 @@ def test_a_scene_is_a_function_of_seed_and_number(scenes):
         assert a.boxes.track_ids == b.boxes.track_ids
     other = open_source("synthetic", {**SMALL, "seed": 1, "first": 3, "scenes": 1})
     assert (
-        other.load("synthetic-v1-s1-000003").frames[0].cameras["CAM_FRONT"].jpeg
+        other.load("synthetic-v2-s1-000003").frames[0].cameras["CAM_FRONT"].jpeg
         != scene.frames[0].cameras["CAM_FRONT"].jpeg
     )
     with pytest.raises(ValueError, match="no scene"):
-        again.load("synthetic-v1-s0-000009")
+        again.load("synthetic-v2-s0-000009")
+
+
+# Every library that chooses its code by the CPU, made to choose as on others.
+CPUS = [
+    {},
+    {"OPENBLAS_CORETYPE": "Haswell", "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-FMA,-AVX,-AVX2,-AVX512F"},
+    {"OPENBLAS_CORETYPE": "SkylakeX", "NPY_DISABLE_CPU_FEATURES": "X86_V3,X86_V4", "JSIMD_FORCENONE": "1"},
+    {"OPENBLAS_CORETYPE": "Zen", "NUMBA_CPU_NAME": "generic"},
+]
+
+
+def test_every_cpu_makes_the_same_frames():
+    script = Path(__file__).with_name("fingerprint.py")
+    plain = {k: v for k, v in os.environ.items() if k not in {name for cpu in CPUS for name in cpu}}
+    runs = [
+        subprocess.Popen([sys.executable, "-W", "ignore", script], env=plain | cpu, stdout=subprocess.PIPE)
+        for cpu in CPUS
+    ]
+    first, *others = [json.loads(run.communicate(timeout=300)[0]) for run in runs]
+    assert list(first) == ["cameras", "lidar", "labels", "made"]
+    for cpu, other in zip(CPUS[1:], others, strict=True):
+        assert other == first, cpu
 
 
 def test_lidar_returns_lie_in_occupied_voxels_of_their_class(scenes):
-    grid = get_grid("occ3d")
+    grid, hits, agree = get_grid("occ3d"), [], []
     for frame in (f for s in scenes for f in s.frames):
         pose = sweep_to_key_ego(frame, frame.lidar)
         index, inside = grid.to_index(frame.lidar.xyz @ pose[:3, :3].T + pose[:3, 3])
         labels = frame.labels.semantic[tuple(index[inside].T)]
-        assert (labels != OCC3D.free_id).mean() > 0.95
+        hits.append((labels != OCC3D.free_id).mean())
         # A voxel that several classes touch takes the rarer one, so not all agree.
-        assert (labels == frame.lidar.classes[inside]).mean() > 0.9
+        agree.append((labels == frame.lidar.classes[inside]).mean())
         seen = frame.labels.mask_lidar[tuple(index[inside].T)]
         assert seen.mean() > 0.9  # noise carries some returns across a voxel's border
+    assert np.mean(hits) > 0.96
+    assert np.mean(agree) > 0.93
+    assert min(*hits, *agree) > 0.85  # least where a level road lies in the border of two layers of voxels
 
 
 def test_cameras_see_what_the_labels_say(scenes):
@@ -70,7 +101,7 @@ def test_cameras_see_what_the_labels_say(scenes):
 
 
 def test_boxes_hold_points_of_their_class_and_move_with_their_track(scenes):
-    matched = moved = 0
+    shares, moved = [], 0
     for scene in scenes:
         first, second = scene.frames
         for frame in scene.frames:
@@ -81,9 +112,7 @@ def test_boxes_hold_points_of_their_class_and_move_with_their_track(scenes):
                 local = (points - (x, y, z)) @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
                 inside = (np.abs(local) < np.array(size) / 2 - 0.05).all(1)
                 if inside.sum() >= 5:
-                    share = (frame.lidar.classes[inside] == OCC3D.id(name)).mean()
-                    assert share > 0.6, (frame.key, name, share)
-                    matched += 1
+                    shares.append((frame.lidar.classes[inside] == OCC3D.id(name)).mean())
         shift = np.linalg.inv(second.ego_to_global) @ first.ego_to_global
         for i, track in enumerate(first.boxes.track_ids):
             if track in second.boxes.track_ids:
@@ -93,7 +122,8 @@ def test_boxes_hold_points_of_their_class_and_move_with_their_track(scenes):
                 # Roads bend and slope between two key-frames.
                 assert np.abs(expected - second.boxes.boxes[j, :3]).max() < 1.0
                 moved += np.hypot(*first.boxes.velocity[i]) > 1
-    assert matched > 20
+    assert len(shares) > 20
+    assert np.mean(np.array(shares) > 0.6) > 0.95  # traffic that overtakes a parked vehicle may touch it
     assert moved > 5
 
 
