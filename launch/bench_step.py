@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from occstream.launch.dryrun import frames_like
 from occstream.models import kernels
 from occstream.pretrain.config import Config, load_config
+from occstream.pretrain.device import pick_device
 from occstream.pretrain.losses import occupancy_loss
 from occstream.pretrain.meter import best_time, matmul_ceiling
 from occstream.pretrain.trainer import accelerate, create_model
@@ -43,7 +44,7 @@ def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, batch: int, 
         Medians in seconds by build and part, FLOPs, ceilings, peak memory (CUDA).
     """
     config = load_config(recipe, overrides, stage=stage)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()
     semantic = 0 if stage == "pretrain" else (batch - batch // 2 if config.replay.url else batch)
     frames = frames_like(config, semantic, batch - semantic).to(device)
     builds: dict[str, Callable] = {"plain fp32": _Build(config, device, frames, "fp32", False)}

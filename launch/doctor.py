@@ -29,10 +29,11 @@ def examine(url: str = "") -> list[Finding]:
         ),
         Finding("cpu cores", None, str(os.cpu_count())),
     ]
+    accelerator = _accelerator()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # only looking: DeepSpeed need not search for a GPU and warn
     for package in ("torch", "deepspeed", "webdataset", "fsspec", "s3fs", "zstandard", "simplejpeg", "numba", "mlflow"):
         found.append(_package(package, "pip install -e ."))
-    found += _accelerator()
+    found += accelerator
     spconv = next((p for p in ("spconv-cu120", "spconv-cu126", "spconv") if _version(p)), "")
     value = f"{spconv} {_version(spconv)}" if spconv else "not installed"
     found.append(
@@ -83,9 +84,15 @@ def _accelerator() -> list[Finding]:
         import torch
     except ImportError:
         return []
-    if not torch.cuda.is_available():
+    from occstream.pretrain.device import describe, pick_device
+
+    try:
+        device = pick_device()
+    except ValueError as error:
+        return [Finding("cuda", False, str(error))]
+    if device.type == "cpu":
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-        return [Finding("cuda", None, f"no GPU in use ({built})", "training runs on the CPU with gloo")]
+        return [Finding("cuda", None, f"{describe(device)}; torch is {built}", "training runs on the CPU with gloo")]
     names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     gpus = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
     nccl = ".".join(map(str, torch.cuda.nccl.version()))

@@ -47,11 +47,14 @@ def _run(stage: str, recipe: str, overrides: Sequence[str]) -> int:
 
     import torch.distributed as dist
 
+    from occstream.pretrain.device import describe
     from occstream.pretrain.engine import init_distributed
     from occstream.pretrain.guards import REQUEUE
     from occstream.pretrain.trainer import train
 
     world = init_distributed(config.train.timeout_minutes)
+    if world.is_main:
+        print(f"device: {describe(world.device)}{f', {world.size} processes' if world.size > 1 else ''}", flush=True)
     try:
         result = train(config, world)
         if world.is_main:

@@ -22,11 +22,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from occstream.pretrain.config import TrainConfig
+from occstream.pretrain.device import pick_device
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place. ``device`` is ``cuda:<local rank>`` if DeepSpeed's accelerator is CUDA, else ``cpu``;
+    """This process's place. ``device`` is ``cuda:<local rank>`` or ``cpu`` (``pick_device``);
     ``launched``: a launcher started this process and watches over it."""
 
     rank: int
@@ -79,12 +80,14 @@ def init_distributed(timeout_minutes: float = 10.0) -> World:
 
     Returns:
         rank, world size and device. CUDA uses NCCL, CPU uses gloo.
+
+    Raises:
+        ValueError: as ``pick_device``.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one, and warns
+    device = pick_device(int(os.environ.get("LOCAL_RANK", 0)))
+    os.environ["DS_ACCELERATOR"] = device.type  # or DeepSpeed looks for one itself, and warns
     import deepspeed
     import deepspeed.ops
-    from deepspeed.accelerator import get_accelerator
 
     # DeepSpeed compiles this op with g++ at every first CPU start, only for inference all-reduce, which we never call.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -95,18 +98,14 @@ def init_distributed(timeout_minutes: float = 10.0) -> World:
             port = probe.getsockname()[1]
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({k: str(v) for k, v in alone.items()})
-    accelerator = get_accelerator()
-    cuda = accelerator.device_name() == "cuda"
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if cuda:
-        torch.cuda.set_device(local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
         deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo",
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
             timeout=datetime.timedelta(minutes=timeout_minutes),
             verbose=False,
         )
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), device, launched)
 
 

@@ -21,6 +21,7 @@ from occstream.evaluation.report import prediction_picture
 from occstream.models import OccBatch, OccOutputs, build_model, kernels
 from occstream.pretrain import checkpoint
 from occstream.pretrain.config import Config, merge, parse_config, parse_overrides
+from occstream.pretrain.device import describe, pick_device
 from occstream.pretrain.engine import (
     Ema,
     World,
@@ -345,15 +346,20 @@ class Trained:
     digest: str
 
 
-def load_trained(path: str | Path, overrides: Sequence[str] = ()) -> Trained:
+def load_trained(path: str | Path, overrides: Sequence[str] = (), number: int = 0) -> Trained:
     """Opens a run's folder or one of its checkpoints; averaged weights where there are any.
 
+    Args:
+        number: of this process, among several that share a machine's GPUs.
+
     Raises:
-        ValueError: no complete checkpoint there, or an override does not fit.
+        ValueError: no complete checkpoint there, an override does not fit, or a GPU that cannot be used.
     """
+    device = pick_device(number, share=True)
+    print(f"device: {describe(device)}", flush=True)
     saved = checkpoint.Checkpoint(path)
     config = parse_config(merge(saved.state["config"], parse_overrides(overrides)))
-    world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    world = World(0, 1, device)
     model = create_model(config)
     checkpoint.load_declared(model, saved.weights(), model.state_dict(), str(saved.path))
     return Trained(
