@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--flips", action="store_true", help="average over mirror images of the scene (four forwards)")
     p.add_argument("--truth", type=int, default=0, help="so many scenes of the nested subset keep their own labels")
     p.add_argument("--holdout", type=int, default=0, help="with --truth: as data.holdout")
-    p.add_argument("--part", default="1/1", help="i/n: only every n-th shard, for n machines")
+    p.add_argument("--part", default="1/1", help="i/n: only every n-th shard, on the i-th GPU of this machine")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. eval.batch=2")
 
     p = command(

@@ -64,7 +64,8 @@ def predict_checkpoint(
         keep, flips: of ``evaluation.predict``.
         truth: the first so many scenes of the nested subset (seed ``data.subset_seed``, ``holdout``) keep the set's own
             labels: training on ground truth and pseudo-labels is then training on this group.
-        part: (i, n): only every n-th shard. The call that finds all parts done publishes the manifest.
+        part: (i, n): only every n-th shard, on the machine's GPU number i - 1 (counted round). The call that finds all parts
+            done publishes the manifest.
         overrides: of the recipe, such as ``model.cap=60000``.
         progress: gets shards done and shards in all.
 
@@ -73,7 +74,7 @@ def predict_checkpoint(
     """
     if not 1 <= part[0] <= part[1]:
         raise ValueError(f"part {part[0]}/{part[1]}: needs i/n with 1 <= i <= n")
-    trained = load_trained(checkpoint, overrides)
+    trained = load_trained(checkpoint, overrides, part[0] - 1)
     config = trained.config
     if config.stage != "finetune":
         raise ValueError(f"{trained.path}: is of a pre-training run, which predicts no classes; give a fine-tuned one")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from occstream.launch.cli import main
 from occstream.launch.predict import predict_checkpoint
@@ -40,6 +41,24 @@ def labels_of(manifest):
             found[frame.key] = frame.labels
     reader.close()
     return found
+
+
+@pytest.mark.parametrize(("part", "gpu"), [((1, 8), 0), ((4, 8), 3), ((6, 8), 1)])
+def test_each_part_takes_its_own_gpu_and_says_so(monkeypatch, capsys, part, gpu):
+    class Opened(Exception):
+        pass
+
+    def opened(path):
+        raise Opened
+
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "NVIDIA A100")
+    monkeypatch.setattr(checkpoint, "Checkpoint", opened)
+    with pytest.raises(Opened):
+        predict_checkpoint("run", "data", "pseudo-a", part=part)
+    assert capsys.readouterr().out == f"device: cuda:{gpu} (NVIDIA A100)\n"
 
 
 def test_the_loop_closes(place, capsys):
