@@ -169,6 +169,10 @@ def _parser() -> argparse.ArgumentParser:
     p = command("sync", _sync, "send the numbers of a run that MLflow has not got yet")
     p.add_argument("run", help="the run's folder")
 
+    p = command("recipe", _recipe, "list the packaged recipes, or show what the keys of one are and mean")
+    p.add_argument("name", nargs="?", default="", help="a packaged recipe, or the path of a .yaml file")
+    p.add_argument("key", nargs="?", default="", help="one key or section, like train.lr or augment")
+
     p = command("doctor", _doctor, "say what this machine has and what to install")
     p.add_argument("--data", default="", help="URL of a packed data set whose access is to be checked")
 
@@ -279,6 +283,13 @@ def _sync(args) -> int:
         reason = redact(" ".join(str(error).split()))[:200]
         raise ConnectionError(f"MLflow at {redact(sender.uri)} does not answer ({reason}); try again later") from error
     print(f"{args.run}: everything is at {redact(sender.uri)}, run {sender.run_id}")
+    return 0
+
+
+def _recipe(args) -> int:
+    from occstream.launch.showrecipe import show_recipe
+
+    print(show_recipe(args.name, args.key))
     return 0
 
 
