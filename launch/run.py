@@ -99,6 +99,10 @@ def guarded(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"{where}interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except RuntimeError as error:
         if os.environ.get("OCCSTREAM_TRACEBACK") or not (_out_of_memory(error) or _ranks_lost(error)):
             raise

@@ -1,5 +1,8 @@
 """``occstream recipe``: what is printed is what the config holds."""
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -55,3 +58,11 @@ def test_wrong_names_are_one_line(words, said, capsys):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    """As in ``occstream recipe | head -1``."""
+    command = f"{sys.executable} -m occstream.launch.cli recipe r50 | head -1"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
