@@ -256,6 +256,7 @@ class Ahead:
         self.stream, self.device = stream, device
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.held: tuple[OccBatch, dict, torch.cuda.Event | None] | None = None
+        self.copied: torch.cuda.Event | None = None  # of the batch whose buffers the stream has lent
 
     def next(self) -> tuple[OccBatch, dict]:
         """The next batch on the device and the position after it."""
@@ -267,8 +268,6 @@ class Ahead:
             current.wait_event(done)
             batch.record(current)
         if self.stream.ready():
-            if done is not None:
-                done.synchronize()  # asking for the next batch gives the buffers of this one back
             self.held = self._copy()
         return batch, state
 
@@ -276,12 +275,16 @@ class Ahead:
         if self.copies is None:
             got = next(self.stream)
             return to_occ_batch(got, self.device).clone(), got.state, None
+        if self.copied is not None:
+            # Asking for a batch gives the last one's buffers back to the readers. Between micro-batches nothing else has waited
+            # for their copy.
+            self.copied.synchronize()
         with torch.cuda.stream(self.copies):
             got = next(self.stream)
             batch = to_occ_batch(got, self.device)
-            done = torch.cuda.Event()
-            done.record()
-        return batch, got.state, done
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+        return batch, got.state, self.copied
 
 
 def _order(manifest: Manifest, scenes: list[int], seed: int, draw: int | None, lanes: int) -> Order:

@@ -1,17 +1,21 @@
 """Two gloo processes give what one gives, at every ZeRO stage, with replay and with an empty S part."""
 
+import contextlib
 import itertools
 import json
 import math
 import shutil
 import time
 from typing import get_args
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
 from occstream.models import MODELS
 from occstream.models.b2s import Strategy
+from occstream.pretrain import replay
 from occstream.pretrain.checkpoint import Checkpoint, export, read_weights
 from occstream.pretrain.config import load_config
 from occstream.pretrain.engine import World
@@ -229,6 +233,55 @@ def test_a_batch_taken_ahead_is_the_same_batch_with_its_own_position(root, there
     assert (ahead.held is not None) == there
     plain.close()
     other.close()
+
+
+class LateCopies:
+    """CUDA as ``Ahead`` sees it: a copy reads its source only when somebody waits for it, or at the end of the test."""
+
+    def __init__(self, monkeypatch):
+        self.pending = []
+        for name, fake in {
+            "Stream": lambda device: "copies",
+            "stream": lambda stream: contextlib.nullcontext(),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock())
+        monkeypatch.setattr(torch.cuda, "Event", lambda: mock.Mock(synchronize=self.finish))
+        monkeypatch.setattr(replay, "to_occ_batch", self.copy)
+
+    def copy(self, got, device):
+        target = mock.Mock(values=None)
+        self.pending.append((target, got.arrays["x"]))
+        return target
+
+    def finish(self):
+        for target, source in self.pending:
+            target.values = source.copy()
+        self.pending.clear()
+
+
+class Overwriting:
+    """A stream whose readers write into a buffer as soon as it is given back."""
+
+    def __init__(self, ready):
+        self.count, self.lent, self.ready = 0, None, lambda: next(ready)
+
+    def __next__(self):
+        if self.lent is not None:
+            self.lent[:] = -1
+        self.count += 1
+        self.lent = np.full(2, self.count)
+        return mock.Mock(arrays={"x": self.lent}, state={"batches": self.count})
+
+
+@pytest.mark.parametrize("ready", [[False], [True], [True, False], [False, False, True]])
+def test_a_buffer_goes_back_to_the_readers_only_after_its_copy(monkeypatch, ready):
+    """Micro-batches are taken one after the other; nothing but ``Ahead`` waits for their copies."""
+    cuda = LateCopies(monkeypatch)
+    ahead = Ahead(Overwriting(itertools.cycle(ready)), torch.device("cuda", 0))
+    batches = [ahead.next() for _ in range(7)]
+    cuda.finish()
+    assert [(b.values.tolist(), state["batches"]) for b, state in batches] == [([n, n], n) for n in range(1, 8)]
 
 
 def test_shares_of_replay_sources_are_exact_and_logged(runs):
