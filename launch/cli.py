@@ -142,7 +142,9 @@ def _parser() -> argparse.ArgumentParser:
         _compare,
         "compare the runs of an MLflow experiment; of a study: curves, laws and a report",
     )
-    p.add_argument("--uri", default="sqlite:///runs/mlflow.db", help="MLflow tracking URI")
+    p.add_argument(
+        "--uri", default="", help="MLflow tracking URI (default MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db)"
+    )
     p.add_argument("--experiment", default="occstream")
     p.add_argument(
         "--by", default="", help="tag that names the rows of a plain table (default: arm, unless it is a study)"
@@ -168,6 +170,8 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("sync", _sync, "send the numbers of a run that MLflow has not got yet")
     p.add_argument("run", help="the run's folder")
+    p.add_argument("--uri", default="", help="MLflow tracking URI (default MLFLOW_TRACKING_URI)")
+    p.add_argument("--experiment", default="", help="where the run is new there (default: the run's own)")
 
     p = command("recipe", _recipe, "list the packaged recipes, or show what the keys of one are and mean")
     p.add_argument("name", nargs="?", default="", help="a packaged recipe, or the path of a .yaml file")
@@ -253,13 +257,15 @@ def _predict(args) -> int:
 def _compare(args) -> int:
     from occstream.evaluation.compare import compare
     from occstream.evaluation.study import study_report
-    from occstream.pretrain.tracking import open_client
+    from occstream.pretrain.events import default_uri, describe_uri
+    from occstream.pretrain.sender import open_client
 
-    out = Path(args.out) if args.out else None
+    out, uri = Path(args.out) if args.out else None, args.uri or default_uri()
+    print(f"MLflow: {describe_uri(uri)}, experiment {args.experiment}")
     report = None
     if not args.by:
-        report = study_report(open_client(args.uri), args.experiment, out, args.partial)
-    print(report if report is not None else compare(args.uri, args.experiment, by=args.by or "arm", out=out))
+        report = study_report(open_client(uri), args.experiment, out, args.partial)
+    print(report if report is not None else compare(uri, args.experiment, by=args.by or "arm", out=out))
     return 0
 
 
@@ -272,17 +278,9 @@ def _sweep(args) -> int:
 
 
 def _sync(args) -> int:
-    from occstream.pretrain.tracking import STATE, Sender, redact
+    from occstream.pretrain.sender import sync
 
-    if not (Path(args.run) / STATE).exists():
-        raise ValueError(f"{args.run}: not a run that was tracked with MLflow (no {STATE})")
-    sender = Sender(Path(args.run))
-    try:
-        sender.send()
-    except Exception as error:  # whatever MLflow raises: the numbers stay where they are
-        reason = redact(" ".join(str(error).split()))[:200]
-        raise ConnectionError(f"MLflow at {redact(sender.uri)} does not answer ({reason}); try again later") from error
-    print(f"{args.run}: everything is at {redact(sender.uri)}, run {sender.run_id}")
+    print(sync(Path(args.run), args.uri, args.experiment))
     return 0
 
 

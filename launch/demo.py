@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from occstream.evaluation.compare import compare
+from occstream.pretrain.events import describe_uri
 
 HERE = Path(__file__).resolve().parent
 EXPERIMENT = "demo"
@@ -57,6 +58,7 @@ def demo(out: Path, seeds: int) -> int:
 
     _heading("3. Compare on the held-out scenes")
     uri = _uri(out)
+    print(f"MLflow: {describe_uri(uri)}")
     print(compare(uri, EXPERIMENT, by="arm", out=out))
     picture = min(out.glob("replay-*/pictures/*.png"), default="none")
     print(f"\npictures:  {out}/*/pictures/, for example {picture}")

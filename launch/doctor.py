@@ -109,7 +109,7 @@ def _tool(name: str, purpose: str) -> Finding:
 
 
 def _store(url: str) -> Finding:
-    from occstream.pretrain.tracking import redact
+    from occstream.pretrain.events import redact
     from occstream.sharding.manifest import Manifest
 
     shown = redact(url)

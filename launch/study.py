@@ -20,6 +20,7 @@ import yaml
 
 from occstream.pretrain.config import Config, build_section, dotted_keys, merge, parse_config, read_recipe
 from occstream.pretrain.engine import World
+from occstream.pretrain.events import default_uri
 from occstream.pretrain.replay import EvalData, TrainData
 from occstream.sharding.codec import canonical_json
 
@@ -66,7 +67,7 @@ class Study:
     output: str = ""
     """Folder of its runs."""
     uri: str = ""
-    """MLflow tracking URI. Empty: a SQLite file in ``output``."""
+    """MLflow tracking URI. Empty: MLFLOW_TRACKING_URI of the environment, else a SQLite file in ``output``."""
     prepare: tuple[str, ...] = ()
     """``occstream`` command lines that make the data; they run before anything else, and skip what is there."""
     set: dict[str, Any] = field(default_factory=dict)
@@ -112,7 +113,7 @@ class Study:
         if self.reference not in self.strategies:
             raise ValueError(f"reference is {self.reference!r}, must be one of {', '.join(self.strategies)}")
         self.output = self.output or f"runs/{self.name}"
-        self.uri = self.uri or f"sqlite:///{self.output}/mlflow.db"
+        self.uri = self.uri or default_uri(f"sqlite:///{self.output}/mlflow.db")
 
 
 @dataclass

@@ -17,8 +17,9 @@ from mlflow.entities import Metric
 
 from occstream.evaluation.charts import arrange_charts
 from occstream.launch.study import Run, Study, finish, load_study, plan
+from occstream.pretrain.events import EVENTS, describe_uri, read_events
 from occstream.pretrain.guards import WATCHED, in_use
-from occstream.pretrain.tracking import EVENTS, Sender, open_client, read_events
+from occstream.pretrain.sender import Sender, open_client
 from occstream.sharding.datacard import data_card
 from occstream.sharding.manifest import Manifest
 
@@ -59,6 +60,7 @@ def sweep(
     jobs = jobs or min(4, os.cpu_count() or 1)
     done = {run.name for run in runs if finished(study, run)}
     print(outline(study, runs, done, jobs), flush=True)
+    print(f"MLflow: {describe_uri(study.uri)}, experiment {study.name}", flush=True)
     if dry_run:
         return 0
     if write:

@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from occstream.models import model_entry
 from occstream.pretrain.augment import AugmentConfig
+from occstream.pretrain.events import default_uri
 from occstream.pretrain.losses import LossConfig
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.schema import TAXONOMIES, Taxonomy, get_taxonomy
@@ -234,8 +235,9 @@ class TrainConfig:
 class TrackConfig:
     """Where numbers go after the local JSONL."""
 
-    uri: str = "sqlite:///runs/mlflow.db"
-    """MLflow tracking URI (sqlite:///…, http://…). Empty: JSONL only."""
+    uri: str = field(default_factory=default_uri)
+    """MLflow tracking URI (sqlite:///…, http://…). Not set: MLFLOW_TRACKING_URI of the environment, else
+    sqlite:///runs/mlflow.db. Empty: JSONL only."""
     experiment: str = "occstream"
     """MLflow experiment: one per study."""
     tags: dict[str, str] = field(default_factory=dict)

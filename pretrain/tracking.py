@@ -1,35 +1,28 @@
 """Numbers of a run: a local event file first, MLflow second.
 
 ``Tracker`` only appends to ``metrics.jsonl`` in the run's folder; a thread sends what is in the file to MLflow and
-remembers how far it came in ``tracking.json``. So a dead or slow server never stops training, a restart sends what is
-missing, and ``occstream sync RUN`` does it afterwards. Events carry their own time: sending one twice changes nothing.
+remembers in ``tracking.json`` how much of it the server has acknowledged. So a dead or slow server never stops training,
+a restart sends what is missing, and ``occstream sync RUN`` does it afterwards and compares with what the server has.
+Events (``pretrain/events.py``) carry their own time: sending one twice changes nothing.
 
-Events, one JSON object per line: ``{"run": {name, tags, params}}``, ``{"step", "time", "metrics": {…}}``,
-``{"artifact": path in the run's folder}``, ``{"params": {…}}``, ``{"status": "FINISHED" | "FAILED" | "KILLED" | "RUNNING"}``
-(killed: told to stop; running: started again).
+A run is found again at the server by its key, a tag that goes into its checkpoints: also from another machine, and also
+if the server took the run but its answer got lost.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import re
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from occstream.pretrain.events import EVENTS, flatten, read_events, redact
+from occstream.pretrain.sender import Sender, trouble
 from occstream.sharding import threads
-
-EVENTS, STATE = "metrics.jsonl", "tracking.json"
-
-
-def redact(uri: str) -> str:
-    """A URI without user name and password, for messages."""
-    return re.sub(r"://[^/@]*@", "://***@", uri)
 
 
 class Tracker:
@@ -41,6 +34,7 @@ class Tracker:
         experiment: MLflow experiment.
         name, tags, params: of the MLflow run; used when the run is new.
         active: False makes every call do nothing (ranks other than 0).
+        key, run_id: of a run to go on with, from its checkpoint, where the folder does not know it.
     """
 
     def __init__(
@@ -52,9 +46,12 @@ class Tracker:
         tags: Mapping[str, str],
         params: Mapping[str, Any],
         active: bool = True,
+        key: str = "",
+        run_id: str = "",
     ):
         self.active, self.folder = active, folder
         self.last_step = -1
+        self.key = key
         self._sender: Sender | None = None
         if not active:
             return
@@ -65,10 +62,15 @@ class Tracker:
         if path.exists():
             _drop_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
-        if not any("run" in e for e in events):
-            self._append({"run": {"name": name, "tags": dict(tags), "params": flatten(params)}})
-        elif any("status" in e for e in events):
-            self._append({"status": "RUNNING"})
+        began = [e["run"] for e in events if "run" in e]
+        if not began:
+            self.key = key or uuid.uuid4().hex
+            about = {"name": name, "tags": dict(tags), "params": flatten(params), "key": self.key}
+            self._append({"run": about | ({"id": run_id} if run_id else {})})
+        else:
+            self.key = began[0].get("key", "")
+            if any("status" in e for e in events):
+                self._append({"status": "RUNNING"})
         if uri:
             self._sender = Sender(folder, uri, experiment)
             self._stop, self._wake = threading.Event(), threading.Event()
@@ -99,6 +101,11 @@ class Tracker:
         if self.active:
             self._append({"params": flatten(params)})
 
+    def changed(self, step: int, changes: Mapping[str, tuple[Any, Any]]) -> None:
+        """Settings that differ from here on: value before and now by name (MLflow's own parameters cannot change)."""
+        if self.active and changes:
+            self._append({"changed": {name: list(pair) for name, pair in changes.items()}, "step": step})
+
     def close(self, status: str = "FINISHED", wait: float = 30.0) -> None:
         """Ends the run and gives the sender ``wait`` seconds for what is left."""
         if not self.active:
@@ -106,13 +113,14 @@ class Tracker:
         self._append({"status": status})
         self._file.close()
         if self._sender:
+            self._deadline = time.monotonic() + wait
             self._stop.set()
             self._wake.set()
             self._thread.join(wait)
             if not self._sender.done():
                 print(
                     f"MLflow has not got all numbers; they are safe in {self.folder / EVENTS}. "
-                    f"Send them later with: occstream sync {self.folder}",
+                    f"Send them later with: occstream sync {self.folder} --uri {redact(self._sender.uri)}",
                     file=sys.stderr,
                 )
 
@@ -131,194 +139,35 @@ class Tracker:
         )
 
     def _send_loop(self) -> None:
-        pause, told = 1.0, False
+        pause, told = 1.0, ""
         while True:
             stopping = self._stop.is_set()
             try:
                 self._sender.send()
-                pause = 1.0
+                if told:
+                    print("MLflow answers again, and has all numbers so far", file=sys.stderr, flush=True)
+                pause, told = 1.0, ""
             except Exception as error:  # whatever MLflow raises must not reach training
                 pause = min(60.0, pause * 3)
-                if not told:
-                    reason = redact(" ".join(str(error).split()))[:160]
+                said = trouble(self._sender.uri, error)
+                if said.split(" (")[0] != told:
+                    told = said.split(" (")[0]
                     print(
-                        f"MLflow at {redact(self._sender.uri)} does not answer ({type(error).__name__}: {reason}); "
-                        f"training goes on, numbers wait in {self.folder / EVENTS}",
+                        f"{said}; training goes on, numbers wait in {self.folder / EVENTS}",
                         file=sys.stderr,
                         flush=True,
                     )
-                    told = True
             if stopping:
-                return
-            if pause > 1.0:
+                # A server that never answered is not waited for.
+                if not told or not self.run_id or time.monotonic() > self._deadline:
+                    return
+                time.sleep(1.0)
+            elif pause > 1.0:
                 self._stop.wait(pause)
             else:
                 self._wake.wait()
                 self._wake.clear()
                 self._stop.wait(pause)  # gather some events into one request
-
-
-class Sender:
-    """Sends the events of a run's folder to MLflow, from where the last one stopped."""
-
-    def __init__(self, folder: Path, uri: str = "", experiment: str = ""):
-        self.folder, self.path = folder, folder / STATE
-        self.state = {"uri": uri, "experiment": experiment, "run_id": None, "sent": 0}
-        if self.path.exists():
-            kept = json.loads(self.path.read_text())
-            if not uri or (kept["uri"], kept["experiment"]) == (uri, experiment):
-                self.state = kept
-        self._client = None
-
-    @property
-    def uri(self) -> str:
-        return self.state["uri"]
-
-    @property
-    def run_id(self) -> str | None:
-        return self.state["run_id"]
-
-    def done(self) -> bool:
-        """True when every event of the file has been sent."""
-        return self.state["sent"] >= (self.folder / EVENTS).stat().st_size
-
-    def send(self) -> None:
-        """Sends all complete events that have not been sent. Raises what MLflow raises."""
-        with (self.folder / EVENTS).open("rb") as file:
-            file.seek(self.state["sent"])
-            data = file.read()
-        data = data[: data.rfind(b"\n") + 1]
-        if not data:
-            return
-        client = self._connect()
-        metrics: list = []
-        for line in data.splitlines(keepends=True):
-            event = json.loads(line)
-            if "metrics" in event:
-                metrics += self._metrics(event)
-            else:
-                self._flush(metrics)
-                self._other(client, event)
-            self.state["sent"] += len(line)
-            if len(metrics) > 900:
-                self._flush(metrics)
-        self._flush(metrics)
-
-    def _flush(self, metrics: list) -> None:
-        from mlflow.entities import Metric
-
-        for start in range(0, len(metrics), 1000):
-            chunk = [Metric(*m) for m in metrics[start : start + 1000]]
-            self._connect().log_batch(self.run_id, metrics=chunk)
-        metrics.clear()
-        self._remember()
-
-    @staticmethod
-    def _metrics(event: dict) -> list[tuple]:
-        values = {k: float(v) for k, v in event["metrics"].items() if v is not None}
-        return [(k, v, event["time"], event["step"]) for k, v in values.items() if math.isfinite(v)]
-
-    def _other(self, client, event: dict) -> None:
-        from mlflow.entities import Param, RunTag
-
-        if "run" in event:
-            if self.run_id is None:
-                tags = {**event["run"]["tags"], "mlflow.runName": event["run"]["name"]}
-                run = client.create_run(self.experiment(client), tags=tags)
-                self.state["run_id"] = run.info.run_id
-                self._remember()
-            event = {"params": event["run"]["params"]}
-        if "params" in event:
-            params = [Param(k, str(v)[:500]) for k, v in event["params"].items()]
-            for start in range(0, len(params), 100):
-                client.log_batch(self.run_id, params=params[start : start + 100])
-        elif "artifact" in event:
-            path = self.folder / event["artifact"]
-            if path.exists():
-                client.log_artifact(self.run_id, str(path))
-        elif "status" in event:
-            client.log_batch(self.run_id, tags=[RunTag("status", event["status"])])
-            if event["status"] == "RUNNING":
-                client.update_run(self.run_id, status="RUNNING")
-            else:
-                client.set_terminated(self.run_id, event["status"])
-
-    def experiment(self, client) -> str:
-        """Id of the experiment, created if there is none."""
-        from mlflow.exceptions import MlflowException
-
-        found = client.get_experiment_by_name(self.state["experiment"])
-        if found:
-            return found.experiment_id
-        location = None
-        if self.uri.startswith("sqlite:///"):
-            # MLflow's own default is ./mlruns of whoever comes first; keep artifacts beside the data base.
-            location = (Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
-        try:
-            # The tag opens MLflow's page on the runs; untagged, version 3 shows an empty page for language models.
-            kind = {"mlflow.experimentKind": "custom_model_development"}
-            return client.create_experiment(self.state["experiment"], artifact_location=location, tags=kind)
-        except MlflowException:
-            found = client.get_experiment_by_name(self.state["experiment"])  # somebody else was faster
-            if not found:
-                raise
-            return found.experiment_id
-
-    def _connect(self):
-        if self._client is None:
-            self._client = open_client(self.uri)
-        return self._client
-
-    def _remember(self) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.state))
-        temporary.replace(self.path)
-
-
-def open_client(uri: str):
-    """MLflow client; a SQLite data base is brought up to date under a lock first, because several processes that meet a
-    fresh one crash in its migration (OPERATIONS "MLflow")."""
-    import fcntl
-    import logging
-
-    from mlflow.tracking import MlflowClient
-
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    # Without these a dead server blocks for minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    if not uri.startswith("sqlite:///"):
-        return MlflowClient(uri)
-    path = Path(uri.removeprefix("sqlite:///"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        client = MlflowClient(uri)
-        client.search_experiments(max_results=1)  # creates the tables
-    return client
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys (MLflow parameters are flat)."""
-    out = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            out.update(flatten(value, f"{prefix}{key}."))
-        else:
-            out[prefix + key] = value
-    return out
-
-
-def read_events(path: Path) -> list[dict]:
-    """All complete events of an event file; [] if there is none. A line torn by a kill is left out."""
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return events
 
 
 def _drop_torn_line(path: Path) -> None:

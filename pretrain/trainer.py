@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import Tensor, nn
 
 from occstream.evaluation.evaluate import EvalResult, evaluate
@@ -39,12 +38,14 @@ from occstream.pretrain.engine import (
     to_full,
     to_local,
 )
+from occstream.pretrain.events import EVENTS, describe_uri, flatten
 from occstream.pretrain.guards import FiniteGuard, RunLock, Stopper, Watchdog
 from occstream.pretrain.losses import joint_counts, occupancy_loss
 from occstream.pretrain.meter import Meter
 from occstream.pretrain.profile import Profile
 from occstream.pretrain.replay import EvalData, TrainData
-from occstream.pretrain.tracking import Tracker, flatten
+from occstream.pretrain.runconfig import write_config
+from occstream.pretrain.tracking import Tracker
 
 # Settings that a resumed run may change: none of them changes what the same step learns. Data is compared by
 # fingerprint, so it may move.
@@ -183,12 +184,12 @@ def _train(config: Config, world: World, run: Path) -> Result:
             "code": _code_version(),
         },
         active=world.is_main,
+        key=run_state.get("run_key") or "",
+        run_id=run_state.get("mlflow_run_id") or "",
     )
-    if world.is_main and not saved:
-        (run / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-        tracker.artifact(run / "config.yaml")
-        if config.track.axes:
-            tracker.log(0, {f"axis/{name}": value for name, value in config.track.axes.items()})
+    _say(world, f"numbers go to {run / EVENTS} and to MLflow: {describe_uri(config.track.uri)}")
+    if world.is_main:
+        write_config(run, config, world.size, saved, tracker)
     guard = FiniteGuard(engine.module, run, world, cfg.skip_nonfinite)
     watchdog = Watchdog(run, world, cfg.timeout_minutes)
     meter = Meter(step, total, data, world, cfg.precision == "bf16", not cfg.compile)
@@ -531,6 +532,7 @@ class Keeper:
                 "cameras": list(data.cameras),
                 "world_size": world.size,
                 "mlflow_run_id": tracker.run_id,
+                "run_key": tracker.key,
             }
             try:
                 checkpoint.save(self.root, step, tensors, state)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from occstream.pretrain.tracking import read_events
+from occstream.pretrain.events import read_events
 from tests.pretrain.small import RECIPE, ROOT, environment, free_port, losses, pack_small
 
 

@@ -15,8 +15,8 @@ from mlflow import MlflowClient
 from occstream.launch.cli import main
 from occstream.launch.study import finish, load_study, plan
 from occstream.pretrain.engine import World
+from occstream.pretrain.events import read_events
 from occstream.pretrain.replay import EvalData, TrainData
-from occstream.pretrain.tracking import read_events
 from tests.pretrain.small import RECIPE, environment, pack_small
 
 STUDY = {

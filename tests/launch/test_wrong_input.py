@@ -8,7 +8,7 @@ import pytest
 
 from occstream.launch import cli
 from occstream.launch.run import main
-from occstream.pretrain.tracking import read_events
+from occstream.pretrain.events import read_events
 from tests.pretrain.small import RECIPE, ROOT, environment, pack_small
 from tests.sharding import toy_nuscenes
 
@@ -147,10 +147,8 @@ def test_training_goes_on_without_its_mlflow_server(data, tmp_path):
     events = read_events(tmp_path / "run" / "metrics.jsonl")
     assert any("train/loss" in e.get("metrics", {}) for e in events)
     # The numbers get there once there is a server.
-    state = tmp_path / "run" / "tracking.json"
-    assert cli.main(["sync", str(tmp_path / "run")]) == 2
-    state.write_text(json.dumps({**json.loads(state.read_text()), "uri": f"sqlite:///{tmp_path}/mlflow.db"}))
-    assert cli.main(["sync", str(tmp_path / "run")]) == 0
+    assert cli.main(["sync", str(tmp_path / "run"), "--uri", "http://127.0.0.1:9"]) == 2
+    assert cli.main(["sync", str(tmp_path / "run"), "--uri", f"sqlite:///{tmp_path}/mlflow.db"]) == 0
 
 
 def test_checkpoint_evaluates_by_command(data, tmp_path, capsys):

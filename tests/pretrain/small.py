@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from occstream.pretrain.tracking import read_events
+from occstream.pretrain.events import read_events
 from occstream.sharding.grid import get_grid
 from occstream.sharding.pack import pack
 from occstream.sharding.sources import open_source

@@ -19,8 +19,8 @@ from occstream.pretrain import replay
 from occstream.pretrain.checkpoint import Checkpoint, export, read_weights
 from occstream.pretrain.config import load_config
 from occstream.pretrain.engine import World
+from occstream.pretrain.events import read_events
 from occstream.pretrain.replay import Ahead, TrainData
-from occstream.pretrain.tracking import read_events
 from tests.pretrain.small import RECIPE, launch_ranks, losses, pack_small, run_jobs, start_jobs
 
 STAGES = (0, 1, 2, 3)

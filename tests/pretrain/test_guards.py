@@ -15,8 +15,8 @@ import torch
 from occstream.pretrain import guards
 from occstream.pretrain.checkpoint import Checkpoint, latest_remote
 from occstream.pretrain.engine import World
+from occstream.pretrain.events import read_events
 from occstream.pretrain.guards import REQUEUE, Watchdog
-from occstream.pretrain.tracking import read_events
 from tests.pretrain.small import RECIPE, ROOT, environment, losses, pack_small
 from tests.pretrain.soak import soak
 

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, TEMPORARILY_UNAVAILABLE
 
-from occstream.pretrain.tracking import EVENTS, STATE, Sender, Tracker, flatten, open_client, read_events, redact
+from occstream.launch import cli
+from occstream.pretrain.config import load_config
+from occstream.pretrain.events import EVENTS, STATE, VARIABLE, describe_uri, flatten, read_events, redact
+from occstream.pretrain.runconfig import write_config
+from occstream.pretrain.sender import Sender, open_client, sync
+from occstream.pretrain.tracking import Tracker
+from tests.pretrain.small import RECIPE
 
 
 def _tracker(folder, uri, **more):
@@ -90,6 +100,218 @@ def test_a_sender_that_ends_says_so_and_loses_nothing(tmp_path, capsys, monkeypa
     assert [e["metrics"] for e in read_events(tmp_path / "run" / EVENTS) if "metrics" in e] == [{"a": 1.0}]
 
 
+class Server:
+    """A tracking server in memory, as its client sees it. ``error`` is raised by the next ``failures`` writes."""
+
+    def __init__(self):
+        self.runs, self.error, self.failures, self.bad = {}, None, 0, ()
+
+    def get_experiment_by_name(self, name):
+        return SimpleNamespace(experiment_id="1")
+
+    def create_run(self, experiment, tags):
+        info = SimpleNamespace(
+            run_id=f"run{len(self.runs)}", experiment_id=experiment, lifecycle_stage="active", status="RUNNING"
+        )
+        data = SimpleNamespace(tags=dict(tags), params={})
+        run = self.runs[info.run_id] = SimpleNamespace(info=info, data=data, history=defaultdict(list), files=[])
+        return run
+
+    def search_runs(self, experiments, words, max_results):
+        key = words.split("'")[1]
+        return [r for r in self.runs.values() if r.data.tags.get("run_key") == key]
+
+    def get_run(self, run_id):
+        if run_id not in self.runs:
+            raise MlflowException("no such run", RESOURCE_DOES_NOT_EXIST)
+        return self.runs[run_id]
+
+    def log_batch(self, run_id, metrics=(), params=(), tags=()):
+        run = self.get_run(run_id)
+        if self.failures:
+            self.failures -= 1
+            raise self.error
+        if [m for m in metrics if m.key in self.bad]:
+            raise MlflowException("bad name", INVALID_PARAMETER_VALUE)
+        for m in metrics:
+            if (m.step, m.timestamp) not in [(n.step, n.timestamp) for n in run.history[m.key]]:
+                run.history[m.key].append(m)
+        for p in params:
+            if run.data.params.setdefault(p.key, p.value) != p.value:
+                raise MlflowException("a parameter cannot change", INVALID_PARAMETER_VALUE)
+        run.data.tags |= {t.key: t.value for t in tags}
+
+    def get_metric_history(self, run_id, key):
+        return self.get_run(run_id).history[key]
+
+    def list_artifacts(self, run_id):
+        return [SimpleNamespace(path=p) for p in self.get_run(run_id).files]
+
+    def log_artifact(self, run_id, path):
+        self.get_run(run_id).files.append(path.rsplit("/", 1)[-1])
+
+    def update_run(self, run_id, status):
+        self.get_run(run_id).info.status = status
+
+    set_terminated = update_run
+
+
+@pytest.fixture
+def server(monkeypatch):
+    it = Server()
+    monkeypatch.setattr(Sender, "_connect", lambda self: it)
+    return it
+
+
+def _steps(server, run_id, key="x"):
+    return sorted(m.step for m in server.get_metric_history(run_id, key))
+
+
+def _write(folder, steps, **more):
+    """A run's event file, and nothing sent."""
+    tracker = _tracker(folder, "", **more)
+    for step in steps:
+        tracker.log(step, {"x": float(step), "y": 1.0})
+    tracker.close()
+    return tracker
+
+
+@pytest.mark.parametrize(
+    "error",
+    [lambda: MlflowException("connection refused"), lambda: MlflowException("busy", TEMPORARILY_UNAVAILABLE)],
+)
+def test_only_what_the_server_has_acknowledged_counts_as_sent(server, tmp_path, error):
+    _write(tmp_path, range(1, 4))
+    sender = Sender(tmp_path, "http://tracker", "study")
+    _drop_status(tmp_path)
+    sender.send()
+    tracker = _tracker(tmp_path, "")
+    tracker.log(4, {"x": 4.0})
+    before = sender.state["sent"]
+    server.error, server.failures = error(), 1
+    with pytest.raises(MlflowException):
+        sender.send()
+    assert not sender.done()
+    assert sender.state["sent"] == before
+    assert json.loads((tmp_path / STATE).read_text())["sent"] == before
+    sender.send()
+    assert sender.done()
+    assert _steps(server, sender.run_id) == [1, 2, 3, 4]
+
+
+def _drop_status(folder):
+    lines = (folder / EVENTS).read_text().splitlines(keepends=True)
+    (folder / EVENTS).write_text("".join(line for line in lines if "status" not in json.loads(line)))
+
+
+def test_what_the_server_refuses_for_good_is_named_and_holds_nothing_up(server, tmp_path, capsys):
+    _write(tmp_path, range(1, 9))
+    server.bad = ("y",)
+    sender = Sender(tmp_path, "http://tracker", "study")
+    sender.send()
+    assert sender.done()
+    assert _steps(server, sender.run_id) == list(range(1, 9))
+    said = capsys.readouterr().err
+    assert said.count("refuses y for good (bad name)") == 1
+    assert "does not answer" not in said
+    assert "it refuses y" in sync(tmp_path, "http://tracker")
+
+
+def test_sync_sends_what_the_server_has_lost(server, tmp_path):
+    (tmp_path / "note.txt").write_text("hello")
+    tracker = _tracker(tmp_path, "")
+    for step in range(1, 61):
+        tracker.log(step, {"x": float(step)})
+    tracker.artifact(tmp_path / "note.txt")
+    tracker.close()
+    assert "all 60 numbers are at http://tracker" in sync(tmp_path, "http://tracker")
+    run = server.runs["run0"]
+    run.history["x"] = run.history["x"][:20]
+    run.files.clear()
+    run.data.params.clear()
+    run.info.status = "RUNNING"
+    assert "40 of them were missing there and have been sent again" in sync(tmp_path, "http://tracker")
+    assert _steps(server, "run0") == list(range(1, 61))
+    assert (run.files, run.data.params["grid"], run.info.status) == (["note.txt"], "tiny", "FINISHED")
+    server.runs.clear()  # a new data base behind the same address
+    sync(tmp_path, "http://tracker")
+    assert _steps(server, "run0") == list(range(1, 61))
+
+
+def test_another_machine_goes_on_with_the_run_of_the_checkpoint(server, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    first = _write(here, (1, 2, 3))
+    Sender(here, "http://tracker", "study").send()
+    # From a checkpoint at step 2, which knows the run by its key; step 3 was sent and is trained once more.
+    second = _tracker(there, "", key=first.key)
+    for step in (3, 4):
+        second.log(step, {"x": float(step)})
+    second.changed(2, {"train.steps": (2, 4)})
+    second.close()
+    sender = Sender(there, "http://other-name-of-it", "study")
+    sender.send()
+    assert list(server.runs) == ["run0"]
+    assert _steps(server, "run0") == [1, 2, 3, 4]
+    assert server.runs["run0"].data.tags["changed/train.steps"] == "2 -> 4 at step 2"
+    assert server.runs["run0"].info.status == "FINISHED"
+
+
+def test_a_run_that_the_server_took_without_an_answer_is_found_again(server, tmp_path):
+    _write(tmp_path, (1,))
+    create = server.create_run
+
+    def lost(*args, **words):
+        create(*args, **words)
+        raise MlflowException("the answer got lost")
+
+    server.create_run = lost
+    sender = Sender(tmp_path, "http://tracker", "study")
+    with pytest.raises(MlflowException):
+        sender.send()
+    sender.send()
+    assert list(server.runs) == ["run0"]
+
+
+def test_a_run_of_another_experiment_is_not_taken_over(server, tmp_path):
+    server.create_run("7", {})
+    _write(tmp_path, (1,), run_id="run0")
+    sender = Sender(tmp_path, "http://tracker", "study")
+    sender.send()
+    assert sender.run_id == "run1"
+
+
+def test_the_environment_names_the_server_where_the_recipe_does_not(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert load_config("r50").track.uri == "sqlite:///runs/mlflow.db"
+    monkeypatch.setenv(VARIABLE, "http://tracker:5000")
+    for recipe in ("r50", "demo", "tiny"):
+        assert load_config(recipe).track.uri == "http://tracker:5000"
+    assert describe_uri("http://tracker:5000") == f"http://tracker:5000 (from {VARIABLE})"
+    assert load_config("r50", ["track.uri=http://mine"]).track.uri == "http://mine"
+    assert "http://tracker:5000 is not used" in describe_uri("http://mine")
+    assert load_config("r50", ["track.uri="]).track.uri == ""
+
+
+def test_sync_does_not_send_to_a_server_that_only_the_folder_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    _write(tmp_path, (1,))
+    (tmp_path / STATE).write_text(json.dumps({"uri": "http://theirs", "experiment": "e", "run_id": None, "sent": 0}))
+    assert cli.main(["sync", str(tmp_path)]) == 2
+    assert "say which server: --uri http://theirs" in capsys.readouterr().err
+
+
+def test_artifacts_stay_below_the_folder(server, tmp_path):
+    folder = tmp_path / "run"
+    _write(folder, (1,))
+    (tmp_path / "secret").write_text("x")
+    with (folder / EVENTS).open("a") as file:
+        file.write('{"artifact": "../secret"}\nnonsense\n')
+    sender = Sender(folder, "http://tracker", "study")
+    sender.send()
+    assert sender.done()
+    assert server.runs["run0"].files == []
+
+
 def test_inactive_ranks_write_nothing(tmp_path):
     tracker = _tracker(tmp_path / "run", _uri(tmp_path), active=False)
     tracker.log(1, {"x": 1.0})
@@ -107,3 +329,17 @@ def test_redact(uri, shown):
 
 def test_flatten():
     assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": [3]}) == {"a.b": 1, "a.c.d": 2, "e": [3]}
+
+
+def test_what_a_resumed_run_changes_is_noted(tmp_path, capsys):
+    before, now = load_config(RECIPE, ["train.steps=2"]), load_config(RECIPE, ["train.steps=4"])
+    saved = SimpleNamespace(state={"config": before.to_dict(), "world_size": 1, "step": 2})
+    tracker = _tracker(tmp_path, "")
+    write_config(tmp_path, now, 1, saved, tracker)
+    tracker.close()
+    assert "changed from step 2 on: train.steps 2 -> 4" in capsys.readouterr().out
+    kept = tmp_path / "config-step-00000002.yaml"
+    assert (tmp_path / "config.yaml").read_text() == kept.read_text()
+    events = read_events(tmp_path / EVENTS)
+    assert {"changed": {"train.steps": [2, 4]}, "step": 2} in events
+    assert {"artifact": kept.name} in events

@@ -10,7 +10,7 @@ import pytest
 import s3fs
 
 from occstream.launch import cli
-from occstream.pretrain.tracking import read_events
+from occstream.pretrain.events import read_events
 from occstream.sharding import storage
 from occstream.sharding.check import verify
 from occstream.sharding.manifest import Manifest
