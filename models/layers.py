@@ -34,6 +34,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context without autocast, whatever is on around it. Tensors keep their dtypes: callers widen them."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
+
 def checkpointed(work: Callable, *args, when: bool = True):
     """``work(*args)``; where gradients are kept and ``when`` holds, its activations are computed again in the backward
     pass instead of kept. Batch norms below it count a batch once."""

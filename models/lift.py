@@ -21,7 +21,9 @@ def frustum(image_size: tuple[int, int], feature_size: tuple[int, int], depths: 
     Pixels are spread over the feature map from 0 to W-1 and 0 to H-1, ends included (SPEC A.4).
     """
     (height, width), (h, w) = image_size, feature_size
-    d, v, u = torch.meshgrid(depths, torch.linspace(0, height - 1, h), torch.linspace(0, width - 1, w), indexing="ij")
+    rows = torch.linspace(0, height - 1, h, device=depths.device)
+    columns = torch.linspace(0, width - 1, w, device=depths.device)
+    d, v, u = torch.meshgrid(depths, rows, columns, indexing="ij")
     return torch.stack([u, v, d], -1)
 
 
@@ -34,7 +36,7 @@ def unproject(points: Tensor, batch: OccBatch) -> Tensor:
     Returns:
         (B, V, …, 3) metres, fp32.
     """
-    p = points.reshape(-1, 3).to(batch.bda.device) - batch.post_tran.float().unsqueeze(2)
+    p = points.reshape(-1, 3) - batch.post_tran.float().unsqueeze(2)
     p = p @ torch.linalg.inv(batch.post_rot.float()).mT
     rays = torch.cat([p[..., :2] * p[..., 2:], p[..., 2:]], -1)
     bda, to_ego = batch.bda.float().unsqueeze(1), batch.camera_to_ego.float()

@@ -106,9 +106,10 @@ class VoxelTokens(nn.Module):
         pixels, depth = (torch.cat(part, 1) for part in zip(*projected))
         pixels = pixels / size  # (V, T, 2)
         visible = (depth > 1e-5) & ((pixels > 0) & (pixels < 1)).all(-1)
-        camera, token = visible.nonzero().unbind(1)
-        counts = [v.sum(1) for v in visible.split([len(i) for i in index], 1)]
-        return Sightings(token, pixels[camera, token], torch.stack(counts, 1).flatten().tolist(), visible.sum(0))
+        each = [v.sum(1) for v in visible.split([len(i) for i in index], 1)]
+        counts = torch.stack(each, 1).flatten().tolist()
+        camera, token = torch.nonzero_static(visible, size=sum(counts)).unbind(1)
+        return Sightings(token, pixels[camera, token], counts, visible.sum(0))
 
 
 class DenseTransformer(nn.Module):

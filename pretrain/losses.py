@@ -17,7 +17,7 @@ from torch import Tensor
 
 from occstream.models import kernels
 from occstream.models.batch import OccBatch, OccOutputs, pool_binary
-from occstream.models.layers import world_size
+from occstream.models.layers import full_precision, world_size
 from occstream.sharding.schema import IGNORE
 
 
@@ -74,7 +74,7 @@ def occupancy_loss(
     if counts is None:
         counts = joint_counts(outputs, [batch], config)
     totals: dict[str, tuple[Tensor, float | None]] = {}  # name -> sum, weight (None: only reported)
-    with torch.autocast(batch.images.device.type, enabled=False):
+    with full_precision(batch.images.device):
         if outputs.binary_logits is not None:
             logits = outputs.binary_logits.float()
             target, valid = pool_binary(batch.binary, batch.binary_valid, tuple(logits.shape[1:]))
