@@ -50,7 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--groups", default="cameras,lidar,labels", help="comma-separated (default cameras,lidar,labels)")
     p.add_argument("--cameras", default="", help="comma-separated names of the cameras to keep (default all)")
     p.add_argument("--short-side", type=int, default=0, help="shrink images to so many pixels (default 0: as they are)")
-    p.add_argument("--jpeg-quality", type=int, default=90, help="of shrunk images (default 90)")
+    p.add_argument("--jpeg-quality", type=int, default=90, help="of shrunk or rectified images (default 90)")
+    p.add_argument(
+        "--max-black", type=float, default=10, help="percent of a rectified image that its lens may not have seen (10)"
+    )
     p.add_argument("--lidar-step", type=float, default=0.0, help="round points to so many metres (default 0: lossless)")
 
     p = command(

@@ -88,7 +88,7 @@ def shard(args) -> int:
         grid = grid or get_grid("occ3d")
         label = Labeler(grid, source.taxonomy.name, _label_config(args))
     cameras = tuple(c for c in args.cameras.split(",") if c)
-    images = Images(args.short_side, args.jpeg_quality, cameras)
+    images = Images(args.short_side, args.jpeg_quality, cameras, args.max_black / 100)
     return _run_job(args, source, groups, grid, label, images, Coding(args.zstd_level, args.lidar_step))
 
 
@@ -119,6 +119,7 @@ def label(args) -> int:
 
 
 def _run_job(args, source, groups, grid, label, images, coding) -> int:
+    from occstream.sharding.datacard import black_shares
     from occstream.sharding.pack import Job, estimate, pack
 
     if not args.out:
@@ -159,6 +160,9 @@ def _run_job(args, source, groups, grid, label, images, coding) -> int:
         print(f"part {args.part} is done; when all are: occstream merge {args.out}")
     else:
         print(_published(manifest))
+        if shares := black_shares(manifest.scenes):
+            listed = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
+            print(f"rectified to pinholes; black, at most: {listed}")
     return 0
 
 

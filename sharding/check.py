@@ -205,6 +205,11 @@ def _check_classes(what: str, values: np.ndarray, highest: int) -> Iterator[str]
 
 
 def _check_camera(camera: Camera) -> Iterator[str]:
+    if camera.distortion is not None and any(camera.distortion):
+        yield (
+            f"image is distorted (coefficients {', '.join(f'{v:g}' for v in camera.distortion)}), which no model undoes: pack "
+            "the data set again, images are rectified now"
+        )
     k = camera.intrinsics
     fx, fy, cx, cy = k[0, 0], k[1, 1], k[0, 2], k[1, 2]
     if k.shape != (3, 3) or not np.isfinite(k).all() or not np.allclose(k[2], [0, 0, 1]) or abs(k[1, 0]) > 1e-6:

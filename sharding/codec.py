@@ -70,6 +70,11 @@ def encode(frame: Frame, group: str, coding: Coding = LOSSLESS) -> list[tuple[st
     if group == "cameras":
         head["cameras"] = {}
         for name, camera in frame.cameras.items():
+            if camera.lens is not None or camera.distortion is not None:
+                raise ValueError(
+                    f"frame {frame.key}, {name}: has a distorting lens, and shards hold pinholes only; rectify it first "
+                    "(prepare.Images), and give its coefficients as Camera.lens"
+                )
             head["cameras"][name] = {
                 "member": f"{name.lower()}.jpg",
                 "width": camera.width,
@@ -78,7 +83,7 @@ def encode(frame: Frame, group: str, coding: Coding = LOSSLESS) -> list[tuple[st
                 "sensor_to_ego": _matrix(camera.sensor_to_ego),
                 "ego_to_global": _matrix(camera.ego_to_global),
                 "timestamp": camera.timestamp,
-                "distortion": list(camera.distortion) if camera.distortion is not None else None,
+                "distortion": None,
             }
             try:
                 check_jpeg(camera)

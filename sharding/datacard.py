@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from occstream.sharding.manifest import Manifest
+from occstream.sharding.manifest import Manifest, SceneEntry
 from occstream.sharding.schema import IGNORE, get_taxonomy
 from occstream.sharding.stream import ShardReader
+
+
+def black_shares(scenes: Iterable[SceneEntry]) -> dict[str, float]:
+    """By camera that was rectified at packing: the largest share 0..1 of its image that is black, over all scenes."""
+    found: dict[str, float] = {}
+    for scene in scenes:
+        for name, share in scene.attributes.get("rectified", {}).items():
+            found[name] = max(found.get(name, 0.0), share)
+    return found
 
 
 def data_card(manifest: Manifest, other: str = "", frames: int = 100) -> dict[str, float]:
@@ -23,8 +32,10 @@ def data_card(manifest: Manifest, other: str = "", frames: int = 100) -> dict[st
         Shares in percent: ``occupied_share`` of the voxels that the labels know; ``observed_share`` (those that they know)
         and ``in_view_share`` of all voxels; ``occluded_share``: occupied voxels that no camera sees; ``class/<name>`` of the
         occupied voxels; occupied is what is also known; metres:
-        ``distance_p50``, ``distance_p90`` of occupied voxels from the ego; and of the other labels, where they claim to know:
-        ``recall``, ``precision`` of occupied voxels, ``known_share`` of all voxels. ``scenes``, ``frames`` of the set.
+        ``distance_p50``, ``distance_p90`` of occupied voxels from the ego; ``black_share`` of the
+        image of a rectified camera that its lens did not see, the largest of all cameras; and of the other labels, where
+        they claim to know: ``recall``, ``precision`` of occupied voxels, ``known_share`` of all voxels. ``scenes``, ``frames``
+        of the set.
 
     Raises:
         ValueError: there are no labels.
@@ -74,6 +85,8 @@ def data_card(manifest: Manifest, other: str = "", frames: int = 100) -> dict[st
         "distance_p50": float(np.quantile(far, 0.5)) if len(far) else float("nan"),
         "distance_p90": float(np.quantile(far, 0.9)) if len(far) else float("nan"),
     }
+    if black := black_shares(manifest.scenes):
+        card["black_share"] = 100 * max(black.values())
     if classes.sum():
         card |= {f"class/{name}": share(n, classes.sum()) for name, n in zip(taxonomy.classes, classes)}
     if second:
@@ -95,6 +108,7 @@ _WORDS = {
     "occluded_share": "occupied but in no camera's view, % of the occupied",
     "distance_p50": "distance of occupied voxels from the ego, median, m",
     "distance_p90": "distance of occupied voxels from the ego, 90 %, m",
+    "black_share": "rectified images: black, the largest share of a camera, %",
     "labels/recall": "labels for pre-training: recall of occupied voxels, %",
     "labels/precision": "labels for pre-training: precision of occupied voxels, %",
     "labels/known_share": "labels for pre-training: known, % of all voxels",

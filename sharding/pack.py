@@ -109,7 +109,8 @@ class Job:
 
     def digest(self, scenes: Sequence[str]) -> str:
         """Tells whether a published shard was made from the same source, settings and scenes."""
-        settings = [sorted(self.groups), asdict(self.images), asdict(self.coding)]
+        images = {k: v for k, v in asdict(self.images).items() if k != "max_black"}  # it refuses, it changes no byte
+        settings = [sorted(self.groups), images, asdict(self.coding)]
         parts = [repr(self.source), settings, list(scenes), [self.header(g) for g in self.groups]]
         return hashlib.blake2b(canonical_json(parts), digest_size=16).hexdigest()
 
@@ -125,10 +126,11 @@ class Job:
         return [names[i : i + self.scenes_per_shard] for i in range(0, len(names), self.scenes_per_shard)]
 
     def prepared(self, name: str) -> Scene:
-        """A scene as it is packed, but for the cameras. Raises ValueError that names it if it cannot be."""
+        """A scene as it is packed, but for the images. Raises ValueError that names it if it cannot be."""
         scene = self.source.load(name)
         if not scene.frames:
             raise ValueError("it has no frames")
+        scene = self.images.aim(scene)
         return self.label(scene) if self.label else scene
 
     def members(self, frame: Frame, group: str) -> list[tuple[str, bytes]]:

@@ -20,6 +20,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from occstream.sharding.grid import VoxelGrid
+from occstream.sharding.lenses import Lens, View
 from occstream.sharding.poses import compose, inverse
 
 IGNORE = 255  # semantic id of voxels and points whose class is unknown; never enters a loss or a metric
@@ -149,16 +150,21 @@ def get_taxonomy(name: str) -> Taxonomy:
 
 @dataclass
 class Camera:
-    """One image of a key-frame.
+    """One image of a key-frame. In shards every camera is a pinhole: a source whose lens is another one says so in
+    ``lens``, and packing resamples the image (``prepare.rectify``).
 
     Attributes:
-        jpeg: the encoded image, as the data set has it or re-encoded at packing.
-        width, height: pixels of ``jpeg``.
+        jpeg: the encoded image, as the data set has it or re-encoded at packing; b"" where ``image`` is given.
+        width, height: pixels of the image.
         intrinsics: (3, 3) float64, pixels; the centre of the top-left pixel is (0, 0).
         sensor_to_ego: camera -> ego at ``timestamp``.
         ego_to_global: ego -> global at *this camera's* ``timestamp`` (not the key-frame's).
         timestamp: microseconds.
-        distortion: coefficients as the data set gives them, or None (already undistorted or unknown).
+        distortion: None. Shards that were packed before lenses were taken out have coefficients here.
+        image: (height, width, 3) uint8 RGB of a source that has no JPEG (video frames), else None. Never in shards.
+        lens: how the raw image maps rays to pixels, or None for a pinhole with ``intrinsics``. Never in shards.
+        views: the pinholes to make of a camera with a lens, all through its optical center; empty: one, with the lens's own
+            size, focal length and principal point. Never in shards.
     """
 
     jpeg: bytes
@@ -169,6 +175,9 @@ class Camera:
     ego_to_global: np.ndarray
     timestamp: int
     distortion: tuple[float, ...] | None = None
+    image: np.ndarray | None = None
+    lens: Lens | None = None
+    views: tuple[View, ...] = ()
 
 
 @dataclass

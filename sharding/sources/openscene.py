@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from occstream.sharding.grid import VoxelGrid, get_grid
+from occstream.sharding.lenses import lens_of
 from occstream.sharding.poses import compose, rotate
 from occstream.sharding.rawfiles import (
     choose,
@@ -86,7 +87,7 @@ class OpenScene:
     taxonomy: Taxonomy = OPENSCENE
 
     def __repr__(self) -> str:
-        return f"OpenScene({self.root.name}, grid={self.grid.name if self.grid else None})"
+        return f"OpenScene({self.root.name}, grid={self.grid.name if self.grid else None}, lenses)"  # was without, once
 
     def scene_names(self) -> list[str]:
         return list(self.records)
@@ -106,16 +107,20 @@ class OpenScene:
             jpeg, width, height = read_jpeg(self._find(row["data_path"]))
             to_lidar = np.eye(4)
             to_lidar[:3, :3], to_lidar[:3, 3] = row["sensor2lidar_rotation"], row["sensor2lidar_translation"]
-            distortion = row.get("distortion")
+            intrinsics = np.array(row["cam_intrinsic"], np.float64)
+            try:
+                lens = lens_of(width, height, intrinsics, row.get("distortion"))
+            except ValueError as error:
+                raise ValueError(f"{self.root}: frame {info['token']}, {name}: {error}") from None
             cameras[name] = Camera(
                 jpeg=jpeg,
                 width=width,
                 height=height,
-                intrinsics=np.array(row["cam_intrinsic"], np.float64),
+                intrinsics=intrinsics,
                 sensor_to_ego=compose(lidar, to_lidar),
                 ego_to_global=ego,  # OpenScene has no pose for each camera
                 timestamp=timestamp,
-                distortion=None if distortion is None else tuple(float(v) for v in np.ravel(distortion)),
+                lens=lens,
             )
         return Frame(
             scene=scene,

@@ -11,6 +11,7 @@ from occstream.sharding.check import verify
 from occstream.sharding.codec import GROUPS, decode, encode
 from occstream.sharding.grid import get_grid
 from occstream.sharding.pack import pack
+from occstream.sharding.prepare import Images
 from occstream.sharding.schema import IGNORE, TAXONOMIES
 from occstream.sharding.sources import open_source, source_names
 from tests.sharding import layouts
@@ -58,6 +59,7 @@ def test_contract(opened, name, number, tmp_path):
         assert times == sorted(times) if None not in times else set(times) == {None}
         for frame in scene.frames:
             _check_frame(frame, source)
+            frame = Images()(frame)  # where the data set's lens is not a pinhole, the image is resampled
             groups = [g for g in GROUPS if g != "labels" or frame.labels]
             members = [{n[len(frame.key) + 1 :]: d for n, d in encode(frame, g)} for g in groups]
             decoded = decode(members)
@@ -82,6 +84,8 @@ def _check_frame(frame, source):
     for camera in frame.cameras.values():
         height, width, *_ = simplejpeg.decode_jpeg_header(camera.jpeg)
         assert (camera.width, camera.height) == (width, height)
+        assert camera.distortion is None, "a lens that is not a pinhole belongs into Camera.lens"
+        assert camera.lens is None or (camera.lens.width, camera.lens.height) == (width, height)
         assert camera.intrinsics.shape == (3, 3)
         assert camera.intrinsics[2].tolist() == [0, 0, 1]
         rigid(camera.sensor_to_ego)
@@ -138,7 +142,8 @@ def test_openscene_boxes_and_cameras(opened):
     assert list(frame.cameras) == ["CAM_F0", "CAM_L0", "CAM_R0", "CAM_L1", "CAM_R1", "CAM_L2", "CAM_R2", "CAM_B0"]
     camera = frame.cameras["CAM_F0"]
     np.testing.assert_allclose(camera.sensor_to_ego @ [0, 0, 1, 1], [2, 0, 1.7, 1])  # forward of the camera is x
-    assert camera.distortion == (-0.3, 0.1, 0, 0, 0.02)
+    assert camera.distortion is None  # the lens says it, and packing takes it out
+    assert camera.lens.coefficients == (-0.3, 0.1, 0, 0, 0.02)
     np.testing.assert_allclose(frame.boxes.boxes[0], [10, 2, 0.5, 4.5, 1.9, 1.6, 0.3], rtol=1e-6)
     assert frame.lidar.ring[41] == 1
 

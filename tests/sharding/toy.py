@@ -21,7 +21,7 @@ def toy_frame(scene: str, index: int, seed: int = 0) -> Frame:
     later = pose.copy()
     later[0, 3] += 0.25
     intrinsics = np.array([[20.0, 0, 11.5], [0, 20, 7.5], [0, 0, 1]])
-    camera = Camera(jpeg, 24, 16, intrinsics, np.eye(4), later, 10**15 + index, (0.1,))
+    camera = Camera(jpeg, 24, 16, intrinsics, np.eye(4), later, 10**15 + index)
     n = int(rng.integers(0, 50))
     sweep = LidarSweep(
         xyz=rng.normal(size=(n, 3)).astype(np.float32),
