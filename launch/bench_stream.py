@@ -30,7 +30,7 @@ import simplejpeg
 from occstream.sharding.codec import decode
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.manifest import Manifest
-from occstream.sharding.order import Order, training_batches
+from occstream.sharding.order import Order, by_scenes, training_batches
 from occstream.sharding.pack import pack
 from occstream.sharding.schema import OCC3D, Frame, Scene, Taxonomy
 from occstream.sharding.sources import open_source
@@ -118,7 +118,9 @@ def ours(folder: Path, workers: int, skip: int) -> Iterator:
 
 def _order(manifest: Manifest) -> Order:
     shards = [s.shard for s in manifest.scenes]
-    return Order(manifest.fingerprint, range(len(shards)), [s.frames for s in manifest.scenes], 0, None, shards, BATCH)
+    frames = [s.frames for s in manifest.scenes]
+    identity = by_scenes([s.name for s in manifest.scenes], frames)
+    return Order(identity, range(len(shards)), frames, 0, None, shards, BATCH)
 
 
 def memory(folder: Path, workers: int, skip: int) -> Iterator:

@@ -22,7 +22,16 @@ from occstream.pretrain.deviceimages import DeviceImages
 from occstream.pretrain.engine import World
 from occstream.sharding import storage
 from occstream.sharding.manifest import Manifest
-from occstream.sharding.order import Order, Quotas, evaluation_batches, training_batches
+from occstream.sharding.order import (
+    BY_CONTENT,
+    BY_SCENES,
+    Order,
+    Quotas,
+    by_content,
+    by_scenes,
+    evaluation_batches,
+    training_batches,
+)
 from occstream.sharding.schema import IGNORE
 from occstream.sharding.stream import Field, ShardReader, Stream, StreamBatch
 
@@ -39,10 +48,11 @@ class TrainData:
         unknown: share of unknown voxels that a setting counts (see ``unknown_share``), by setting; ``notes``: of those above
             0, a line to print.
         cameras: names in order.
+        rule: what the order is drawn from.
     """
 
     def __init__(self, config: Config, world: World):
-        self.config, self.world, self.wished = config, world, False
+        self.config, self.world, self.wished, self.rule = config, world, False, BY_SCENES
         data, cfg = config.data, config.train
         semantic = config.stage == "finetune"
         manifest = _load(config, data.url, data.labels)
@@ -160,14 +170,23 @@ class TrainData:
         """Positions after the last batch taken: a handful of integers, the same on every rank."""
         return {name: feed.state for name, feed in self._feeds.items()}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continues from positions; call before the first ``next``."""
+    def load_state_dict(self, state: dict, rule: str = BY_SCENES) -> None:
+        """Continues from positions, in the order that they belong to; call before the first ``next``.
+
+        Raises:
+            ValueError: the positions are of other streams, or of an order that this version does not know.
+        """
+        if rule not in (BY_SCENES, BY_CONTENT):
+            raise ValueError(f"the checkpoint was trained in an order by {rule!r}, which this version does not know")
+        self.rule = rule
         for name, feed in self._feeds.items():
             if name not in state:
                 raise ValueError(
                     f"the checkpoint has no position of the {name} stream: it was made without this replay"
                 )
             feed.state = dict(state[name])
+            if rule == BY_CONTENT:
+                feed.order.identify(by_content(feed.manifest.fingerprint, feed.order.scenes))
 
     def shares(self) -> dict[str, float]:
         """Share of each source of B frames among all B frames so far, by name; empty with fewer than two sources."""
@@ -290,7 +309,8 @@ class Ahead:
 def _order(manifest: Manifest, scenes: list[int], seed: int, draw: int | None, lanes: int) -> Order:
     entries = [manifest.scenes[i] for i in scenes]
     shards = [e.shard for e in entries]
-    return Order(manifest.fingerprint, scenes, [e.frames for e in entries], seed, draw, shards, lanes)
+    frames = [e.frames for e in entries]
+    return Order(by_scenes([e.name for e in entries], frames), scenes, frames, seed, draw, shards, lanes)
 
 
 class EvalData:

@@ -46,6 +46,7 @@ from occstream.pretrain.profile import Profile
 from occstream.pretrain.replay import EvalData, TrainData
 from occstream.pretrain.runconfig import write_config
 from occstream.pretrain.tracking import Tracker
+from occstream.sharding.order import BY_CONTENT
 
 # Settings that a resumed run may change: none of them changes what the same step learns. Data is compared by
 # fingerprint, so it may move.
@@ -166,7 +167,12 @@ def _train(config: Config, world: World, run: Path) -> Result:
             averaged = saved.tensors("ema")
             for name, tensor in float_state(engine.module):
                 ema.values[name].copy_(to_local(tensor, averaged[name], world))
-        data.load_state_dict(run_state["data"])
+        # Checkpoints of earlier versions name no rule: their order hung on the content of the data.
+        data.load_state_dict(run_state["data"], run_state.get("order", BY_CONTENT))
+        if data.rule == BY_CONTENT:
+            _say(
+                world, "goes on in the order by content, as the checkpoint was trained; new runs are ordered by scenes"
+            )
         _say(world, f"resumed from {saved.path} at step {step}")
 
     tracker = Tracker(
@@ -528,6 +534,7 @@ class Keeper:
                 "ema_updates": ema.updates if ema else 0,
                 "config": config.to_dict(),
                 "fingerprints": data.fingerprints,
+                "order": data.rule,
                 "unknown_share": data.unknown,
                 "cameras": list(data.cameras),
                 "world_size": world.size,

@@ -1,6 +1,7 @@
-"""Which frame is sample i: pure functions of (fingerprint, scenes, seed, epoch, position), no I/O.
+"""Which frame is sample i: pure functions of (names and lengths of the scenes, seed, epoch, position), no I/O.
 
-World size, threads, restarts and cache state cannot change it. An epoch permutes the shards and the scenes within each,
+World size, threads, restarts and cache state cannot change it, nor can what the frames hold: with other images, or other
+labels, the same scenes come in the same order. An epoch permutes the shards and the scenes within each,
 lays their frames end to end, cuts the sequence into fixed *lanes* and shuffles each lane in blocks; sample i is the
 (i // L)-th of lane i % L. With as many lanes as a global batch has samples, each place in the batch walks through a part
 of the data of its own: a node, which owns some places, fetches only its share. Epochs follow each other without padding
@@ -20,6 +21,7 @@ import numpy as np
 LANES = 64  # where nobody says how many
 WINDOW = 16384  # frames that are shuffled among each other: the blocks of all lanes together
 BLOCK = 256  # frames of a lane's block, at least
+BY_SCENES, BY_CONTENT = "scenes", "content"  # rules that checkpoints name: what the order is drawn from
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,23 @@ def generator(*keys: object) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
 
 
+def by_scenes(names: Sequence[str], frames: Sequence[int]) -> str:
+    """Identity of an order that hangs on which scenes there are: their names and numbers of frames, in order."""
+    listed = "\n".join(f"{name} {int(count)}" for name, count in zip(names, frames, strict=True))
+    return hashlib.blake2b(listed.encode(), digest_size=16).hexdigest()
+
+
+def by_content(fingerprint: str, scenes: Sequence[int]) -> str:
+    """Identity by which runs were ordered before: the manifest's fingerprint and the scenes' numbers."""
+    numbers = hashlib.blake2b(np.asarray(scenes, np.int64).tobytes(), digest_size=8).hexdigest()
+    return f"{fingerprint}\x1f{numbers}"
+
+
 class Order:
     """The sequence of samples of one stream.
 
     Args:
-        fingerprint: of the manifest.
+        identity: of what is ordered; see ``by_scenes``.
         scenes: scene numbers of the subset.
         frames: number of frames of each of them.
         seed: of the run.
@@ -55,7 +69,7 @@ class Order:
 
     def __init__(
         self,
-        fingerprint: str,
+        identity: str,
         scenes: Sequence[int],
         frames: Sequence[int],
         seed: int,
@@ -69,10 +83,12 @@ class Order:
         if draw is not None and not 1 <= draw <= len(self.scenes):
             raise ValueError(f"cannot draw {draw} scenes an epoch from {len(self.scenes)}; lower replay.draw")
         self.shards = None if shards is None else np.asarray(shards, np.int64)
-        self.draw, self.lanes = draw, lanes
-        # The scenes enter the key: another subset is another sequence.
-        names = hashlib.blake2b(self.scenes.tobytes(), digest_size=8).hexdigest()
-        self._key = (fingerprint, names, seed, draw)
+        self.draw, self.lanes, self.seed = draw, lanes, seed
+        self.identify(identity)
+
+    def identify(self, identity: str) -> None:
+        """Draws from another identity from now on."""
+        self._key = (identity, self.seed, self.draw)
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def epoch(self, number: int) -> _Epoch:

@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from occstream.sharding import stream as stream_module
 from occstream.sharding.codec import CorruptSample
 from occstream.sharding.manifest import Manifest
-from occstream.sharding.order import Order, Quotas, Sample, evaluation_batches, share, training_batches
+from occstream.sharding.order import (
+    Order,
+    Quotas,
+    Sample,
+    by_content,
+    by_scenes,
+    evaluation_batches,
+    share,
+    training_batches,
+)
 from occstream.sharding.pack import pack
 from occstream.sharding.storage import ShardCache
 from occstream.sharding.stream import Field, ShardReader, Stream
@@ -24,8 +33,8 @@ from tests.sharding.toy import GRID, ToySource
 FRAMES = st.lists(st.integers(1, 30), min_size=1, max_size=30)
 
 
-def make_order(frames, seed=0, draw=None, fingerprint="f"):
-    return Order(fingerprint, range(100, 100 + len(frames)), frames, seed, draw)
+def make_order(frames, seed=0, draw=None, identity="f"):
+    return Order(identity, range(100, 100 + len(frames)), frames, seed, draw)
 
 
 @given(frames=FRAMES, seed=st.integers(0, 99), epoch=st.integers(0, 3))
@@ -57,7 +66,7 @@ def test_world_size_and_restarts_do_not_change_the_sequence(frames, world, batch
 def test_seed_epoch_and_data_change_the_order():
     frames = [10] * 20
     base = list(islice(make_order(frames).samples(0, 0), 200))
-    for other in (make_order(frames, seed=1), make_order(frames, fingerprint="g")):
+    for other in (make_order(frames, seed=1), make_order(frames, identity="g")):
         assert list(islice(other.samples(0, 0), 200)) != base
     next_epoch = list(islice(make_order(frames).samples(1, 0), 200))
     assert [(s.scene, s.frame) for s in next_epoch] != [(s.scene, s.frame) for s in base]
@@ -65,8 +74,29 @@ def test_seed_epoch_and_data_change_the_order():
 
 def test_the_order_is_frozen():
     """Changing it silently would break every resume: bump the format if this has to change."""
-    got = [(s.scene, s.frame) for s in islice(make_order([4, 4, 4], seed=7).samples(0, 0), 8)]
-    assert got == [(100, 1), (101, 0), (102, 1), (100, 3), (101, 1), (102, 2), (100, 0), (101, 3)]
+
+    def first(identity):
+        return [(s.scene, s.frame) for s in islice(make_order([4, 4, 4], 7, None, identity).samples(0, 0), 8)]
+
+    assert first(by_scenes("abc", [4, 4, 4])) == [
+        (102, 2),
+        (101, 0),
+        (100, 0),
+        (102, 3),
+        (101, 3),
+        (100, 2),
+        (102, 0),
+        (101, 1),
+    ]
+    before = [(100, 1), (101, 0), (102, 1), (100, 3), (101, 1), (102, 2), (100, 0), (101, 3)]
+    assert first(by_content("f", range(100, 103))) == before
+
+
+def test_an_order_by_scenes_hangs_on_their_names_and_lengths_alone():
+    base = by_scenes(["a", "b"], [4, 4])
+    assert base == by_scenes(["a", "b"], np.array([4, 4]))
+    others = [by_scenes(["a", "c"], [4, 4]), by_scenes(["b", "a"], [4, 4]), by_scenes(["a", "b"], [4, 5])]
+    assert len({base, *others}) == 4
 
 
 @given(pool=st.integers(4, 40), seed=st.integers(0, 20))
