@@ -182,13 +182,14 @@ class Camera:
 
 @dataclass
 class LidarSweep:
-    """One turn of a LiDAR, not motion-compensated beyond what the data set did.
+    """One turn of a LiDAR. Its points are where they were at ``timestamp``, where the data set makes that possible: it
+    compensated them itself, or gives each point's time and the source calls ``motion.deskew``.
 
     Attributes:
-        xyz: (N, 3) float32, metres, LiDAR frame.
+        xyz: (N, 3) float32, metres, LiDAR frame at ``timestamp``.
         intensity: (N,) float32 in the data set's unit, or None.
         ring: (N,) uint8 beam number, or None.
-        time_lag: (N,) float32 seconds from the point to ``timestamp`` (>= 0: measured before), or None.
+        time_lag: (N,) float32 seconds from the measurement to ``timestamp`` (positive: measured before it), or None.
         classes: (N,) uint8 ids of the scene's taxonomy, ``IGNORE`` where unknown, or None.
         moving: (N,) bool, True on what was moving when it was measured, or None.
         sensor_to_ego: LiDAR -> ego at ``timestamp``.
