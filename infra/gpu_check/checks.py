@@ -1,0 +1,111 @@
+"""What a section of the GPU check is: a name, what is expected, and work that says what it found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from occstream.pretrain.config import Config, load_config
+from tests.pretrain.small import RECIPE, pack_small
+
+
+class Failed(Exception):
+    """Something else was found than expected."""
+
+
+class Skipped(Exception):
+    """What the section needs is not here."""
+
+
+def need(ok: bool, found: str) -> str:
+    """``found`` if all is well. Raises Failed with it otherwise."""
+    if not ok:
+        raise Failed(found)
+    return found
+
+
+@dataclass(frozen=True)
+class Check:
+    """Where and how sections run.
+
+    Attributes:
+        dry: on the CPU at the smallest size: shows that the check works, says nothing about a GPU.
+        out: folder for what sections write.
+    """
+
+    dry: bool
+    out: Path
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.dry else "cuda")
+
+    def data(self) -> str:
+        """Scenes of three frames with six small images, packed once for all sections."""
+        url = self.out / "small"
+        if not (url / "manifest.json").exists():
+            pack_small(str(url), scenes=3)
+        return str(url)
+
+    def small(self, stage: str, *words: str) -> Config:
+        """The smallest recipe that has every part of a network."""
+        words = (f"data.url={self.data()}", f"replay.url={self.data()}", "model.dropout=0.0", *words)
+        return load_config(RECIPE, words, stage=stage)
+
+    def sized(self, recipe: str, stage: str, *words: str) -> Config:
+        """A packaged recipe without data, as it is; dry, the smallest one with its kind of network."""
+        if not self.dry:
+            return load_config(recipe, words, stage=stage)
+        kind = load_config(recipe, words, stage=stage)
+        keep = [w for w in words if not w.startswith(("data.", "replay.", "augment."))]
+        keep += ["model.dropout=0.0", f"model_name={kind.model_name}", f"model.strategy={kind.model.strategy}"]
+        keep += [f"model.dense_layers={min(1, kind.model.dense_layers)}", f"data.binary_from={kind.data.binary_from}"]
+        return load_config(RECIPE, keep, stage=stage)
+
+
+@dataclass(frozen=True)
+class Section:
+    name: str
+    expected: str
+    work: Callable[[Check], str]
+
+
+SECTIONS: dict[str, Section] = {}
+
+
+def section(name: str, expected: str) -> Callable:
+    """Registers a section; they run in the order of their definition, each in a process of its own."""
+
+    def add(work: Callable[[Check], str]) -> Callable[[Check], str]:
+        SECTIONS[name] = Section(name, expected, work)
+        return work
+
+    return add
+
+
+@contextmanager
+def peak(device: torch.device) -> Iterator[Callable[[], float]]:
+    """GiB allocated at most so far; 0 on the CPU, which does not count."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    yield lambda: torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+
+
+def timed(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Seconds of one call, the best of some."""
+    best = float("inf")
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best

@@ -1,0 +1,63 @@
+"""The GPU check, dry: every section on the CPU at the smallest size, in one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "infra/gpu_check.sh"
+# What they check on the CPU does not hold yet: geometry in bf16, and checkpointing under torch.compile.
+OPEN = {"geometry", "compile"}
+
+
+def run(*words):
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(["bash", SCRIPT, *words], env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    out = tmp_path_factory.mktemp("gpu-check")
+    return run("--dry", "--out", out), out
+
+
+def test_every_section_runs_and_none_stops_the_others(dry):
+    done, out = dry
+    found = json.loads((out / "table.json").read_text())
+    assert list(found) == [
+        *("doctor", "agree", "geometry", "kernels", "batch norm", "decoder", "compile", "waits"),
+        *("step", "bevformer", "offboard", "zero", "resume", "evaluate", "trace", "train"),
+    ]
+    failed = {name: f["found"] for name, f in found.items() if f["status"] == "FAILED"}
+    assert set(failed) <= OPEN, failed
+    assert done.returncode == (1 if failed else 0), done.stderr
+    table = (out / "table.md").read_text()
+    assert table.count("\n|") == len(found) + 2
+    assert table.strip() in done.stdout
+
+
+def test_a_section_that_fails_is_in_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "infra/gpu_check"))
+    import checks
+    import run as driver
+
+    def broken(check):
+        raise RuntimeError("no such kernel\nat 0x0")
+
+    sections = {
+        name: checks.Section(name, "nothing", work)
+        for name, work in {"one": broken, "two": lambda c: checks.need(False, "3 | 4"), "three": lambda c: "5"}.items()
+    }
+    monkeypatch.setattr(driver, "_sections", lambda: sections)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert driver.main(["--dry", "--out", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "| one | nothing | RuntimeError: no such kernel" in out
+    assert "| two | nothing | 3 / 4 | FAILED |" in out
+    assert "| three | nothing | 5 | ok |" in out
+    assert driver.main(["--dry", "--only", "four"]) == 2
+    assert "no section four; there are one, two, three" in capsys.readouterr().err
