@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from occstream.models import kernels
+from occstream.models.layers import full_precision
 
 
 def sample(values: Tensor, locations: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
@@ -18,19 +19,23 @@ def sample(values: Tensor, locations: Tensor, weights: Tensor, counts: list[int]
     Args:
         values: (N, C, X, Y, Z) or (N, C, h, w), C divisible by the heads.
         locations: (T, heads, points, 3) as (x, y, z), or (T, heads, points, 2) as (u, v), in 0..1 over the volume or map;
-            cell i's centre is (i + 0.5) / X.
-        weights: (T, heads, points).
+            cell i's centre is (i + 0.5) / X. fp32: bf16 knows 256 places in 0..1.
+        weights: (T, heads, points) fp32.
         counts: queries of each of the N, which follow each other; T in all.
 
     Returns:
-        (T, C); samples outside count as 0.
+        (T, C); samples outside count as 0. Summed and returned in fp32 whatever the values are (fp64 if everything is), so
+        that the kernels change neither results nor gradients.
     """
+    for tensor in (locations, weights):
+        assert tensor.dtype in (torch.float32, torch.float64), f"sampling in {tensor.dtype}, must be float32"
     if kernels.wanted_for(values):
         return kernels.sample(values, locations, weights, counts)
     heads = weights.shape[1]
     # grid_sample wants the last axis of the tensor first: (z, y, x) for (X, Y, Z), but (u, v) for (h, w).
+    values = values.to(locations.dtype)
     grid = 2 * locations - 1
-    grid = (grid.flip(-1) if values.dim() == 5 else grid).transpose(0, 1).to(values.dtype)
+    grid = (grid.flip(-1) if values.dim() == 5 else grid).transpose(0, 1)
     grid = grid.unsqueeze(3) if values.dim() == 5 else grid
     maps = values.unflatten(1, (heads, -1)).unbind()
     found = []
@@ -69,8 +74,10 @@ class _Sampling(nn.Module):
 
     def forward(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """(…, C) -> offsets (…, heads, points, dims) in cells of what is sampled, weights (…, heads, points); fp32."""
-        offsets = self.offsets(queries).float().unflatten(-1, (self.heads, self.points, self.dims))
-        return offsets, self.weights(queries).float().unflatten(-1, (self.heads, self.points)).softmax(-1)
+        with full_precision(queries.device):
+            queries = queries.float()
+            offsets = self.offsets(queries).unflatten(-1, (self.heads, self.points, self.dims))
+            return offsets, self.weights(queries).unflatten(-1, (self.heads, self.points)).softmax(-1)
 
 
 class VolumeAttention(nn.Module):
@@ -86,7 +93,7 @@ class VolumeAttention(nn.Module):
         """queries (T, C), references (T, 3) in 0..1, volume (B, C, X, Y, Z), queries of each of the B -> (T, C)."""
         offsets, weights = self.sampling(queries)
         cells = offsets.new_tensor(volume.shape[2:])
-        locations = references[:, None, None].float() + offsets / cells
+        locations = references[:, None, None] + offsets / cells
         return self.dropout(self.output(sample(self.value(volume), locations, weights, counts)))
 
 

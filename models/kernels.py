@@ -263,14 +263,14 @@ def _launch(values, owner, locations, weights, out=None, grad=None, back=(None, 
 
 
 def sample(values: Tensor, locations: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
-    """``attention.sample``: the same arguments and (T, C) in the dtype of ``values``, all queries in one launch."""
+    """``attention.sample``: the same arguments and result, all queries in one launch."""
     heads = weights.shape[1]
     spatial = values.shape[2:] if values.dim() == 5 else (1, *values.shape[2:])
     last = values.reshape(len(values), heads, -1, *spatial).permute(0, 3, 4, 5, 1, 2).contiguous()
     each = torch.tensor(counts, device=values.device)
     owner = torch.arange(len(counts), device=values.device).repeat_interleave(each, output_size=len(weights))
     found = _Sample.apply(last, locations.contiguous(), weights.contiguous(), owner)
-    return found.flatten(1).to(values.dtype)
+    return found.flatten(1)
 
 
 def negative_focal(logits: Tensor, gamma: float, columns: Tensor | None) -> tuple[Tensor, Tensor]:

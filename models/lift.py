@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from occstream.models import kernels
 from occstream.models.batch import OccBatch
-from occstream.models.layers import ResidualBlock, SyncBatchNorm, conv_bn
+from occstream.models.layers import ResidualBlock, SyncBatchNorm, conv_bn, full_precision
 from occstream.sharding.grid import VoxelGrid
 
 CHUNK = 1 << 18  # points at a time: bounds the memory of pooling
@@ -28,43 +28,55 @@ def frustum(image_size: tuple[int, int], feature_size: tuple[int, int], depths: 
 
 
 def unproject(points: Tensor, batch: OccBatch) -> Tensor:
-    """Augmented pixels with depth -> augmented ego frame (SPEC J.1).
+    """Augmented pixels with depth -> augmented ego frame (SPEC J.1), in fp32 also under autocast: in bf16 a quarter of the
+    points would fall into another voxel.
 
     Args:
-        points: (…, 3) of (u, v, depth), the same for all cameras.
+        points: (…, 3) of (u, v, depth), the same for all cameras, fp32.
 
     Returns:
         (B, V, …, 3) metres, fp32.
     """
-    p = points.reshape(-1, 3) - batch.post_tran.float().unsqueeze(2)
-    p = p @ torch.linalg.inv(batch.post_rot.float()).mT
-    rays = torch.cat([p[..., :2] * p[..., 2:], p[..., 2:]], -1)
-    bda, to_ego = batch.bda.float().unsqueeze(1), batch.camera_to_ego.float()
-    matrix = bda @ to_ego[..., :3, :3] @ torch.linalg.inv(batch.intrinsics.float())
-    found = rays @ matrix.mT + (bda @ to_ego[..., :3, 3:]).mT
+    _fp32(points, batch.post_tran, batch.post_rot, batch.bda, batch.camera_to_ego, batch.intrinsics)
+    with full_precision(points.device):
+        p = points.reshape(-1, 3) - batch.post_tran.unsqueeze(2)
+        p = p @ torch.linalg.inv(batch.post_rot).mT
+        rays = torch.cat([p[..., :2] * p[..., 2:], p[..., 2:]], -1)
+        bda, to_ego = batch.bda.unsqueeze(1), batch.camera_to_ego
+        matrix = bda @ to_ego[..., :3, :3] @ torch.linalg.inv(batch.intrinsics)
+        found = rays @ matrix.mT + (bda @ to_ego[..., :3, 3:]).mT
     return found.view(*found.shape[:2], *points.shape)
 
 
 def project(points: Iterable[Tensor], batch: OccBatch) -> list[tuple[Tensor, Tensor]]:
-    """Augmented ego frame -> augmented pixels (SPEC J.2), inverse of ``unproject``.
+    """Augmented ego frame -> augmented pixels (SPEC J.2), inverse of ``unproject``; in fp32 also under autocast.
 
     Args:
-        points: (N, 3) metres of each frame, each with an N of its own.
+        points: (N, 3) metres of each frame, fp32, each with an N of its own.
 
     Returns:
         For each frame pixels (V, N, 2) of (u, v), and depth (V, N), metres along the camera's axis: pixels mean something
         only where it is positive.
     """
-    undo, to_camera = torch.linalg.inv(batch.bda.float()).mT, torch.linalg.inv(batch.camera_to_ego.float())
+    _fp32(batch.post_tran, batch.post_rot, batch.bda, batch.camera_to_ego, batch.intrinsics)
     found = []
-    for i, mine in enumerate(points):
-        camera = mine.float() @ undo[i] @ to_camera[i, :, :3, :3].mT + to_camera[i, :, None, :3, 3]
-        image = camera @ batch.intrinsics[i].float().mT
-        depth = image[..., 2]
-        pixel = torch.cat([image[..., :2] / depth.clamp_min(1e-5).unsqueeze(-1), depth.unsqueeze(-1)], -1)
-        pixel = pixel @ batch.post_rot[i].float().mT + batch.post_tran[i].float().unsqueeze(1)
-        found.append((pixel[..., :2], depth))
+    with full_precision(batch.bda.device):
+        undo, to_camera = torch.linalg.inv(batch.bda).mT, torch.linalg.inv(batch.camera_to_ego)
+        for i, mine in enumerate(points):
+            _fp32(mine)
+            camera = mine @ undo[i] @ to_camera[i, :, :3, :3].mT + to_camera[i, :, None, :3, 3]
+            image = camera @ batch.intrinsics[i].mT
+            depth = image[..., 2]
+            pixel = torch.cat([image[..., :2] / depth.clamp_min(1e-5).unsqueeze(-1), depth.unsqueeze(-1)], -1)
+            pixel = pixel @ batch.post_rot[i].mT + batch.post_tran[i].unsqueeze(1)
+            found.append((pixel[..., :2], depth))
     return found
+
+
+def _fp32(*tensors: Tensor) -> None:
+    """Geometry in less than fp32 is a programming error: metres would be off by voxels, pixels by several."""
+    for tensor in tensors:
+        assert tensor.dtype == torch.float32, f"geometry is {tensor.dtype}, must be float32"
 
 
 class _Pool(torch.autograd.Function):
@@ -99,11 +111,12 @@ def voxel_pool(depth: Tensor, context: Tensor, points: Tensor, grid: VoxelGrid) 
     Args:
         depth: (B, V, D, h, w) weights.
         context: (B, V, C, h, w).
-        points: (B, V, D, h, w, 3) metres in the grid's frame.
+        points: (B, V, D, h, w, 3) metres in the grid's frame, fp32.
 
     Returns:
         (B, C, X, Y, Z) fp32.
     """
+    _fp32(points)
     batch, views, bins, h, w = depth.shape
     x, y, z = grid.shape
     lower, size = points.new_tensor(grid.lower), points.new_tensor(grid.voxel)

@@ -9,9 +9,9 @@ import torch
 
 from occstream.models import kernels
 from occstream.models.attention import sample
-from occstream.models.lift import _Pool
+from occstream.models.lift import _Pool, voxel_pool
 from occstream.pretrain.losses import LossConfig, _NegativeFocal, occupancy_loss
-from tests.models.helpers import make_batch
+from tests.models.helpers import SMALL, make_batch
 from tests.models.test_b2s import build
 
 pytest.importorskip("triton")
@@ -54,6 +54,29 @@ def test_deformable_sampling(dims, heads, width, counts):
     inputs = values, locations, weights
     for mine, theirs in zip(grads(found, 3, *inputs), grads(expected, 3, *inputs)):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_in_bf16_the_reference_sums_in_fp32_as_the_kernels_do():
+    """A run may turn the kernels on or off between two starts: neither results nor gradients may depend on them."""
+    counts = [12, 9]
+    values, features = draw(0, 2, 4, 3, 5).bfloat16(), draw(1, 1, 3, 2, 3, 5).bfloat16()
+    locations, weights = (0.5 + 0.4 * draw(2, 21, 2, 8, 2)).float(), draw(3, 21, 2, 8).float()
+    depth = draw(4, 1, 3, 20, 3, 5).float().softmax(2)
+    points = draw(5, 1, 3, 20, 3, 5, 3).float() * 2
+    found = []
+    for wanted in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "wanted_for", lambda tensor, wanted=wanted: wanted)
+            inputs = [t.clone().requires_grad_() for t in (values, locations, weights, depth, features)]
+            sampled, pooled = sample(*inputs[:3], counts), voxel_pool(*inputs[3:], points, SMALL)
+            assert sampled.dtype == pooled.dtype == torch.float32
+            total = (sampled * draw(6, *sampled.shape).float()).sum() + (pooled * draw(7, *pooled.shape).float()).sum()
+            found.append((sampled, pooled, *torch.autograd.grad(total, inputs)))
+    for name, mine, theirs in zip(["sampled", "pooled", "values", "locations", "weights", "depth", "features"], *found):
+        assert mine.dtype == theirs.dtype, name
+        # One unit of bf16's last place: sums are rounded to it, by Triton's interpreter towards zero.
+        loose = 2**-7 if mine.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(mine, theirs, rtol=loose, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("gamma", [2.0, 1.5])
