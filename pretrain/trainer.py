@@ -113,6 +113,13 @@ def accelerate(model: nn.Module, device: torch.device, with_kernels: bool, compi
         model.images.forward = torch.compile(model.images.forward, dynamic=False)
 
 
+def at_precision(model: nn.Module, precision: str, device: torch.device) -> nn.Module:
+    """The same network, whose forward computes in the recipe's precision as the engine's does in training."""
+    if precision == "bf16":
+        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+    return model
+
+
 def train(config: Config, world: World) -> Result:
     """Pre-trains or fine-tunes by the recipe, resuming from the newest complete checkpoint of ``config.output``.
 
@@ -354,7 +361,8 @@ class Trained:
 
 
 def load_trained(path: str | Path, overrides: Sequence[str] = (), number: int = 0) -> Trained:
-    """Opens a run's folder or one of its checkpoints; averaged weights where there are any.
+    """Opens a run's folder or one of its checkpoints; averaged weights where there are any. It computes as in training, by
+    the recipe's precision and kernels, but is not compiled; prints on which device and how.
 
     Args:
         number: of this process, among several that share a machine's GPUs.
@@ -366,12 +374,15 @@ def load_trained(path: str | Path, overrides: Sequence[str] = (), number: int = 
     print(f"device: {describe(device)}", flush=True)
     saved = checkpoint.Checkpoint(path)
     config = parse_config(merge(saved.state["config"], parse_overrides(overrides)))
-    world = World(0, 1, device)
+    world, cfg = World(0, 1, device), config.train
     model = create_model(config)
     checkpoint.load_declared(model, saved.weights(), model.state_dict(), str(saved.path))
+    accelerate(model.to(device), device, cfg.kernels, False)
+    used = "with Triton kernels" if cfg.kernels and device.type == "cuda" else "without Triton kernels"
+    print(f"computes in {cfg.precision}, {used} (train.precision, train.kernels)", flush=True)
     return Trained(
         config,
-        model.to(world.device).eval(),
+        at_precision(model, cfg.precision, device).eval(),
         world,
         tuple(saved.state["cameras"]),
         saved.path,

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from occstream.launch.cli import main
+from occstream.launch.dryrun import frames_like
 from occstream.launch.predict import predict_checkpoint
 from occstream.pretrain import checkpoint
+from occstream.pretrain.trainer import load_trained
 from occstream.sharding import storage
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.stream import ShardReader
@@ -59,6 +61,16 @@ def test_each_part_takes_its_own_gpu_and_says_so(monkeypatch, capsys, part, gpu)
     with pytest.raises(Opened):
         predict_checkpoint("run", "data", "pseudo-a", part=part)
     assert capsys.readouterr().out == f"device: cuda:{gpu} (NVIDIA A100)\n"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_checkpoint_computes_in_its_recipes_precision_and_says_so(place, capsys, precision):
+    trained = load_trained(place / "teacher", [f"train.precision={precision}"])
+    assert f"computes in {precision}, without Triton kernels" in capsys.readouterr().out
+    found = []
+    trained.model.images.register_forward_hook(lambda module, args, out: found.append(out.dtype))
+    trained.model(frames_like(trained.config, 1, 0))
+    assert found == [torch.bfloat16 if precision == "bf16" else torch.float32]
 
 
 def test_the_loop_closes(place, capsys):
