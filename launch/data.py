@@ -60,6 +60,15 @@ def _opened(args):
     return open_source(args.source, options)
 
 
+def _leave_labels(args) -> None:
+    """Tells a source that can bring labels not to: what it would leave out for want of them then stays."""
+    from occstream.sharding.sources import source_options
+
+    option = source_options(args.source.replace("-", "_")).get("labels")
+    if option is not None and option.default is True and not any(s.startswith("labels=") for s in args.settings):
+        args.settings = [*args.settings, "labels=false"]
+
+
 def _label_config(args):
     from occstream.sharding.labels import LabelConfig
 
@@ -74,22 +83,24 @@ def shard(args) -> int:
     from occstream.sharding.grid import get_grid
     from occstream.sharding.labels import Labeler
     from occstream.sharding.prepare import Images
+    from occstream.sharding.summary import choose_labels
 
+    if args.labels in ("lidar", "none"):
+        _leave_labels(args)
     source = _opened(args)
     if source is None:
         return 0
-    mode = args.labels if args.labels != "auto" else ("native" if source.grid else "lidar")
-    if mode == "native" and not source.grid:
-        raise ValueError(f"source {args.source!r} brings no labels of its own; use --labels lidar")
-    groups = tuple(g for g in args.groups.split(",") if g and not (mode == "none" and g == "labels"))
+    groups = tuple(g for g in args.groups.split(",") if g and not (args.labels == "none" and g == "labels"))
     grid = get_grid(args.grid) if args.grid else None
-    label = None
-    if mode == "lidar" and "labels" in groups:
+    mode, reason, label = "none", "", None
+    if "labels" in groups:
+        mode, reason = choose_labels(source, args.labels, grid)
+    if mode == "lidar":
         grid = grid or get_grid("occ3d")
         label = Labeler(grid, source.taxonomy.name, _label_config(args))
     cameras = tuple(c for c in args.cameras.split(",") if c)
     images = Images(args.short_side, args.jpeg_quality, cameras, args.max_black / 100)
-    return _run_job(args, source, groups, grid, label, images, Coding(args.zstd_level, args.lidar_step))
+    return _run_job(args, source, groups, grid, label, images, Coding(args.zstd_level, args.lidar_step), reason)
 
 
 def label(args) -> int:
@@ -115,16 +126,18 @@ def label(args) -> int:
         print(total.table())
         return 0
     label = Labeler(grid, source.taxonomy.name, config)
-    return _run_job(args, source, ("labels",), grid, label, Images(), Coding(args.zstd_level))
+    reason = "made from LiDAR, as asked"
+    return _run_job(args, source, ("labels",), grid, label, Images(), Coding(args.zstd_level), reason)
 
 
-def _run_job(args, source, groups, grid, label, images, coding) -> int:
-    from occstream.sharding.datacard import black_shares
+def _run_job(args, source, groups, grid, label, images, coding, reason) -> int:
     from occstream.sharding.pack import Job, estimate, pack
+    from occstream.sharding.summary import after, before
 
     if not args.out:
         raise ValueError("where to? give --out FOLDER, file://… or s3://…")
     part = parse_part(args.part)
+    print("\n".join(before(source, reason, grid or source.grid)), flush=True)
     if args.dry_run:
         found = estimate(Job(source, args.out, groups, grid, label, images, coding, args.scenes_per_shard))
         print(f"{source.name} -> {args.out}: {found.scenes} scenes in {found.shards} shard numbers")
@@ -160,9 +173,7 @@ def _run_job(args, source, groups, grid, label, images, coding) -> int:
         print(f"part {args.part} is done; when all are: occstream merge {args.out}")
     else:
         print(_published(manifest))
-        if shares := black_shares(manifest.scenes):
-            listed = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
-            print(f"rectified to pinholes; black, at most: {listed}")
+        print("\n".join(after(manifest)))
     return 0
 
 
@@ -214,8 +225,11 @@ def _progress():
 
 def merge(args) -> int:
     from occstream.sharding.pack import merge
+    from occstream.sharding.summary import after
 
-    print(_published(merge(args.url)))
+    manifest = merge(args.url)
+    print(_published(manifest))
+    print("\n".join(after(manifest)))
     return 0
 
 

@@ -80,7 +80,8 @@ class Job:
                 raise ValueError(f"source {self.source.name!r} brings no labels; make them with --labels lidar")
             if grid is None or not native.same_voxels(grid):
                 raise ValueError(
-                    f"source {self.source.name!r} brings labels on grid {native.name!r}, not {grid.name!r}"
+                    f"source {self.source.name!r} brings labels on grid {native.name!r}, not {grid.name!r}; make labels "
+                    "on that grid with --labels lidar"
                 )
         object.__setattr__(self, "groups", tuple(g for g in GROUPS if g in self.groups))
         object.__setattr__(self, "grid", grid if "labels" in self.groups else None)

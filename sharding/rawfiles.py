@@ -184,6 +184,12 @@ def choose(wanted: Iterable[str] | None, there: Sequence[str], where: object) ->
     return list(wanted)
 
 
+def listed(what: str, names: Sequence[str], most: int = 5) -> str:
+    """ "3 scenes: a, b, c", with the first few names alone where there are many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({', '.join(names[:most])}{more})"
+
+
 def existing_folder(root: str | Path, holds: str) -> Path:
     """Raises ValueError if there is no such folder; ``holds`` says what it should hold."""
     folder = Path(root)

@@ -307,9 +307,25 @@ class Scene:
         check_scene_name(self.name)
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What a source found when it was opened: printed by jobs, no part of the data (nor of the source's ``repr``).
+
+    Attributes:
+        labels: why it brings labels, or why not.
+        unused: ground truth that is there and is not read, and how to read it; "": none.
+        left_out: a line for each kind of thing that it leaves out, with names.
+    """
+
+    labels: str = ""
+    unused: str = ""
+    left_out: tuple[str, ...] = ()
+
+
 @runtime_checkable
 class Source(Protocol):
-    """A raw data set. ``occstream.sharding.sources.<name>.open_source(root, **options)`` gives one.
+    """A raw data set. ``occstream.sharding.sources.<name>.open_source(root, **options)`` gives one. It may have ``findings``
+    (``Findings``), which jobs print.
 
     Attributes:
         name: goes into manifests.

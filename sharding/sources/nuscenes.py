@@ -23,6 +23,7 @@ from occstream.sharding.schema import (
     OCC3D_TO_OPENSCENE,
     Boxes,
     Camera,
+    Findings,
     Frame,
     LidarSweep,
     Scene,
@@ -84,7 +85,18 @@ def open_source(
     if not tables.is_dir():
         raise ValueError(f"{tables}: no such table folder; there are {', '.join(versions) or 'none'}")
     records = _index(tables, scenes, sweeps)
-    return Nuscenes(folder, tables.name, sweeps, get_taxonomy(taxonomy), labels, where, records)
+    found = _findings(folder, labels, where)
+    return Nuscenes(folder, tables.name, sweeps, get_taxonomy(taxonomy), labels, where, records, found)
+
+
+def _findings(folder: Path, labels: str | None, where: Path | None) -> Findings:
+    if labels:
+        return Findings(f"{labels}, below {where}")
+    there = [name for name, kind in LABEL_SETS.items() if (folder / kind.root).is_dir()]
+    if not there:
+        return Findings("no label set was asked for with labels=, and none lies below the root")
+    folders = ", ".join(f"{name} ({LABEL_SETS[name].root}/)" for name in there)
+    return Findings("", f"{folder}: holds public labels, {folders}; read them with labels={there[0]}")
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,7 @@ class Nuscenes:
     labels: str | None
     labels_root: Path | None = field(repr=False)
     records: dict[str, dict] = field(repr=False)
+    findings: Findings = field(repr=False)
 
     name = "nuscenes"
 

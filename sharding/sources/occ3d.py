@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from occstream.sharding.grid import VoxelGrid, get_grid
-from occstream.sharding.rawfiles import choose, existing_folder
-from occstream.sharding.schema import OCC3D, Frame, Scene, Taxonomy
+from occstream.sharding.rawfiles import choose, existing_folder, listed
+from occstream.sharding.schema import OCC3D, Findings, Frame, Scene, Taxonomy
 from occstream.sharding.sources.nuscenes_labels import read_occ3d
 
 
@@ -27,7 +27,17 @@ def open_source(*, root: str, scenes: tuple[str, ...] | None = None) -> Occ3d:
     there = sorted(p.name for p in folder.iterdir() if any(p.glob("*/labels.npz")))
     if not there:
         raise ValueError(f"{folder}: has no <scene>/<token>/labels.npz; unpack gts.tar.gz")
-    return Occ3d(folder, tuple(choose(scenes, there, folder)))
+    chosen = tuple(choose(scenes, there, folder))
+    bare = [
+        f"{name}/{p.name}"
+        for name in chosen
+        for p in sorted((folder / name).iterdir())
+        if p.is_dir() and not (p / "labels.npz").is_file()
+    ]
+    left = [f"{listed('frame', bare)} without a labels.npz"] if bare else []
+    empty = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in there)
+    left += [f"{listed('scene', empty)} without any labels.npz"] if empty and scenes is None else []
+    return Occ3d(folder, chosen, Findings("gts/<scene>/<token>/labels.npz", left_out=tuple(left)))
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Occ3d:
 
     root: Path
     scenes: tuple[str, ...]
+    findings: Findings
 
     name = "occ3d"
     taxonomy: Taxonomy = OCC3D

@@ -14,6 +14,7 @@ from occstream.sharding.poses import compose, rotate
 from occstream.sharding.rawfiles import (
     choose,
     existing_folder,
+    listed,
     pose_of,
     read_jpeg,
     read_npy,
@@ -21,7 +22,18 @@ from occstream.sharding.rawfiles import (
     read_pickle,
     sparse_to_dense,
 )
-from occstream.sharding.schema import IGNORE, OPENSCENE, Boxes, Camera, Frame, Labels, LidarSweep, Scene, Taxonomy
+from occstream.sharding.schema import (
+    IGNORE,
+    OPENSCENE,
+    Boxes,
+    Camera,
+    Findings,
+    Frame,
+    Labels,
+    LidarSweep,
+    Scene,
+    Taxonomy,
+)
 
 # Raw class -> ours; 1 to 3 are placeholders that no voxel should have, 11 is what densifying leaves free.
 RAW_FREE = 11
@@ -40,11 +52,13 @@ def open_source(
     Args:
         root: holds the metadata and what it points to, at any depth (``sensor_blobs/<split>/``, ``occupancy/<split>/``).
         metadata: a pickle or a folder of pickles, one per log, with frame records; None for all ``*.pkl`` below ``root``.
-        labels: read the occupancy (metadata of v1.0 names it; v1.1 has none); False leaves it to ``--labels lidar``.
+        labels: read the occupancy (metadata of v1.0 names it; v1.1 has none) and leave out the frames without it; False
+            leaves labels to ``--labels lidar``.
         scenes: names of the scenes to read; None for all.
 
     Raises:
-        ValueError: no metadata, a damaged one, one that wants to run code, or an unknown scene.
+        ValueError: no metadata, a damaged one, one that wants to run code, an unknown scene, or scenes of which some have
+            occupancy and some none.
     """
     folder = existing_folder(root, "OpenScene's metadata and sensor folders")
     place = Path(metadata) if metadata else folder
@@ -63,15 +77,43 @@ def open_source(
             records[info["scene_name"]].append(info)
     names = choose(scenes, sorted(records), place)
     chosen = {name: sorted(records[name], key=lambda info: info["timestamp"]) for name in names}
-    have = [name for name in names if all(info.get("occ_gt_final_path") for info in chosen[name])]
-    if labels and have and len(have) < len(names):
-        lacking = next(name for name in names if name not in have)
-        raise ValueError(
-            f"{place}: scene {lacking} names no occupancy but others do; choose with scenes=, or labels=false"
-        )
+    chosen, found = _with_occupancy(folder, place, chosen) if labels else (chosen, Findings(labels="labels=false"))
     tops = [folder / name for name in ("sensor_blobs", "occupancy") if (folder / name).is_dir()]
     bases = (folder, *tops, *(split for top in tops for split in sorted(top.iterdir()) if split.is_dir()))
-    return OpenScene(folder, bases, chosen, get_grid("openscene") if labels and have else None)
+    native = labels and any(info.get("occ_gt_final_path") for infos in chosen.values() for info in infos)
+    return OpenScene(folder, bases, chosen, get_grid("openscene") if native else None, found)
+
+
+def _with_occupancy(folder: Path, place: Path, scenes: dict[str, list[dict]]) -> tuple[dict[str, list[dict]], Findings]:
+    """The frames that have occupancy, if any has; public files lack it for some frames of a scene.
+
+    Raises:
+        ValueError: some scenes have none at all: their labels would have to come from somewhere else.
+    """
+    have = {name: [info for info in infos if info.get("occ_gt_final_path")] for name, infos in scenes.items()}
+    lacking = [name for name, infos in have.items() if not infos]
+    if len(lacking) == len(scenes):
+        unused = ""
+        if (folder / "occupancy").is_dir():
+            unused = (
+                f"{folder / 'occupancy'}: there is occupancy, but the metadata in {place} names none of it; take the "
+                "metadata that belongs to it (v1.0 names it)"
+            )
+        return scenes, Findings("the metadata names no occupancy", unused)
+    if lacking:
+        raise ValueError(
+            f"{place}: {listed('scene', lacking)} without any occupancy, but others have it; choose with scenes=, or "
+            "labels=false"
+        )
+    without = [
+        f"{name} frames {', '.join(str(i) for i, info in enumerate(infos) if not info.get('occ_gt_final_path'))}"
+        for name, infos in scenes.items()
+        if len(have[name]) < len(infos)
+    ]
+    count = sum(len(infos) for infos in scenes.values()) - sum(len(infos) for infos in have.values())
+    frames = f"{count} frame{'s' if count > 1 else ''}"
+    left = (f"{frames} without occupancy, of {listed('scene', without)}",) if without else ()
+    return have, Findings("the metadata names occupancy files", left_out=left)
 
 
 @dataclass(frozen=True)
@@ -82,6 +124,7 @@ class OpenScene:
     bases: tuple[Path, ...]
     records: dict[str, list[dict]]
     grid: VoxelGrid | None
+    findings: Findings
 
     name = "openscene"
     taxonomy: Taxonomy = OPENSCENE

@@ -17,13 +17,24 @@ from occstream.sharding.poses import compose, inverse
 from occstream.sharding.rawfiles import (
     choose,
     existing_folder,
+    listed,
     read_file,
     read_jpeg,
     read_points,
     read_rows,
     rigid,
 )
-from occstream.sharding.schema import IGNORE, SEMANTICKITTI, Camera, Frame, Labels, LidarSweep, Scene, Taxonomy
+from occstream.sharding.schema import (
+    IGNORE,
+    SEMANTICKITTI,
+    Camera,
+    Findings,
+    Frame,
+    Labels,
+    LidarSweep,
+    Scene,
+    Taxonomy,
+)
 
 # Raw label -> class of the learning map (0: empty or unlabelled, IGNORE: to be ignored).
 _LEARNING = {
@@ -50,30 +61,43 @@ def open_source(
     Args:
         root: holds ``sequences/``.
         sequences: names of folders below it; None for all.
-        labels: read ``voxels/`` where every sequence has them; False leaves labels to ``--labels lidar``.
+        labels: read ``voxels/*.label`` where there are any, and leave out the scans without; False leaves labels to
+            ``--labels lidar``.
         stride: every so many scans are a key-frame, where there are no voxel labels.
         frames_per_scene: a sequence is cut into scenes of so many key-frames (a shard must not hold half a city).
         sweeps: read the scans between key-frames.
         cameras: read ``image_2`` where it is there.
 
     Raises:
-        ValueError: a sequence, its calibration or its poses are missing or damaged.
+        ValueError: a sequence, its calibration or its poses are missing or damaged, or some sequences have voxel labels and
+            some none.
     """
     folder = existing_folder(existing_folder(root, "sequences/") / "sequences", "00/, 01/, …")
     if stride < 1 or frames_per_scene < 1:
         raise ValueError(f"stride ({stride}) and frames_per_scene ({frames_per_scene}) must be at least 1")
     names = choose(sequences, sorted(p.name for p in folder.iterdir() if p.is_dir()), folder)
     scenes: dict[str, Piece] = {}
-    with_labels = [labels and any((folder / name / "voxels").glob("*.label")) for name in names]
+    with_labels = [name for name in names if labels and any((folder / name / "voxels").glob("*.label"))]
+    lacking = [name for name in names if name not in with_labels]
+    if with_labels and lacking:
+        raise ValueError(
+            f"{folder}: {listed('sequence', lacking)} without voxel labels, but {with_labels[0]} has them; choose "
+            "sequences= or labels=false"
+        )
+    left_out = []
     for name in names:
         scans = sorted(int(p.stem) for p in (folder / name / "velodyne").glob("*.bin"))
         marked = sorted(int(p.stem) for p in (folder / name / "voxels").glob("*.label"))
         if not scans and not marked:
             raise ValueError(f"{folder / name}: has neither velodyne/*.bin nor voxels/*.label")
-        keys = marked if all(with_labels) else scans[::stride]
+        keys = marked if with_labels else scans[::stride]
         scenes |= cut(name, keys, scans if sweeps else [], frames_per_scene)
-    grid = get_grid("semantickitti") if with_labels and all(with_labels) else None
-    return SemanticKitti(folder, scenes, grid, cameras)
+        voxels = sorted(int(p.stem) for p in (folder / name / "voxels").glob("*.bin"))
+        if with_labels and (bare := [f"{scan:06d}" for scan in voxels if scan not in set(marked)]):
+            left_out.append(f"{listed('scan', bare)} of sequence {name} with voxels but without a .label")
+    grid = get_grid("semantickitti") if with_labels else None
+    why = "labels=false" if not labels else "voxels/*.label" if with_labels else "no sequence has voxels/*.label"
+    return SemanticKitti(folder, scenes, grid, cameras, Findings(why, left_out=tuple(left_out)))
 
 
 @dataclass(frozen=True)
@@ -104,6 +128,7 @@ class SemanticKitti:
     scenes: dict[str, Piece]
     grid: VoxelGrid | None
     cameras: bool
+    findings: Findings
 
     name = "semantickitti"
     taxonomy: Taxonomy = SEMANTICKITTI

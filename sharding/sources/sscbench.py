@@ -14,8 +14,17 @@ import numpy as np
 
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.poses import compose, inverse
-from occstream.sharding.rawfiles import choose, existing_folder, read_file, read_jpeg, read_points, read_rows, rigid
-from occstream.sharding.schema import IGNORE, KITTI360, Camera, Frame, LidarSweep, Scene, Taxonomy
+from occstream.sharding.rawfiles import (
+    choose,
+    existing_folder,
+    listed,
+    read_file,
+    read_jpeg,
+    read_points,
+    read_rows,
+    rigid,
+)
+from occstream.sharding.schema import IGNORE, KITTI360, Camera, Findings, Frame, LidarSweep, Scene, Taxonomy
 from occstream.sharding.sources.semantickitti import STEP_US, Piece, cut, read_voxels
 
 # Raw label -> class of the benchmark's learning map (0: empty). What the map calls unlabelled although something is there
@@ -48,13 +57,15 @@ def open_source(
     folder = existing_folder(root, "data_2d_raw/ and calibration/")
     drive_folder = existing_folder(folder / "data_2d_raw", "2013_05_28_drive_0000_sync/, …")
     there = sorted(p.name for p in drive_folder.iterdir() if any((p / "voxels").glob("*.label")))
+    bare = sorted(p.name for p in drive_folder.iterdir() if p.is_dir() and p.name not in there)
     if not there:
         raise ValueError(f"{drive_folder}: no drive has voxels/*.label; unpack the voxel archives of SSCBench")
     scenes: dict[str, Piece] = {}
     for drive in choose(drives, there, drive_folder):
         keys = sorted(int(p.stem) for p in (drive_folder / drive / "voxels").glob("*.label"))
         scenes |= cut(drive, keys, [], frames_per_scene, drive.removesuffix("_sync"))
-    return SscBench(folder, scenes, cameras)
+    left = (f"{listed('drive', bare)} without voxels/*.label",) if bare and drives is None else ()
+    return SscBench(folder, scenes, cameras, Findings("voxels/*.label", left_out=left))
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class SscBench:
     root: Path
     scenes: dict[str, Piece]
     cameras: bool
+    findings: Findings
 
     name = "sscbench"
     taxonomy: Taxonomy = KITTI360

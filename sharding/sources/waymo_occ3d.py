@@ -13,7 +13,7 @@ import numpy as np
 
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.rawfiles import choose, existing_folder, read_npy, rigid
-from occstream.sharding.schema import WAYMO, Frame, Labels, Scene, Taxonomy
+from occstream.sharding.schema import WAYMO, Findings, Frame, Labels, Scene, Taxonomy
 
 # Free is 15 in the data set's documentation and 23 in the released files.
 RAW_FREE = (15, 23)
@@ -46,7 +46,13 @@ def open_source(
     there = [f"{split}-{p.name}" for split in splits for p in sorted((folder / split).glob("*")) if p.is_dir()]
     if not there:
         raise ValueError(f"{folder}: has no scenes in {' or '.join(splits)}; unpack the voxel archives of Occ3D-Waymo")
-    return WaymoOcc3d(folder, tuple(choose(scenes, there, folder)), voxel, stride)
+    chosen = tuple(choose(scenes, there, folder))
+    found = Findings(f"{'FFF_04' if voxel == '0.4' else 'FFF'}.npz, {voxel} m", left_out=_left_out(stride))
+    return WaymoOcc3d(folder, chosen, voxel, stride, found)
+
+
+def _left_out(stride: int) -> tuple[str, ...]:
+    return (f"{stride - 1} of {stride} frames (stride={stride})",) if stride > 1 else ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class WaymoOcc3d:
     scenes: tuple[str, ...]
     voxel: str
     stride: int
+    findings: Findings
 
     name = "waymo_occ3d"
     taxonomy: Taxonomy = WAYMO
