@@ -100,6 +100,7 @@ def evaluate(
     unknown: float | None = None,
     kind: Head = "sigmoid_focal",
     threshold: float = 0.25,
+    expected: int | None = None,
     watch: Callable[[OccBatch, OccOutputs], None] | None = None,
 ) -> EvalResult:
     """Runs the model over a finite stream and counts (collective).
@@ -112,15 +113,19 @@ def evaluate(
             "openscene" (F.2).
         mask, unknown: which mask the labels were made with, and what share of unknown voxels it counts; only reported.
         kind, threshold: how logits become classes.
+        expected: frames that all ranks have together, where that is known.
         watch: gets each batch and its outputs (for pictures).
 
     Returns:
         The same result on every rank.
+
+    Raises:
+        ValueError: on every rank: other frames came than were expected, a rank had none, or no voxel was valid.
     """
     began = time.perf_counter()
     training = model.training
     model.eval()
-    confusion, binary, frames = ConfusionMatrix(taxonomy.num_classes), BinaryCounts(), torch.zeros(1, dtype=torch.int64)
+    confusion, binary, frames = ConfusionMatrix(taxonomy.num_classes), BinaryCounts(), torch.zeros(2, dtype=torch.int64)
     device = torch.device("cpu")
     semantic, has_binary = False, True
     try:
@@ -129,7 +134,7 @@ def evaluate(
             if not counted:
                 continue
             device = batch.images.device
-            frames += batch.size
+            frames += torch.tensor([batch.size, int(batch.binary_valid.sum())])
             logits = outputs.binary_logits
             has_binary = logits is not None
             if has_binary:
@@ -144,10 +149,20 @@ def evaluate(
         model.train(training)
     confusion.all_reduce(device)
     binary.all_reduce(device)
-    frames = sum_over_ranks(frames, device)
+    seen, voxels = sum_over_ranks(frames, device).tolist()
+    if not seen or (expected is not None and seen != expected):
+        planned = "some" if expected is None else expected
+        raise ValueError(
+            f"evaluated {seen} frames where {planned} were to be: its data ended early, and there is no score"
+        )
+    if not voxels:
+        raise ValueError(
+            f"evaluated {seen} frames without a single valid voxel (mask {mask}): there is no score; choose other scenes or "
+            "another eval.mask"
+        )
     semantic = bool(sum_over_ranks(torch.tensor([int(semantic)]), device).item())
     result = EvalResult(
-        frames=int(frames),
+        frames=seen,
         binary_iou=100 * binary.iou() if has_binary else None,
         seconds=time.perf_counter() - began,
         mask=mask,
@@ -165,20 +180,34 @@ def evaluate(
 
 def _in_step(batches: Iterable[OccBatch]) -> Iterator[tuple[OccBatch, bool]]:
     """This rank's batches, then the last one again, not to be counted, while another rank still has some: under ZeRO-3
-    every forward gathers parameters from all ranks."""
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    last = None
-    for batch in batches:
-        if several:
-            _any_left(True, batch.images.device)
-        yield batch, True
-        last = batch
-    while several and _any_left(False, last.images.device if last is not None else torch.device("cpu")):
-        assert last is not None, "a rank without frames"  # the caller has seen to it
-        yield last, False
+    every forward gathers parameters from all ranks. A rank that cannot read, or has no frames, ends all of them."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield from ((batch, True) for batch in batches)
+        return
+    source, last = iter(batches), None
+    while True:
+        batch = error = None
+        try:
+            batch = next(source, None)
+        except Exception as problem:
+            error = problem
+        if error is None and batch is None and last is None:
+            error = ValueError(f"rank {dist.get_rank()} had no frames to evaluate, and there is no score")
+        most = _most(_FAILED if error else int(batch is not None))
+        if most == _FAILED:
+            raise error or ValueError("another rank could not read its frames to evaluate; its message says why")
+        if not most:
+            return
+        yield (batch, True) if batch is not None else (last, False)
+        last = batch if batch is not None else last
 
 
-def _any_left(mine: bool, device: torch.device) -> bool:
-    flag = torch.tensor([float(mine)], device=device)
+_FAILED = 2
+
+
+def _most(mine: int) -> int:
+    """The largest number of all ranks (collective)."""
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    flag = torch.tensor([mine], device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+    return int(flag.item())

@@ -188,7 +188,8 @@ class TrainConfig:
     keep_every: int = 0
     """Also keep those at multiples of so many steps."""
     keep_best: str = ""
-    """Also keep the one with the highest value of this metric, like eval/miou (see ``eval.every``)."""
+    """Also keep the one with the highest value of this metric, like eval/miou (see ``eval.every``: a checkpoint is then saved
+    with each evaluation)."""
     upload: str = ""
     """URL below which every checkpoint is copied, beside training; a run that starts on another disk goes on from there.
     Nothing is removed there: give the bucket a lifecycle rule."""

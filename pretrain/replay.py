@@ -314,7 +314,7 @@ def _order(manifest: Manifest, scenes: list[int], seed: int, draw: int | None, l
 
 
 class EvalData:
-    """Every frame of the evaluation scenes once over all ranks; an iterable of ``OccBatch``.
+    """Every frame of the evaluation scenes once over all ranks, each time it is iterated over; of ``OccBatch``.
 
     Attributes:
         total: frames; 0: nothing is held out.
@@ -362,8 +362,12 @@ class EvalData:
             history=config.data.history,
             decode=config.train.decoder == "cpu",
         )
-        plan = evaluation_batches(scenes, counts, ev.batch, world.rank, world.size)
-        self._open = lambda: open_stream(manifest, plan, filler, ev.batch, config, world)
+
+        def open_plan() -> Stream:
+            plan = evaluation_batches(scenes, counts, ev.batch, world.rank, world.size)
+            return open_stream(manifest, plan, filler, ev.batch, config, world)
+
+        self._open = open_plan
 
     def __iter__(self) -> Iterator[OccBatch]:
         with self._open() as stream:

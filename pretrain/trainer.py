@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import subprocess
 import time
@@ -139,6 +140,10 @@ def _train(config: Config, world: World, run: Path) -> Result:
     cfg = config.train
     data = TrainData(config, world)
     held_out = EvalData(config, world, data.cameras)
+    if cfg.keep_best and not held_out.total:
+        raise ValueError(
+            f"train.keep_best={cfg.keep_best}, but there is nothing to evaluate on; set data.holdout or eval.url"
+        )
     total = data.steps
     for note in (*data.notes, *held_out.notes):
         _say(world, note)
@@ -214,6 +219,9 @@ def _train(config: Config, world: World, run: Path) -> Result:
         stack.callback(watchdog.close)
         stack.callback(data.close)
         profile = stack.enter_context(Profile(run, world, tracker, cfg.profile))
+        if config.eval.every and 0 < step < total and step % config.eval.every == 0 and keeper.unscored(step):
+            # The run was stopped between the checkpoint and its evaluation.
+            keeper.scored(step, _evaluate(config, engine, ema, held_out, tracker, step, world))
         while step < total and not data.wished:
             watchdog.alive()
             # Dropout is a function of the step too, so a resumed run draws what an uninterrupted one would.
@@ -261,7 +269,9 @@ def _train(config: Config, world: World, run: Path) -> Result:
                 if world.is_main:
                     meter.show(step, last)
             evaluate_now = config.eval.every and step % config.eval.every == 0 and step < total
-            if (cfg.save_every and step % cfg.save_every == 0) or step == total or data.wished:
+            # The best can only be kept of what is saved.
+            save_now = (cfg.save_every and step % cfg.save_every == 0) or (evaluate_now and cfg.keep_best)
+            if save_now or step == total or data.wished:
                 with meter.paused(), watchdog.off():
                     path = keeper.save(data, engine, ema, step, tracker)
             if evaluate_now and not data.wished:
@@ -313,6 +323,7 @@ def evaluate_on(config: Config, model: nn.Module, frames: EvalData, drawer: Draw
         mask=config.eval.mask,
         unknown=frames.unknown,
         kind=config.loss.kind,
+        expected=frames.total,
         watch=drawer,
     )
 
@@ -568,10 +579,25 @@ class Keeper:
         return path
 
     def scored(self, step: int, result: EvalResult | None) -> None:
-        """Remembers an evaluation, by which the best checkpoint is kept."""
+        """Remembers an evaluation, by which the best checkpoint is kept.
+
+        Raises:
+            ValueError: on every rank, if it has not the metric that ``train.keep_best`` names.
+        """
+        best = self.config.train.keep_best
+        if result is not None and best:
+            known = result.metrics()
+            if best not in known:
+                raise ValueError(f"train.keep_best={best}: evaluations of this run give {', '.join(known)}; choose one")
+            if math.isnan(known[best]):
+                _say(self.world, f"step {step}: {best} is not a number here, so this checkpoint cannot be the best")
         if self.world.is_main and result is not None and (self.root / f"step-{step:08d}").exists():
             checkpoint.add_scores(self.root, step, result.metrics())
             self.prune()
+
+    def unscored(self, step: int) -> bool:
+        """Whether the checkpoint of a step waits for its evaluation."""
+        return self.world.agree(None, self.world.is_main and str(step) not in checkpoint.read_scores(self.root))
 
     def prune(self) -> None:
         train = self.config.train

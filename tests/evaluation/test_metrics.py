@@ -1,6 +1,7 @@
 """Worked numbers of SPEC F, a brute-force check, and evaluation of a model that is known."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -108,3 +109,42 @@ def test_binary_model_has_no_semantic_scores():
     result = evaluate(Oracle(17), [make_batch(2, 0)], taxonomy=OCC3D)
     assert result.miou is None
     assert set(result.metrics()) == {"eval/binary_iou", "eval/frames"}
+
+
+def test_an_evaluation_of_other_frames_than_planned_is_an_error():
+    batches = [make_batch(2, 0)]
+    assert evaluate(Oracle(17), batches, taxonomy=OCC3D, expected=2).frames == 2
+    for given, expected, said in ((batches, 3, "evaluated 2 frames where 3"), ([], None, "0 frames where some")):
+        with pytest.raises(ValueError, match=f"{said} were to be"):
+            evaluate(Oracle(17), given, taxonomy=OCC3D, expected=expected)
+
+
+def test_an_evaluation_without_a_valid_voxel_is_an_error():
+    batch = make_batch(2, 0)
+    batch.binary_valid[:] = False
+    with pytest.raises(ValueError, match="2 frames without a single valid voxel"):
+        evaluate(Oracle(17), [batch], taxonomy=OCC3D)
+
+
+def test_what_ends_the_evaluation_of_one_rank_ends_that_of_all(monkeypatch):
+    module, batch = sys.modules[evaluate.__module__], make_batch(2, 0)
+    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(module.dist, "get_rank", lambda: 1)
+
+    def broken():
+        yield batch
+        raise OSError("shard is gone")
+
+    def run(batches, others):
+        """``others`` are the other rank's words, one for each turn."""
+        monkeypatch.setattr(module, "_most", lambda mine: max(mine, next(others)))
+        return [counted for _, counted in module._in_step(batches)]
+
+    assert run([batch], iter([1, 1, 0])) == [True, False], "the last batch again, not counted, while another has some"
+    with pytest.raises(OSError, match="shard is gone"):
+        run(broken(), iter([1, 1]))
+    with pytest.raises(ValueError, match="another rank could not read its frames"):
+        run([batch, batch], iter([1, 2]))
+    with pytest.raises(ValueError, match="rank 1 had no frames"):
+        run([], iter([1]))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 import json
-from itertools import islice
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from occstream.pretrain import trainer
 from occstream.pretrain.config import load_config
 from occstream.pretrain.engine import World
 from occstream.pretrain.replay import TrainData
+from occstream.pretrain.tracking import read_events
 from occstream.sharding.attach import attach
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.order import Order, by_content
@@ -90,7 +94,75 @@ def test_a_checkpoint_of_the_old_rule_goes_on_in_its_order(data, tmp_path, capsy
         [e.shard for e in entries],
         4,
     )
-    old = [frame_key(manifest.scenes[s.scene].name, s.frame) for s in islice(order.samples(0, 4), 8)]
+    old = [frame_key(manifest.scenes[s.scene].name, s.frame) for s in itertools.islice(order.samples(0, 4), 8)]
     assert keys(run)[4:] == old
     assert json.loads((run / "checkpoints/step-00000003/state.json").read_text())["order"] == "content"
     assert sorted(losses(run)) == [1, 2, 3]
+
+
+def scores(run: Path) -> dict[int, dict[str, float]]:
+    """What evaluations logged, by step."""
+    events = [e for e in read_events(run / "metrics.jsonl") if "eval/frames" in e.get("metrics", {})]
+    found = {e["step"]: {k: v for k, v in e["metrics"].items() if k.startswith("eval/")} for e in events}
+    assert len(found) == len(events), "each step is evaluated once"
+    return found
+
+
+@pytest.fixture(scope="module")
+def evaluated(data, tmp_path_factory, world):  # noqa: F811
+    """A run of six steps that is evaluated after two, four and six, and stopped after two and after four."""
+    run = tmp_path_factory.mktemp("evaluated") / "run"
+    words = ["train.steps=6", "train.save_every=2", "train.keep=9", "eval.every=2", "data.holdout=2", "eval.batch=4"]
+    wanted = trainer.Stopper.wanted
+    for steps in (2, 2, 99):  # of this start, after which it is asked to stop
+        calls = itertools.count(1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer.Stopper, "wanted", lambda self, n=steps, c=calls: wanted(self) or next(c) >= n)
+            result = train(world, "finetune", data, run, *words)
+        assert bool(result.stopped) == (steps == 2)
+    return run, result
+
+
+def test_a_run_logs_a_curve_of_scores_and_ends_with_one(evaluated):
+    run, result = evaluated
+    curve = scores(run)
+    assert sorted(curve) == [2, 4, 6]
+    for step, values in curve.items():
+        assert values["eval/frames"] == 6, step
+        assert math.isfinite(values["eval/miou"]), step
+    assert result.evaluation.metrics() == pytest.approx(curve[6], nan_ok=True)
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_each_evaluation_is_that_of_its_checkpoint(evaluated, step):
+    run, _ = evaluated
+    alone = trainer.evaluate_checkpoint(run / f"checkpoints/step-{step:08d}")
+    assert alone.metrics() == pytest.approx(scores(run)[step], nan_ok=True)
+
+
+@pytest.mark.parametrize(("given", "best"), [([50.0, math.nan, 10.0], 2), ([math.nan, 20.0, 10.0], 4)])
+def test_the_best_checkpoint_is_kept(data, tmp_path, world, monkeypatch, given, best):  # noqa: F811
+    """Not saved for any other reason; a score that is not a number is never the best."""
+    evaluate, left = trainer.evaluate_on, iter(given)
+    monkeypatch.setattr(
+        trainer, "evaluate_on", lambda *args: dataclasses.replace(evaluate(*args), binary_iou=next(left))
+    )
+    words = ["train.steps=6", "train.save_every=0", "train.keep=1", "eval.every=2", "train.keep_best=eval/binary_iou"]
+    train(world, "pretrain", data, tmp_path / "run", *words)
+    there = sorted(int(p.name[5:]) for p in (tmp_path / "run/checkpoints").glob("step-*"))
+    assert there == [best, 6]
+
+
+def test_a_best_that_no_evaluation_gives_is_named(data, tmp_path, world):  # noqa: F811
+    words = ["train.steps=2", "eval.every=1", "train.keep_best=eval/mIoU"]
+    with pytest.raises(ValueError, match=r"train.keep_best=eval/mIoU: evaluations of this run give .*eval/binary_iou"):
+        train(world, "pretrain", data, tmp_path / "a", *words)
+    with pytest.raises(ValueError, match=r"nothing to evaluate on; set data\.holdout"):
+        train(world, "pretrain", data, tmp_path / "b", *words, "data.holdout=0")
+
+
+def test_multiples_of_a_number_of_steps_are_kept(data, tmp_path, world):  # noqa: F811
+    words = ["train.steps=5", "train.save_every=1", "train.keep=1", "train.keep_every=2"]
+    train(world, "pretrain", data, tmp_path / "run", *words)
+    there = sorted(int(p.name[5:]) for p in (tmp_path / "run/checkpoints").glob("step-*"))
+    assert there == [2, 4, 5]
