@@ -5,13 +5,19 @@ BIN := $(VENV)/bin
 export DS_BUILD_OPS = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint install dev clean
+.PHONY: demo test bounds lint install dev clean
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/occstream demo
 
 test: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+# Once more what calls compiled kernels, with every index checked; its cache is not that of unchecked kernels.
+bounds: dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(CURDIR)/$(VENV)/bounds \
+	  $(BIN)/python -m pytest -q tests/sharding/test_kernel_bounds.py tests/sharding/test_labels.py \
+	  tests/sharding/test_synthetic.py tests/sharding/test_rows.py $(ARGS)
 
 lint: dev
 	$(BIN)/ruff check .

@@ -187,7 +187,12 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def _published(manifest) -> str:
+    from occstream.sharding.contract import DROPPED
+
     left = f" ({len(manifest.left_out)} left out)" if manifest.left_out else ""
+    dropped = sum(scene.attributes.get(DROPPED, 0) for scene in manifest.scenes)
+    if dropped:
+        left += f" without {dropped} LiDAR returns whose coordinates are not finite"
     return (
         f"published {len(manifest.scenes)} scenes{left}, {manifest.num_frames} frames at {manifest.url}, "
         f"fingerprint {manifest.fingerprint}"

@@ -15,6 +15,7 @@ import simplejpeg
 
 from occstream.sharding import storage
 from occstream.sharding.codec import FORMAT_VERSION, CorruptSample, decode
+from occstream.sharding.contract import is_rigid
 from occstream.sharding.manifest import Manifest, SceneEntry, ShardEntry
 from occstream.sharding.schema import IGNORE, Camera, Frame, frame_key, get_taxonomy
 from occstream.sharding.shardfile import HEADER
@@ -174,7 +175,7 @@ def _check_frame(frame: Frame, manifest: Manifest) -> Iterator[str]:
                 yield f"LiDAR: {len(value)} values of {name} for {len(frame.lidar.xyz)} points"
         if frame.lidar.classes is not None and manifest.label_group == "labels":
             yield from _check_classes("LiDAR classes", frame.lidar.classes, taxonomy.num_classes - 1)
-    yield from (f"{name} is not a rigid pose" for name, pose in poses if pose is not None and not _is_rigid(pose))
+    yield from (f"{name} is not a rigid pose" for name, pose in poses if pose is not None and not is_rigid(pose))
     labels = frame.labels
     if labels is None:
         return
@@ -219,23 +220,12 @@ def _check_camera(camera: Camera) -> Iterator[str]:
         yield f"intrinsics are absurd: focal lengths {fx:.1f}, {fy:.1f} for {camera.width}x{camera.height} pixels"
     elif not (0 <= cx <= camera.width and 0 <= cy <= camera.height):
         yield f"intrinsics are absurd: principal point ({cx:.1f}, {cy:.1f}) is outside {camera.width}x{camera.height} pixels"
-    if not _is_rigid(camera.sensor_to_ego):
+    if not is_rigid(camera.sensor_to_ego):
         yield "sensor_to_ego is not a rigid pose"
     elif np.linalg.norm(camera.sensor_to_ego[:3, 3]) > 20:
         yield f"stands {np.linalg.norm(camera.sensor_to_ego[:3, 3]):.0f} m from the vehicle"
-    if not _is_rigid(camera.ego_to_global):
+    if not is_rigid(camera.ego_to_global):
         yield "ego_to_global is not a rigid pose"
-
-
-def _is_rigid(pose: np.ndarray) -> bool:
-    if pose.shape != (4, 4) or not np.isfinite(pose).all():
-        return False
-    turn = pose[:3, :3]
-    return bool(
-        np.allclose(turn @ turn.T, np.eye(3), atol=1e-3)
-        and np.linalg.det(turn) > 0
-        and np.allclose(pose[3], [0, 0, 0, 1])
-    )
 
 
 @dataclass

@@ -23,6 +23,7 @@ from typing import Protocol
 
 from occstream.sharding import storage
 from occstream.sharding.codec import FORMAT_VERSION, GROUPS, Coding, canonical_json, encode
+from occstream.sharding.contract import admit
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import NAME, Manifest, shard_path
 from occstream.sharding.prepare import Images
@@ -128,7 +129,7 @@ class Job:
 
     def prepared(self, name: str) -> Scene:
         """A scene as it is packed, but for the images. Raises ValueError that names it if it cannot be."""
-        scene = self.source.load(name)
+        scene = admit(self.source.load(name))
         if not scene.frames:
             raise ValueError("it has no frames")
         scene = self.images.aim(scene)

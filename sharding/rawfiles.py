@@ -14,6 +14,8 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from occstream.sharding.contract import is_rigid
+
 # What pickled numpy arrays, scalars and dicts need, and nothing that can run code.
 _HARMLESS = {
     ("numpy.core.multiarray", "_reconstruct"),
@@ -74,24 +76,53 @@ def read_npy(path: Path, why: str = "") -> Any:
 
 def read_rows(path: Path, columns: int) -> np.ndarray:
     """(N, columns) float64 of a text file with so many numbers in a line. Raises ValueError."""
-    try:
-        rows = [
-            [float(word) for word in line.split()] for line in read_file(path).decode().splitlines() if line.strip()
-        ]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not rows or any(len(row) != columns for row in rows):
-        raise ValueError(f"{path}: needs {columns} numbers in every line; it is damaged or of another format")
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        row = parse_numbers(line, f"{path}: line {number}")
+        if len(row) != columns:
+            raise ValueError(f"{path}: needs {columns} numbers in every line; it is damaged or of another format")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: is empty; it needs {columns} numbers in every line; fetch it again")
     return np.array(rows)
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 text of a file. Raises ValueError."""
+    try:
+        return read_file(path).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not text ({error.reason} at byte {error.start}); fetch it again") from None
+
+
+def parse_numbers(text: str, where: object) -> np.ndarray:
+    """(N,) float64 of words, all finite. Raises ValueError."""
+    try:
+        numbers = np.array([float(word) for word in text.split()])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; fetch the file again") from None
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{where}: a number is not finite; fetch the file again")
+    return numbers
+
+
+def read_values(path: Path, dtype: str) -> np.ndarray:
+    """(N,) of a bare binary file of one type. Raises ValueError if its size does not fit."""
+    data = read_file(path)
+    if len(data) % np.dtype(dtype).itemsize:
+        raise ValueError(f"{path}: {len(data)} bytes are not a whole number of {np.dtype(dtype)}; fetch it again")
+    return np.frombuffer(data, dtype)
 
 
 def read_points(path: Path, columns: int) -> np.ndarray:
     """(N, columns) float32 of a bare binary file. Raises ValueError if its size does not fit."""
     data = read_file(path)
     if not data or len(data) % (4 * columns):
-        raise ValueError(
-            f"{path}: {len(data)} bytes are not a whole number of {columns} x float32 points; it is damaged, fetch it again"
-        )
+        others = [c for c in (3, 4, 5, 6) if data and c != columns and len(data) % (4 * c) == 0]
+        hint = f"it looks like {others[0]} columns" if len(others) == 1 else "it is damaged, fetch it again"
+        raise ValueError(f"{path}: {len(data)} bytes are not a whole number of {columns} x float32 points; {hint}")
     return np.frombuffer(data, np.float32).reshape(-1, columns)
 
 
@@ -164,11 +195,16 @@ def pose_of(translation: Sequence[float], rotation: Sequence[float]) -> np.ndarr
     return pose
 
 
-def rigid(matrix: np.ndarray) -> np.ndarray:
-    """(4, 4) float64 of 12 or 16 numbers in row order."""
+def rigid(matrix: np.ndarray, where: object) -> np.ndarray:
+    """(4, 4) float64 of 12 or 16 numbers in row order. Raises ValueError that names ``where`` if they are no pose."""
     pose = np.eye(4)
-    flat = np.asarray(matrix, np.float64).reshape(-1)
-    pose[: len(flat) // 4] = flat.reshape(-1, 4)
+    try:
+        flat = np.asarray(matrix, np.float64).reshape(-1)
+        pose[: len(flat) // 4] = flat.reshape(-1, 4)
+    except (ValueError, TypeError):
+        raise ValueError(f"{where}: is not 12 or 16 numbers") from None
+    if not is_rigid(pose):
+        raise ValueError(f"{where}: is not a rigid pose (rotation and translation, finite): {pose.tolist()}")
     return pose
 
 
@@ -210,7 +246,11 @@ def sparse_to_dense(index: np.ndarray, values: np.ndarray, shape: tuple[int, int
     Raises:
         ValueError: an index is out of the grid or appears twice with different values.
     """
-    index = np.asarray(index).astype(np.int64)
+    index, values = np.asarray(index), np.asarray(values)
+    for what, numbers in (("indices", index), ("classes", values)):
+        if numbers.dtype.kind not in "fiub" or (numbers.dtype.kind == "f" and not np.isfinite(numbers).all()):
+            raise ValueError(f"{where}: its {what} are not finite numbers; it is damaged or of another format")
+    index = index.astype(np.int64)
     if len(index) and ((index < 0).any() or (index >= shape).any()):
         bad = index[((index < 0) | (index >= shape)).any(1)][0]
         raise ValueError(

@@ -175,13 +175,13 @@ def mark_visible(solid, wanted, seen, origin, to_camera, intrinsics, width, heig
                         continue
                     a, b, c = i + 0.5, j + 0.5, k + 0.5
                     z = to_camera[2, 0] * a + to_camera[2, 1] * b + to_camera[2, 2] * c + to_camera[2, 3]
-                    if z <= 0.1:
+                    if not z > 0.1:
                         continue
                     x = (to_camera[0, 0] * a + to_camera[0, 1] * b + to_camera[0, 2] * c + to_camera[0, 3]) / z
                     y = (to_camera[1, 0] * a + to_camera[1, 1] * b + to_camera[1, 2] * c + to_camera[1, 3]) / z
                     u = intrinsics[0, 0] * x + intrinsics[0, 1] * y + intrinsics[0, 2]
                     v = intrinsics[1, 0] * x + intrinsics[1, 1] * y + intrinsics[1, 2]
-                    if u <= -0.5 or u >= width - 0.5 or v <= -0.5 or v >= height - 0.5:
+                    if not (-0.5 < u < width - 0.5 and -0.5 < v < height - 0.5):
                         continue
                     _look(solid, seen, origin, a, b, c)
 
@@ -206,7 +206,7 @@ def place_returns(xyz, to_ego, to_scene, low, high, reach):
         x, y, z = np.float64(xyz[n, 0]), np.float64(xyz[n, 1]), np.float64(xyz[n, 2])
         if not (np.isfinite(x) and np.isfinite(y) and np.isfinite(z)):
             continue
-        if reach > 0 and x * x + y * y + z * z > reach * reach:
+        if not (reach <= 0 or x * x + y * y + z * z <= reach * reach):
             continue
         inside = True
         for a in range(3):
@@ -240,7 +240,7 @@ def count_points(xyz, classes, pose, lower, voxel, counts, votes):
         x = (pose[0, 0] * px + pose[0, 1] * py + pose[0, 2] * pz + pose[0, 3] - lower[0]) / voxel[0]
         y = (pose[1, 0] * px + pose[1, 1] * py + pose[1, 2] * pz + pose[1, 3] - lower[1]) / voxel[1]
         z = (pose[2, 0] * px + pose[2, 1] * py + pose[2, 2] * pz + pose[2, 3] - lower[2]) / voxel[2]
-        if x < 0 or y < 0 or z < 0 or x >= nx or y >= ny or z >= nz:
+        if not (0 <= x < nx and 0 <= y < ny and 0 <= z < nz):  # never "x < 0 or …": NaN would pass
             continue
         i, j, k = int(x), int(y), int(z)
         if counts[i, j, k] < 65535:

@@ -6,18 +6,19 @@ ego pose is the LiDAR's (the first camera's where a sample has no LiDAR).
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from occstream.sharding.exactmath import angle_of
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.poses import compose, inverse, rotate
-from occstream.sharding.rawfiles import choose, existing_folder, pose_of, read_file, read_points
+from occstream.sharding.rawfiles import choose, existing_folder, read_file, read_points
+from occstream.sharding.rows import Row, Table, read_list
 from occstream.sharding.schema import (
     IGNORE,
     OCC3D_TO_OPENSCENE,
@@ -137,7 +138,7 @@ class Nuscenes:
         key = sample["lidar"] or next(iter(sample["cameras"].values()), None)
         if key is None:
             raise ValueError(f"{self.root}: sample {sample['token']} of {scene} has neither cameras nor LiDAR")
-        pose = pose_of(*key["ego"])
+        pose = self._ego(key)
         labels = None
         if self.labels:
             kind, lidar = LABEL_SETS[self.labels], sample["lidar"]
@@ -161,18 +162,30 @@ class Nuscenes:
         )
 
     def _camera(self, row: dict) -> Camera:
+        calibration = self._row("calibrated_sensor", row["calibration"])
         return Camera(
             jpeg=read_file(self.root / row["filename"], "the tables name it"),
             width=row["width"],
             height=row["height"],
-            intrinsics=np.array(row["intrinsics"], np.float64),
-            sensor_to_ego=pose_of(*row["sensor"]),
-            ego_to_global=pose_of(*row["ego"]),
+            intrinsics=calibration.intrinsics("camera_intrinsic"),
+            sensor_to_ego=calibration.pose("translation", "rotation"),
+            ego_to_global=self._ego(row),
             timestamp=row["timestamp"],
         )
 
+    def _row(self, table: str, record: dict) -> Row:
+        return Row(f"{self.root / self.version / table}.json: row {record['token']}", record)
+
+    def _ego(self, row: dict) -> np.ndarray:
+        return self._row("ego_pose", row["ego"]).pose("translation", "rotation")
+
     def _sweep(self, row: dict) -> LidarSweep:
         points = read_points(self.root / row["filename"], 5)
+        if not ((points[:, 4] >= 0) & (points[:, 4] <= 255) & (points[:, 4] == np.floor(points[:, 4]))).all():
+            raise ValueError(
+                f"{self.root / row['filename']}: the ring of its points is no whole number 0 to 255; it looks like 4 columns, "
+                "this layout has 5 (x, y, z, intensity, ring): write the ring, or 0, as fifth"
+            )
         classes = None
         if row.get("lidarseg"):
             raw = np.frombuffer(read_file(self.root / row["lidarseg"]), np.uint8)
@@ -184,8 +197,8 @@ class Nuscenes:
             classes = self._ids()[classes]
         return LidarSweep(
             xyz=points[:, :3].copy(),
-            sensor_to_ego=pose_of(*row["sensor"]),
-            ego_to_global=pose_of(*row["ego"]),
+            sensor_to_ego=self._row("calibrated_sensor", row["calibration"]).pose("translation", "rotation"),
+            ego_to_global=self._ego(row),
             timestamp=row["timestamp"],
             intensity=points[:, 3].copy(),
             ring=points[:, 4].astype(np.uint8),
@@ -206,11 +219,16 @@ class Nuscenes:
         boxes = np.zeros((len(rows), 7), np.float32)
         velocity = np.full((len(rows), 2), np.nan, np.float32)
         for i, row in enumerate(rows):
-            pose = compose(to_ego, pose_of(row["translation"], row["rotation"]))
-            width, length, height = row["size"]
+            found = self._row("sample_annotation", row["row"])
+            pose = compose(to_ego, found.pose("translation", "rotation"))
+            width, length, height = found.numbers("size", 3)
+            if not min(width, length, height) > 0:
+                raise found.error("size", f"is {found.values['size']}, not above 0")
             boxes[i] = (*pose[:3, 3], length, width, height, angle_of(pose[0, 0], pose[1, 0]))
-            if row["velocity"] is not None:
-                velocity[i] = rotate(to_ego, np.array(row["velocity"]))[:2]
+            if row["neighbors"]:
+                first, last, seconds = row["neighbors"]
+                first, last = (self._row("sample_annotation", r).numbers("translation", 3) for r in (first, last))
+                velocity[i] = rotate(to_ego, (last - first) / seconds)[:2]
         classes = [CLASS_OF_CATEGORY.get(row["category"]) for row in rows]
         names = [self._class_name(c) if c else row["category"] for c, row in zip(classes, rows)]
         return Boxes(boxes, names, [row["track"] for row in rows], velocity)
@@ -218,74 +236,26 @@ class Nuscenes:
 
 def _index(tables: Path, scenes: tuple[str, ...] | None, with_sweeps: bool) -> dict[str, dict]:
     """Joins the tables into one record per scene, and drops the rest (the full tables take gigabytes)."""
-    found = {name: _table(tables, name) for name in _TABLES}
-    rows = {name: {row["token"]: row for row in found[name]} for name in _TABLES if name != "sample_data"}
-    wanted = {row["name"]: row for row in found["scene"]}
+    found = {name: Table(tables / f"{name}.json") for name in _TABLES}
+    wanted = {row.text("name"): row for row in found["scene"]}
+    if len(wanted) < len(found["scene"].records):
+        raise ValueError(f"{found['scene'].path}: two scenes have one name; unpack the metadata archive again")
     wanted = {name: wanted[name] for name in choose(scenes, list(wanted), tables)}
-    scene_tokens = {row["token"] for row in wanted.values()}
-    samples = {t: row for t, row in rows["sample"].items() if row["scene_token"] in scene_tokens}
-
-    segmentation = {}
-    if (tables / "lidarseg.json").is_file():
-        segmentation = {row["sample_data_token"]: row["filename"] for row in _table(tables, "lidarseg")}
-    class_table = _class_table(tables, found["category"]) if segmentation else None
-
-    keys: dict[str, dict[str, dict]] = defaultdict(dict)
-    between: dict[str, dict] = {}
-    for row in found["sample_data"]:
-        channel = rows["sensor"][rows["calibrated_sensor"][row["calibrated_sensor_token"]]["sensor_token"]]["channel"]
-        if row["is_key_frame"] and row["sample_token"] in samples:
-            keys[row["sample_token"]][channel] = row
-        elif with_sweeps and channel == LIDAR:
-            between[row["token"]] = row
-
-    def joined(row: dict) -> dict:
-        calibration, ego = (
-            rows["calibrated_sensor"][row["calibrated_sensor_token"]],
-            rows["ego_pose"][row["ego_pose_token"]],
-        )
-        return {
-            "token": row["token"],
-            "filename": row["filename"],
-            "timestamp": row["timestamp"],
-            "width": row.get("width"),
-            "height": row.get("height"),
-            "intrinsics": calibration["camera_intrinsic"],
-            "sensor": (calibration["translation"], calibration["rotation"]),
-            "ego": (ego["translation"], ego["rotation"]),
-            "lidarseg": segmentation.get(row["token"]),
-            "class_table": class_table if row["token"] in segmentation else None,
-        }
-
-    annotations: dict[str, list[dict]] = defaultdict(list)
-    for row in found["sample_annotation"]:
-        if row["sample_token"] in samples:
-            instance = rows["instance"][row["instance_token"]]
-            annotations[row["sample_token"]].append(
-                {
-                    "translation": row["translation"],
-                    "rotation": row["rotation"],
-                    "size": row["size"],
-                    "category": rows["category"][instance["category_token"]]["name"],
-                    "track": row["instance_token"],
-                    "velocity": _velocity(row, rows["sample_annotation"], rows["sample"]),
-                }
-            )
-
+    samples = _samples(found["sample"], {row.text("token") for row in wanted.values()})
+    keys, between = _sensor_rows(found, samples, with_sweeps)
+    joined = _joiner(found, tables)
+    annotations = _annotations(found, samples)
     records = {}
     for name, scene in wanted.items():
-        chain, token = [], scene["first_sample_token"]
-        while token:
-            if token not in samples:
-                raise ValueError(
-                    f"{tables}: sample.json has no sample {token} that scene {name} needs; the tables are damaged"
-                )
-            sample, lidar = samples[token], keys[token].get(LIDAR)
+        chain = []
+        for token in _chain(scene, samples, found["sample"]):
+            lidar = keys[token].get(LIDAR)
             cameras = {c: joined(r) for c, r in sorted(keys[token].items()) if c.startswith("CAM")}
-            extra, at = [], lidar["prev"] if lidar else ""
+            extra, at = [], lidar.text("prev", empty=True) if lidar else ""
             while at in between:
-                extra.append(joined(between[at]))
-                at = between[at]["prev"]
+                row = between.pop(at)  # so that links which lead in a circle come to an end
+                extra.append(joined(row))
+                at = row.text("prev", empty=True)
             chain.append(
                 {
                     "token": token,
@@ -295,41 +265,131 @@ def _index(tables: Path, scenes: tuple[str, ...] | None, with_sweeps: bool) -> d
                     "boxes": annotations[token],
                 }
             )
-            token = sample["next"]
-        log = rows["log"].get(scene["log_token"], {})
-        attributes = {"description": scene.get("description", ""), "location": log.get("location", "")}
-        records[name] = {"token": scene["token"], "samples": chain, "attributes": attributes}
+        log = found["log"].join(scene, "log_token").values if scene.has("log_token") else {}
+        attributes = {
+            "description": str(scene.values.get("description", "")),
+            "location": str(log.get("location", "")),
+        }
+        records[name] = {"token": scene.text("token"), "samples": chain, "attributes": attributes}
     return records
 
 
-def _table(tables: Path, name: str) -> list[dict[str, Any]]:
-    path = tables / f"{name}.json"
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: table is missing; the metadata archive of nuScenes holds all of them") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); unpack the metadata archive again") from None
+def _samples(table: Table, scene_tokens: set[str]) -> dict[str, Row]:
+    """Samples of the scenes, by token."""
+    return {row.text("token"): row for row in table if row.text("scene_token") in scene_tokens}
 
 
-def _class_table(tables: Path, categories: list[dict]) -> list[int]:
+def _chain(scene: Row, samples: dict[str, Row], table: Table) -> list[str]:
+    """Tokens of a scene's samples in order. Raises ValueError if the links do not lead through all of them, once."""
+    chain: dict[str, int] = {}
+    row, field = scene, "first_sample_token"
+    last = None
+    while token := row.text(field, empty=row is not scene):
+        if token not in samples:
+            raise row.error(field, f"is {token!r}, which {table.path.name} does not have for this scene")
+        if token in chain:
+            raise row.error(field, f"leads back to {token!r}: the samples go in a circle; unpack the archive again")
+        row, field = samples[token], "next"
+        if row.text("scene_token") != scene.text("token"):
+            raise row.error("scene_token", f"is not {scene.text('token')!r}, whose samples lead here")
+        time = row.whole("timestamp")
+        if last is not None and time <= last:
+            raise row.error("timestamp", f"is {time}, not after that of the sample before it, {last}")
+        chain[token] = last = time
+    own = {t for t, r in samples.items() if r.values["scene_token"] == scene.values["token"]}
+    if own - chain.keys():
+        stray = samples[min(own - chain.keys())]
+        raise stray.error("scene_token", f"is {scene.text('token')!r}, but no 'next' of its samples leads here")
+    return list(chain)
+
+
+def _sensor_rows(
+    found: dict[str, Table], samples: dict[str, Row], with_sweeps: bool
+) -> tuple[dict[str, dict[str, Row]], dict[str, Row]]:
+    """Rows of key-frames by sample and channel; rows of LiDAR sweeps between them by token."""
+    calibrations, table = found["calibrated_sensor"], found["sample_data"]
+    channels = {row.text("token"): found["sensor"].join(row, "sensor_token").text("channel") for row in calibrations}
+    keys: dict[str, dict[str, Row]] = defaultdict(dict)
+    between: dict[str, Row] = {}
+    for row in table:
+        calibrated = row.text("calibrated_sensor_token")
+        if calibrated not in channels:
+            calibrations.join(row, "calibrated_sensor_token")
+        channel, sample = channels[calibrated], row.text("sample_token")
+        if row.flag("is_key_frame") and sample in samples:
+            if channel in keys[sample]:
+                raise row.error("sample_token", f"is {sample!r}, which has another key-frame of {channel}")
+            keys[sample][channel] = row
+        elif with_sweeps and channel == LIDAR:
+            between[row.text("token")] = row
+    return keys, between
+
+
+def _joiner(found: dict[str, Table], tables: Path) -> Callable[[Row], dict]:
+    """Joins a row of sample_data with what it points to."""
+    segmentation: dict[str, str] = {}
+    class_table = None
+    if (tables / "lidarseg.json").is_file():
+        rows = [
+            Row(f"{tables / 'lidarseg.json'}: row number {i}", r)
+            for i, r in enumerate(read_list(tables / "lidarseg.json"))
+        ]
+        segmentation = {row.text("sample_data_token"): row.path("filename") for row in rows}
+        class_table = _class_table(found["category"])
+
+    def joined(row: Row) -> dict:
+        token, image = row.text("token"), row.has("width")
+        return {
+            "token": token,
+            "filename": row.path("filename"),
+            "timestamp": row.whole("timestamp"),
+            "width": row.whole("width", 0, 65535) if image else None,
+            "height": row.whole("height", 0, 65535) if image else None,
+            "calibration": found["calibrated_sensor"].join(row, "calibrated_sensor_token").values,
+            "ego": found["ego_pose"].join(row, "ego_pose_token").values,
+            "lidarseg": segmentation.get(token),
+            "class_table": class_table if token in segmentation else None,
+        }
+
+    return joined
+
+
+def _annotations(found: dict[str, Table], samples: dict[str, Row]) -> dict[str, list[dict]]:
+    """Boxes by sample."""
+    annotations: dict[str, list[dict]] = defaultdict(list)
+    for row in found["sample_annotation"]:
+        sample = row.text("sample_token")
+        if sample in samples:
+            instance = found["instance"].join(row, "instance_token")
+            annotations[sample].append(
+                {
+                    "row": row.values,
+                    "category": found["category"].join(instance, "category_token").text("name"),
+                    "track": row.text("instance_token"),
+                    "neighbors": _neighbors(row, found["sample_annotation"], found["sample"]),
+                }
+            )
+    return annotations
+
+
+def _class_table(categories: Table) -> list[int]:
     """Raw lidarseg value -> Occ3D id or IGNORE."""
-    if any("index" not in row for row in categories):
+    if any("index" not in row.values for row in categories):
         raise ValueError(
-            f"{tables / 'category.json'}: has no 'index' values; with lidarseg, unpack its category.json over this one"
+            f"{categories.path}: has no 'index' values; with lidarseg, unpack its category.json over this one"
         )
     occ3d, out = get_taxonomy("occ3d"), [IGNORE] * 256
     for row in categories:
-        name = CLASS_OF_CATEGORY.get(row["name"])
-        out[row["index"]] = occ3d.id(name) if name else IGNORE
+        name = CLASS_OF_CATEGORY.get(row.text("name"))
+        out[row.whole("index", 0, 255)] = occ3d.id(name) if name else IGNORE
     return out
 
 
-def _velocity(row: dict, annotations: dict[str, dict], samples: dict[str, dict]) -> np.ndarray | None:
-    """(3,) m/s in the global frame from the track's neighbours in time, None where it has none within 1.5 s."""
-    first, last = annotations.get(row["prev"], row), annotations.get(row["next"], row)
-    seconds = (samples[last["sample_token"]]["timestamp"] - samples[first["sample_token"]]["timestamp"]) / 1e6
+def _neighbors(row: Row, annotations: Table, samples: Table) -> tuple[dict, dict, float] | None:
+    """A track's box before and after, for its velocity, and the seconds between; None if it has none within 1.5 s."""
+    first, last = (annotations.join(row, field) if row.text(field, empty=True) else row for field in ("prev", "next"))
+    seconds = (
+        samples.join(last, "sample_token").whole("timestamp") - samples.join(first, "sample_token").whole("timestamp")
+    ) / 1e6
     limit = 3.0 if first is not row and last is not row else 1.5
-    if not 0 < seconds <= limit:
-        return None
-    return (np.array(last["translation"]) - np.array(first["translation"])) / seconds
+    return (first.values, last.values, seconds) if 0 < seconds <= limit else None

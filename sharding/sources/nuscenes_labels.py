@@ -39,8 +39,9 @@ def read_occ3d(path: Path, grid: VoxelGrid) -> Labels:
     if not isinstance(arrays, dict) or "semantics" not in arrays or "mask_lidar" not in arrays:
         raise ValueError(f"{path}: not an Occ3D labels.npz (semantics, mask_lidar, mask_camera)")
     for name, value in arrays.items():
-        if value.shape != grid.shape:
-            raise ValueError(f"{path}: {name} has shape {value.shape}, expected {grid.shape}")
+        if value.shape != grid.shape or value.dtype.kind not in "iub":
+            have = f"shape {value.shape} and type {value.dtype}"
+            raise ValueError(f"{path}: {name} has {have}, expected whole numbers of shape {grid.shape}")
     semantic = arrays["semantics"]
     _check_range(path, semantic, OCC3D.free_id)
     camera = arrays.get("mask_camera")
@@ -55,20 +56,22 @@ def read_occ3d(path: Path, grid: VoxelGrid) -> Labels:
 def read_openoccupancy(path: Path, grid: VoxelGrid) -> Labels:
     """``.npy`` of rows z, y, x, class (or z, y, x, velocity x3, class); class 0 is noise, unlisted voxels are free."""
     rows = read_npy(path, "labels of a key-frame")
-    if rows.ndim != 2 or rows.shape[1] not in (4, 7):
-        raise ValueError(f"{path}: shape {rows.shape}, expected (N, 4) or (N, 7) with z, y, x first and class last")
+    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] not in (4, 7):
+        raise ValueError(f"{path}: shape {np.shape(rows)}, expected (N, 4) or (N, 7) with z, y, x first and class last")
     return _sparse(path, rows[:, [2, 1, 0]], rows[:, -1], grid)
 
 
 def read_surroundocc(path: Path, grid: VoxelGrid) -> Labels:
     """``.npy`` of rows x, y, z, class; class 0 is noise, unlisted voxels are free."""
     rows = read_npy(path, "labels of a key-frame")
-    if rows.ndim != 2 or rows.shape[1] != 4:
-        raise ValueError(f"{path}: shape {rows.shape}, expected (N, 4) of x, y, z, class")
+    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != 4:
+        raise ValueError(f"{path}: shape {np.shape(rows)}, expected (N, 4) of x, y, z, class")
     return _sparse(path, rows[:, :3], rows[:, 3], grid)
 
 
 def _sparse(path: Path, index: np.ndarray, classes: np.ndarray, grid: VoxelGrid) -> Labels:
+    if classes.dtype.kind not in "iuf" or not np.isfinite(classes).all():
+        raise ValueError(f"{path}: its classes are not finite numbers; it is damaged or of another format")
     classes = classes.astype(np.int64)
     _check_range(path, classes, OCC3D.num_classes - 1)
     semantic = sparse_to_dense(index, np.where(classes == 0, IGNORE, classes), grid.shape, OCC3D.free_id, path)

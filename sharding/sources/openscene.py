@@ -15,13 +15,13 @@ from occstream.sharding.rawfiles import (
     choose,
     existing_folder,
     listed,
-    pose_of,
     read_jpeg,
     read_npy,
     read_pcd,
     read_pickle,
     sparse_to_dense,
 )
+from occstream.sharding.rows import Row
 from occstream.sharding.schema import (
     IGNORE,
     OPENSCENE,
@@ -74,14 +74,21 @@ def open_source(
         if not isinstance(infos, list) or not all(isinstance(info, dict) and "token" in info for info in infos):
             raise ValueError(f"{file}: not OpenScene metadata (a list of frame records, or a dict with 'infos')")
         for info in infos:
-            records[info["scene_name"]].append(info)
+            row = Row(f"{file}: frame {str(info['token'])[:40]}", info)
+            row.text("token")
+            row.whole("timestamp")
+            records[row.text("scene_name")].append(info)
     names = choose(scenes, sorted(records), place)
     chosen = {name: sorted(records[name], key=lambda info: info["timestamp"]) for name in names}
     chosen, found = _with_occupancy(folder, place, chosen) if labels else (chosen, Findings(labels="labels=false"))
     tops = [folder / name for name in ("sensor_blobs", "occupancy") if (folder / name).is_dir()]
     bases = (folder, *tops, *(split for top in tops for split in sorted(top.iterdir()) if split.is_dir()))
-    native = labels and any(info.get("occ_gt_final_path") for infos in chosen.values() for info in infos)
+    native = labels and any(_has(info) for infos in chosen.values() for info in infos)
     return OpenScene(folder, bases, chosen, get_grid("openscene") if native else None, found)
+
+
+def _has(info: dict) -> bool:
+    return Row("", info).has("occ_gt_final_path")
 
 
 def _with_occupancy(folder: Path, place: Path, scenes: dict[str, list[dict]]) -> tuple[dict[str, list[dict]], Findings]:
@@ -90,7 +97,7 @@ def _with_occupancy(folder: Path, place: Path, scenes: dict[str, list[dict]]) ->
     Raises:
         ValueError: some scenes have none at all: their labels would have to come from somewhere else.
     """
-    have = {name: [info for info in infos if info.get("occ_gt_final_path")] for name, infos in scenes.items()}
+    have = {name: [info for info in infos if _has(info)] for name, infos in scenes.items()}
     lacking = [name for name, infos in have.items() if not infos]
     if len(lacking) == len(scenes):
         unused = ""
@@ -142,25 +149,26 @@ class OpenScene:
         return Scene(name, [self._frame(name, i, info) for i, info in enumerate(infos)], attributes)
 
     def _frame(self, scene: str, index: int, info: dict) -> Frame:
-        ego = pose_of(info["ego2global_translation"], info["ego2global_rotation"])
-        lidar = pose_of(info["lidar2ego_translation"], info["lidar2ego_rotation"])
-        timestamp = int(info["timestamp"])
+        row = Row(f"{self.root}: frame {info['token']} of scene {scene}", info)
+        ego = row.pose("ego2global_translation", "ego2global_rotation")
+        lidar = row.pose("lidar2ego_translation", "lidar2ego_rotation")
+        timestamp = row.whole("timestamp")
         cameras = {}
-        for name, row in info["cams"].items():
-            jpeg, width, height = read_jpeg(self._find(row["data_path"]))
-            to_lidar = np.eye(4)
-            to_lidar[:3, :3], to_lidar[:3, 3] = row["sensor2lidar_rotation"], row["sensor2lidar_translation"]
-            intrinsics = np.array(row["cam_intrinsic"], np.float64)
+        for name in row.row("cams").values if row.has("cams") else ():
+            camera = row.row("cams").row(name)
+            jpeg, width, height = read_jpeg(self._find(camera.text("data_path")))
+            intrinsics = camera.intrinsics("cam_intrinsic")
+            distortion = camera.numbers("distortion", -1) if camera.has("distortion") else None
             try:
-                lens = lens_of(width, height, intrinsics, row.get("distortion"))
+                lens = lens_of(width, height, intrinsics, distortion)
             except ValueError as error:
-                raise ValueError(f"{self.root}: frame {info['token']}, {name}: {error}") from None
+                raise camera.error("distortion", f"is no lens: {error}") from None
             cameras[name] = Camera(
                 jpeg=jpeg,
                 width=width,
                 height=height,
                 intrinsics=intrinsics,
-                sensor_to_ego=compose(lidar, to_lidar),
+                sensor_to_ego=compose(lidar, camera.pose("sensor2lidar_translation", "sensor2lidar_rotation")),
                 ego_to_global=ego,  # OpenScene has no pose for each camera
                 timestamp=timestamp,
                 lens=lens,
@@ -168,19 +176,19 @@ class OpenScene:
         return Frame(
             scene=scene,
             index=index,
-            token=str(info["token"]),
+            token=row.text("token"),
             timestamp=timestamp,
             ego_to_global=ego,
             cameras=cameras,
-            lidar=self._sweep(info, lidar, ego, timestamp),
-            boxes=_boxes(info["anns"], lidar) if info.get("anns") else None,
-            labels=self._labels(info, lidar) if self.grid else None,
+            lidar=self._sweep(row, lidar, ego, timestamp),
+            boxes=_boxes(row.row("anns"), lidar) if row.has("anns") else None,
+            labels=self._labels(row, lidar) if self.grid else None,
         )
 
-    def _sweep(self, info: dict, lidar: np.ndarray, ego: np.ndarray, timestamp: int) -> LidarSweep | None:
-        if not info.get("lidar_path"):
+    def _sweep(self, row: Row, lidar: np.ndarray, ego: np.ndarray, timestamp: int) -> LidarSweep | None:
+        if not row.has("lidar_path"):
             return None
-        path = self._find(info["lidar_path"])
+        path = self._find(row.text("lidar_path"))
         fields = read_pcd(path)
         if not {"x", "y", "z"} <= fields.keys():
             raise ValueError(f"{path}: has no fields x, y and z, only {', '.join(fields)}")
@@ -193,9 +201,11 @@ class OpenScene:
             ring=fields["ring"].astype(np.uint8) if "ring" in fields else None,
         )
 
-    def _labels(self, info: dict, lidar: np.ndarray) -> Labels:
-        path = self._find(info["occ_gt_final_path"])
+    def _labels(self, row: Row, lidar: np.ndarray) -> Labels:
+        path = self._find(row.text("occ_gt_final_path"))
         rows = read_npy(path)
+        if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "iuf" or not np.isfinite(rows).all():
+            raise ValueError(f"{path}: is no array of finite numbers")
         if rows.ndim != 2 or rows.shape[1] != 2:
             raise ValueError(f"{path}: shape {rows.shape}, expected (N, 2) of flat index and class")
         x, y, _ = self.grid.shape
@@ -206,9 +216,11 @@ class OpenScene:
             raise ValueError(f"{path}: class {dense.max()} is out of range 0..{RAW_FREE}")
         binary = dense != RAW_FREE
         flow = None
-        if info.get("flow_gt_final_path"):
-            where = self._find(info["flow_gt_final_path"])
+        if row.has("flow_gt_final_path"):
+            where = self._find(row.text("flow_gt_final_path"))
             velocity = read_npy(where)
+            if not isinstance(velocity, np.ndarray) or velocity.dtype.kind not in "iuf":
+                raise ValueError(f"{where}: is no array of numbers")
             if velocity.shape != (len(rows), 2):
                 raise ValueError(f"{where}: shape {velocity.shape} does not fit the {len(rows)} voxels of {path.name}")
             grid = np.zeros((*self.grid.shape, 2), np.float32)
@@ -229,8 +241,12 @@ class OpenScene:
         )
 
 
-def _boxes(anns: dict, lidar: np.ndarray) -> Boxes:
-    boxes = np.asarray(anns["gt_boxes"], np.float32).reshape(-1, 7)  # already x, y, z, length, width, height, yaw; ego
-    velocity = rotate(lidar, np.asarray(anns["gt_velocity_3d"], np.float64).reshape(-1, 3))  # LiDAR axes -> ego axes
-    tracks = [str(t) for t in anns["track_tokens"]]
-    return Boxes(boxes, [str(n) for n in anns["gt_names"]], tracks, velocity[:, :2].astype(np.float32))
+def _boxes(anns: Row, lidar: np.ndarray) -> Boxes | None:
+    names, tracks = anns.texts("gt_names"), anns.texts("track_tokens")
+    shape = (len(names), 7)  # already x, y, z, length, width, height, yaw; ego
+    boxes = anns.numbers("gt_boxes", *shape) if names else np.zeros(shape)
+    velocity = anns.numbers("gt_velocity_3d", len(names), 3) if names else np.zeros((0, 3))
+    if len(tracks) != len(names):
+        raise anns.error("track_tokens", f"are {len(tracks)} for {len(names)} boxes")
+    velocity = rotate(lidar, velocity)  # LiDAR axes -> ego axes
+    return Boxes(boxes.astype(np.float32), names, tracks, velocity[:, :2].astype(np.float32))

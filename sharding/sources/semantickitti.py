@@ -18,10 +18,13 @@ from occstream.sharding.rawfiles import (
     choose,
     existing_folder,
     listed,
+    parse_numbers,
     read_file,
     read_jpeg,
     read_points,
     read_rows,
+    read_text,
+    read_values,
     rigid,
 )
 from occstream.sharding.schema import (
@@ -144,9 +147,13 @@ class SemanticKitti:
         piece = self.scenes[name]
         folder = self.root / piece.folder
         calibration = _calibration(folder / "calib.txt")
-        velo_to_cam = rigid(calibration["Tr"])
+        velo_to_cam = rigid(calibration["Tr"], f"{folder / 'calib.txt'}: Tr")
         # SPEC E.4: poses are of the left camera; the first scan's LiDAR frame becomes the global frame.
-        poses = [compose(inverse(velo_to_cam), rigid(row), velo_to_cam) for row in read_rows(folder / "poses.txt", 12)]
+        rows = read_rows(folder / "poses.txt", 12)
+        poses = [
+            compose(inverse(velo_to_cam), rigid(row, f"{folder / 'poses.txt'}: pose of scan {i}"), velo_to_cam)
+            for i, row in enumerate(rows)
+        ]
         times = _times(folder / "times.txt")
         frames = []
         for index, (scan, between) in enumerate(zip(piece.keys, piece.between)):
@@ -174,7 +181,8 @@ class SemanticKitti:
         jpeg, width, height = read_jpeg(path)
         projection = calibration["P2"].reshape(3, 4)
         offset = np.eye(4)
-        offset[:3, 3] = -inverse(rigid(projection))[:3, 3]  # left grey camera -> left colour camera
+        whole = np.concatenate([projection, [[0, 0, 0, 1]]])
+        offset[:3, 3] = -inverse(whole)[:3, 3]  # left grey camera -> left colour camera
         to_lidar = inverse(compose(offset, velo_to_cam))
         return Camera(jpeg, width, height, projection[:, :3].copy(), to_lidar, pose, time)
 
@@ -187,7 +195,7 @@ def _sweep(folder: Path, scan: int, pose: np.ndarray, time: int) -> LidarSweep |
     classes = moving = None
     labels = folder / "labels" / f"{scan:06d}.label"
     if labels.is_file():
-        raw = np.frombuffer(read_file(labels), np.uint32)
+        raw = read_values(labels, "<u4")
         if len(raw) != len(points):
             raise ValueError(f"{labels}: has {len(raw)} labels for the {len(points)} points of {path.name}")
         raw = raw & 0xFFFF  # the upper half is the instance
@@ -244,13 +252,16 @@ def read_bits(path: Path, grid: VoxelGrid) -> np.ndarray:
 
 def _calibration(path: Path) -> dict[str, np.ndarray]:
     found = {}
-    for line in read_file(path).decode().splitlines():
+    for line in read_text(path).splitlines():
         name, _, numbers = line.partition(":")
-        if numbers.strip():
-            found[name.strip()] = np.array([float(v) for v in numbers.split()])
+        if name.strip() in ("P2", "Tr"):
+            found[name.strip()] = parse_numbers(numbers, f"{path}: {name.strip()}")
     for name in ("P2", "Tr"):
         if len(found.get(name, ())) != 12:
             raise ValueError(f"{path}: needs a line '{name}:' with 12 numbers; take the calibration of KITTI odometry")
+    projection = found["P2"].reshape(3, 4)
+    if not (projection[0, 0] > 0 and projection[1, 1] > 0 and np.allclose(projection[2, :3], [0, 0, 1])):
+        raise ValueError(f"{path}: P2 is not the projection of a camera: {projection.tolist()}")
     return found
 
 

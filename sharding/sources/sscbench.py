@@ -18,10 +18,11 @@ from occstream.sharding.rawfiles import (
     choose,
     existing_folder,
     listed,
-    read_file,
+    parse_numbers,
     read_jpeg,
     read_points,
     read_rows,
+    read_text,
     rigid,
 )
 from occstream.sharding.schema import IGNORE, KITTI360, Camera, Findings, Frame, LidarSweep, Scene, Taxonomy
@@ -68,6 +69,10 @@ def open_source(
     return SscBench(folder, scenes, cameras, Findings("voxels/*.label", left_out=left))
 
 
+def _cam_to_velo(path: Path) -> np.ndarray:
+    return rigid(read_rows(path, 12)[0], path)
+
+
 @dataclass(frozen=True)
 class SscBench:
     """See ``open_source``."""
@@ -94,9 +99,10 @@ class SscBench:
         """One scene. Raises ValueError if a file is missing or damaged."""
         piece = self.scenes[name]
         folder = self.root / "data_2d_raw" / piece.folder
-        cam_to_velo = rigid(read_rows(self.root / "calibration" / "calib_cam_to_velo.txt", 12)[0])
+        cam_to_velo = _cam_to_velo(self.root / "calibration" / "calib_cam_to_velo.txt")
         rows = read_rows(folder / "cam0_to_world.txt", 17)
-        poses = {int(row[0]): rigid(row[1:]) for row in rows}
+        where = folder / "cam0_to_world.txt"
+        poses = {int(row[0]): rigid(row[1:], f"{where}: pose of frame {row[0]:.0f}") for row in rows}
         frames = []
         for index, scan in enumerate(piece.keys):
             if scan not in poses:
@@ -126,10 +132,13 @@ class SscBench:
 
     def _intrinsics(self) -> np.ndarray:
         path = self.root / "calibration" / "perspective.txt"
-        for line in read_file(path).decode().splitlines():
+        for line in read_text(path).splitlines():
             name, _, numbers = line.partition(":")
             if name.strip() == "P_rect_00":
-                return np.array([float(v) for v in numbers.split()]).reshape(3, 4)[:, :3].copy()
+                projection = parse_numbers(numbers, f"{path}: P_rect_00")
+                if len(projection) != 12 or not projection[0] > 0 or not projection[5] > 0:
+                    raise ValueError(f"{path}: P_rect_00 is not the projection of a camera (12 numbers)")
+                return projection.reshape(3, 4)[:, :3].copy()
         raise ValueError(f"{path}: has no line 'P_rect_00:'")
 
     def _sweep(self, drive: str, scan: int, pose: np.ndarray) -> LidarSweep | None:

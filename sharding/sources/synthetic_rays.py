@@ -47,7 +47,8 @@ def bin_solids(solids, x0, y0, cell, nx, ny):
 def ground_height(height, x0, y0, cell, x, y):
     """Bilinear height at a point; the raster is extended at its border."""
     u, v = (x - x0) / cell - 0.5, (y - y0) / cell - 0.5
-    u, v = min(max(u, 0.0), height.shape[0] - 1.001), min(max(v, 0.0), height.shape[1] - 1.001)
+    u, v = u if u > 0.0 else 0.0, v if v > 0.0 else 0.0  # NaN becomes 0: it must not become an index
+    u, v = min(u, height.shape[0] - 1.001), min(v, height.shape[1] - 1.001)
     i, j = int(u), int(v)
     a, b = u - i, v - j
     low = height[i, j] * (1 - b) + height[i, j + 1] * b

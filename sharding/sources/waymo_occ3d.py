@@ -93,12 +93,18 @@ class WaymoOcc3d:
 
     def _frame(self, scene: str, index: int, number: int, path: Path) -> Frame:
         arrays = read_npy(path)
+        if not isinstance(arrays, dict):
+            raise ValueError(f"{path}: is no archive of arrays (.npz)")
         missing = [k for k in ("voxel_label", "origin_voxel_state", "final_voxel_state") if k not in arrays]
         if missing:
             raise ValueError(f"{path}: has no array {missing[0]!r}, only {', '.join(arrays)}")
         raw = arrays["voxel_label"]
-        if raw.shape != self.grid.shape:
-            raise ValueError(f"{path}: labels have shape {raw.shape}, expected {self.grid.shape}")
+        for name in ("voxel_label", "origin_voxel_state", "final_voxel_state"):
+            if arrays[name].shape != self.grid.shape or arrays[name].dtype.kind not in "iub":
+                have = f"shape {arrays[name].shape} and type {arrays[name].dtype}"
+                raise ValueError(f"{path}: {name} has {have}, expected whole numbers of shape {self.grid.shape}")
+        if (raw < 0).any():
+            raise ValueError(f"{path}: class {raw.min()} is out of range 0..{WAYMO.free_id}")
         free = np.isin(raw, RAW_FREE)
         if (bad := raw[~free & (raw >= WAYMO.num_classes)]).size:
             raise ValueError(f"{path}: class {bad[0]} is out of range 0..{WAYMO.free_id}")
@@ -107,7 +113,7 @@ class WaymoOcc3d:
             index=index,
             token=f"{scene}/{number:03d}",
             timestamp=number * STEP_US,
-            ego_to_global=rigid(arrays["ego2global"]) if "ego2global" in arrays else None,
+            ego_to_global=rigid(arrays["ego2global"], f"{path}: ego2global") if "ego2global" in arrays else None,
             labels=Labels(
                 ~free,
                 np.where(free, WAYMO.free_id, raw).astype(np.uint8),

@@ -1,5 +1,6 @@
 """Every source: the contract that holds for all, and the traps of each format (SPEC E)."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -9,10 +10,11 @@ import simplejpeg
 from occstream.sharding import rawfiles
 from occstream.sharding.check import verify
 from occstream.sharding.codec import GROUPS, decode, encode
+from occstream.sharding.contract import admit
 from occstream.sharding.grid import get_grid
 from occstream.sharding.pack import pack
 from occstream.sharding.prepare import Images
-from occstream.sharding.schema import IGNORE, TAXONOMIES
+from occstream.sharding.schema import IGNORE, TAXONOMIES, iter_scenes
 from occstream.sharding.sources import open_source, source_names
 from tests.sharding import layouts
 from tests.sharding.test_shards import same
@@ -289,3 +291,67 @@ def test_real_samples(shared_data, tmp_path):
     assert (labels.binary & labels.mask_camera).sum() == 23_153
     pack(occ3d, str(tmp_path / "occ3d"))
     assert verify(str(tmp_path / "occ3d")) == []
+
+
+FAULTS = [None, "", "no/such.file", 5, -1, np.nan, np.inf, 10**30, True, [], {}, np.array(None), np.array("x"), b"x"]
+FAULTS += [[np.nan, 0, 0], [0, 0, 0, 0], [1e300, 0, 0], np.full((3, 3), np.nan), np.zeros((3, 3)), np.zeros((0, 7))]
+
+
+def refusal(options):
+    """What is said of OpenScene's frames, or nothing. Whatever is no ValueError comes through."""
+    try:
+        source = open_source("openscene", options)
+        for name in source.scene_names():
+            admit(source.load(name))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_fault_in_any_field_of_openscene_is_one_line(tmp_path):
+    options = layouts.openscene(tmp_path, scenes=1, frames=1)
+    path = tmp_path / "meta_datas/log-a.pkl"
+    [info] = pickle.loads(path.read_bytes())["infos"]
+
+    def places(record, at=()):
+        for name, value in record.items():
+            yield (*at, name)
+            if isinstance(value, dict):
+                yield from places(value, (*at, name))
+
+    refused = 0
+    for place in [p for p in places(info) if p[0] != "cams" or len(p) == 1 or p[1] == "CAM_B0"]:
+        for fault in FAULTS:
+            changed = copy.deepcopy(info)
+            inner = changed
+            for name in place[:-1]:
+                inner = inner[name]
+            inner[place[-1]] = fault
+            path.write_bytes(pickle.dumps([changed]))
+            said = refusal(options)
+            refused += bool(said)
+            if said:
+                assert str(tmp_path) in said or "scene name" in said, (place, fault, said)
+                assert place[0] in said or "has no file" in said or "scene name" in said, (place, fault, said)
+    assert refused > 300
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("semantickitti", "sequences/00/poses.txt", b"nan " * 12, r"poses\.txt: line 1: a number is not finite"),
+        ("semantickitti", "sequences/00/poses.txt", b"0 " * 12, r"poses\.txt: pose of scan 0: is not a rigid pose"),
+        ("semantickitti", "sequences/00/calib.txt", b"\xff\xfe", r"calib\.txt: is not text"),
+        ("semantickitti", "sequences/00/calib.txt", b"P2: x\nTr: 1", r"calib\.txt: P2: could not convert"),
+        ("semantickitti", "sequences/00/calib.txt", b"P2:" + b" 0" * 12 + b"\nTr:" + b" 0" * 12, "not the projection"),
+        ("semantickitti", "sequences/00/labels/000000.label", b"123", r"000000\.label: 3 bytes are not a whole number"),
+        ("sscbench", "calibration/perspective.txt", b"P_rect_00: 1 2", "P_rect_00 is not the projection"),
+        ("sscbench", "calibration/calib_cam_to_velo.txt", b"inf " * 12, "line 1: a number is not finite"),
+    ],
+)
+def test_damaged_text_of_kitti_names_file_and_line(tmp_path, name, file, content, message):
+    options = {"semantickitti": layouts.semantickitti, "sscbench": layouts.sscbench}[name](tmp_path)
+    assert (tmp_path / file).parent.is_dir()
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(iter_scenes(open_source(name, options)))
