@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from occstream.evaluation.metrics import BinaryCounts, ConfusionMatrix, sum_over_ranks
+from occstream.evaluation.metrics import CONVENTIONS, RangedCounts, ranges_of, sum_over_ranks
 from occstream.models import OccBatch, OccOutputs
 from occstream.models.batch import pool_binary
-from occstream.sharding.schema import Taxonomy
+from occstream.sharding.grid import VoxelGrid
+from occstream.sharding.schema import IGNORE, Taxonomy
 
 Head = Literal["sigmoid_focal", "softmax_focal"]
 
@@ -28,7 +29,8 @@ class EvalResult:
         frames: evaluated over all ranks.
         binary_iou: on the binary head's own grid, labels pooled (SPEC A.7).
         iou: geometric, of the semantic output. miou: by the convention.
-        per_class: IoU by class name; NaN for classes that do not occur.
+        per_class: IoU by class name; for classes that do not occur NaN, or 0 by the convention.
+        ranges: ``binary_iou``, ``iou`` and ``miou`` by range (``metrics.ranges_of``).
         seconds: wall time. mask, convention: as declared.
         unknown: share (0..1) of the voxels counted that the labels do not know; None for a mask that counts none of them.
     """
@@ -42,6 +44,7 @@ class EvalResult:
     mask: str = "auto"
     convention: str = "occ3d"
     unknown: float | None = None
+    ranges: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """MLflow metrics."""
@@ -53,6 +56,8 @@ class EvalResult:
         if self.miou is not None:
             out |= {"eval/iou": self.iou, "eval/miou": self.miou}
             out |= {f"eval/class/{name}": value for name, value in self.per_class.items()}
+        for name, scores in self.ranges.items():
+            out |= {f"eval/range/{name}/{key}": value for key, value in scores.items()}
         return out
 
     def summary(self) -> str:
@@ -60,12 +65,15 @@ class EvalResult:
         scores = (("binary IoU", self.binary_iou), ("IoU", self.iou), ("mIoU", self.miou))
         said = ", ".join(f"{name} {value:.2f}" for name, value in scores if value is not None)
         unknown = f", {100 * self.unknown:.1f} % unknown voxels counted" if self.unknown else ""
-        return f"{said} (mask {self.mask}{unknown})"
+        return f"{said} (convention {self.convention}, mask {self.mask}{unknown})"
 
     def table(self) -> str:
         """For the terminal."""
-        lines = [f"{self.frames} frames: {self.summary()}, convention {self.convention}"]
+        lines = [f"{self.frames} frames: {self.summary()}"]
         lines += [f"  {name:<22} {value:6.2f}" for name, value in self.per_class.items()]
+        words = {"binary_iou": "binary IoU", "iou": "IoU", "miou": "mIoU"}
+        for name, scores in self.ranges.items():
+            lines.append(f"  {name:<22} " + ", ".join(f"{words[key]} {value:.2f}" for key, value in scores.items()))
         return "\n".join(lines)
 
 
@@ -95,6 +103,7 @@ def evaluate(
     batches: Iterable[OccBatch],
     *,
     taxonomy: Taxonomy,
+    grid: VoxelGrid | None = None,
     convention: str = "occ3d",
     mask: str = "auto",
     unknown: float | None = None,
@@ -109,8 +118,8 @@ def evaluate(
         model: returns ``OccOutputs``; its mode is restored afterwards.
         batches: this rank's share, at least one; masks are already in the labels.
         taxonomy: of the labels.
-        convention: what a class counts that neither labels nor prediction have: nothing for "occ3d" (SPEC F.1), zero for
-            "openscene" (F.2).
+        grid: of the labels, for scores by range; None: without.
+        convention: how the benchmark of these labels averages, one of ``metrics.CONVENTIONS``.
         mask, unknown: which mask the labels were made with, and what share of unknown voxels it counts; only reported.
         kind, threshold: how logits become classes.
         expected: frames that all ranks have together, where that is known.
@@ -125,9 +134,11 @@ def evaluate(
     began = time.perf_counter()
     training = model.training
     model.eval()
-    confusion, binary, frames = ConfusionMatrix(taxonomy.num_classes), BinaryCounts(), torch.zeros(2, dtype=torch.int64)
+    rule = CONVENTIONS[convention]
+    confusion = RangedCounts(taxonomy.num_classes, rule, ranges_of(grid) if grid else None)
+    binary, frames = None, torch.zeros(2, dtype=torch.int64)
     device = torch.device("cpu")
-    semantic, has_binary = False, True
+    semantic = False
     try:
         for batch, counted in _in_step(batches):
             outputs = model(batch)
@@ -136,10 +147,11 @@ def evaluate(
             device = batch.images.device
             frames += torch.tensor([batch.size, int(batch.binary_valid.sum())])
             logits = outputs.binary_logits
-            has_binary = logits is not None
-            if has_binary:
+            if logits is not None:
                 truth, valid = pool_binary(batch.binary, batch.binary_valid, tuple(logits.shape[1:]))
-                binary.update(logits > 0, truth, valid)
+                shape = tuple(logits.shape[1:])
+                binary = binary or RangedCounts(1, rule, ranges_of(grid, shape) if grid else None)
+                binary.update((logits <= 0).byte(), torch.where(valid, (~truth).byte(), IGNORE))
             if outputs.semantic_logits is not None and batch.num_semantic:
                 semantic = True
                 confusion.update(classify(outputs.semantic_logits, kind, threshold), batch.semantic)
@@ -147,8 +159,6 @@ def evaluate(
                 watch(batch, outputs)
     finally:
         model.train(training)
-    confusion.all_reduce(device)
-    binary.all_reduce(device)
     seen, voxels = sum_over_ranks(frames, device).tolist()
     if not seen or (expected is not None and seen != expected):
         planned = "some" if expected is None else expected
@@ -160,22 +170,35 @@ def evaluate(
             f"evaluated {seen} frames without a single valid voxel (mask {mask}): there is no score; choose other scenes or "
             "another eval.mask"
         )
+    confusion.all_reduce(device)
+    if binary:
+        binary.all_reduce(device)
     semantic = bool(sum_over_ranks(torch.tensor([int(semantic)]), device).item())
     result = EvalResult(
         frames=seen,
-        binary_iou=100 * binary.iou() if has_binary else None,
+        binary_iou=100 * binary.matrix().iou() if binary else None,
         seconds=time.perf_counter() - began,
         mask=mask,
         unknown=unknown,
         convention=convention,
     )
-    if semantic:
-        per_class = 100 * confusion.class_iou()[: taxonomy.num_classes]
-        if convention == "openscene":
-            per_class = per_class.nan_to_num(0.0)
-        result.iou, result.miou = 100 * confusion.iou(), float(per_class.nanmean())
-        result.per_class = {name: float(v) for name, v in zip(taxonomy.classes, per_class)}
+    _add_scores(result, taxonomy, confusion if semantic else None, binary)
     return result
+
+
+def _add_scores(
+    result: EvalResult, taxonomy: Taxonomy, confusion: RangedCounts | None, binary: RangedCounts | None
+) -> None:
+    if confusion:
+        matrix = confusion.matrix()
+        result.iou, result.miou = 100 * matrix.iou(), 100 * matrix.miou()
+        named = list(zip(taxonomy.classes, matrix.class_iou().tolist()))
+        result.per_class = {name: 100 * v for name, v in named[matrix.convention.first :]}
+    counts = confusion or binary
+    for part in counts.ranges.parts if counts and counts.ranges else ():
+        scores = result.ranges[part] = {"binary_iou": 100 * binary.matrix(part).iou()} if binary else {}
+        if confusion:
+            scores |= {"iou": 100 * confusion.matrix(part).iou(), "miou": 100 * confusion.matrix(part).miou()}
 
 
 def _in_step(batches: Iterable[OccBatch]) -> Iterator[tuple[OccBatch, bool]]:

@@ -1,14 +1,46 @@
-"""Streaming confusion matrices: exact counts, also over ranks (SPEC section F)."""
+"""Streaming confusion matrices: exact counts, also over ranks and by range, and what benchmarks make of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.schema import IGNORE
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a benchmark's own script averages; the histogram is the same for all.
+
+    Attributes:
+        first: the mean is over the classes from this one on.
+        epsilon: in the denominator of a class's IoU. 0: a class that neither truth nor prediction has is NaN and skipped;
+            above: it counts as 0.
+        geometry_epsilon: likewise of occupied against free.
+        drop_first: voxels that are truly of class 0 are left out.
+    """
+
+    first: int = 0
+    epsilon: float = 0.0
+    geometry_epsilon: float = 0.0
+    drop_first: bool = False
+
+
+CONVENTIONS: Mapping[str, Convention] = {
+    "occ3d": Convention(),
+    "openscene": Convention(epsilon=1e-5, geometry_epsilon=1e-5),
+    # Class 0 is noise, which the truth never has. Where a class does not occur its script's mean is NaN: we skip it.
+    "openoccupancy": Convention(first=1),
+    "semantickitti": Convention(epsilon=1e-15),
+    # Its script refuses predictions of class 0 (noise); here they are errors, like those of free.
+    "lidarseg": Convention(first=1, drop_first=True),
+}
 
 
 class ConfusionMatrix:
@@ -16,10 +48,11 @@ class ConfusionMatrix:
 
     Args:
         num_classes: K.
+        convention: of the scores.
     """
 
-    def __init__(self, num_classes: int):
-        self.num_classes = num_classes
+    def __init__(self, num_classes: int, convention: Convention = CONVENTIONS["occ3d"]):
+        self.num_classes, self.convention = num_classes, convention
         self.counts = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
 
     def update(self, prediction: Tensor, truth: Tensor, valid: Tensor | None = None) -> None:
@@ -29,55 +62,117 @@ class ConfusionMatrix:
             prediction, truth: integer tensors of one shape.
             valid: bool of the same shape.
         """
-        keep = truth != IGNORE
-        if valid is not None:
-            keep = keep & valid
-        n = self.num_classes + 1
-        index = truth[keep].long() * n + prediction[keep].long()
-        self.counts += torch.bincount(index, minlength=n * n).view(n, n).cpu()
+        truth = truth if valid is None else torch.where(valid, truth, IGNORE)
+        self.counts += _histograms(prediction, truth, None, self.num_classes, 1)[0]
 
-    def all_reduce(self, device: torch.device | str = "cpu") -> None:
-        """Sums the counts over ranks (collective)."""
-        self.counts = sum_over_ranks(self.counts, device)
+    def _counted(self) -> Tensor:
+        counts = self.counts.double()
+        if self.convention.drop_first:
+            counts[0] = 0
+        return counts
 
     def class_iou(self) -> Tensor:
-        """(K + 1,) float64 IoU of each class and of free; NaN for classes that neither truth nor prediction has."""
-        c = self.counts.double()
+        """(K + 1,) float64 IoU of each class and of free; where neither truth nor prediction has one: by the convention."""
+        c = self._counted()
         hit = c.diagonal()
-        return hit / (c.sum(0) + c.sum(1) - hit)
+        return hit / (c.sum(0) + c.sum(1) - hit + self.convention.epsilon)
 
-    def miou(self, classes: list[int] | None = None) -> float:
-        """Mean IoU without free, NaN skipped (SPEC F.1): over ``classes``, or all."""
-        found = self.class_iou()[: self.num_classes]
-        return float(found[classes if classes is not None else slice(None)].nanmean())
+    def miou(self) -> float:
+        """Mean IoU of the convention's classes, without free; NaN is skipped."""
+        return float(self.class_iou()[self.convention.first : self.num_classes].nanmean())
 
     def iou(self) -> float:
-        """Geometric IoU: any class against free."""
-        c = self.counts.double()
+        """Geometric IoU: any class against free; NaN (by the convention 0) if neither truth nor prediction has anything."""
+        c = self._counted()
         k = self.num_classes
-        return float(c[:k, :k].sum() / (c.sum() - c[k, k]))
+        return float(c[:k, :k].sum() / (c.sum() - c[k, k] + self.convention.geometry_epsilon))
 
 
-@dataclass
-class BinaryCounts:
-    """Occupied against free: exact integer counts."""
+@dataclass(frozen=True)
+class Ranges:
+    """Parts of a grid by distance from the ego, for scores by range.
 
-    counts: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.int64))
+    Attributes:
+        shell: (X, Y) int64, disjoint parts, numbered.
+        shells: how many.
+        parts: by name of a range, the shells that it is made of.
+    """
 
-    def update(self, prediction: Tensor, truth: Tensor, valid: Tensor) -> None:
-        """Bool tensors of one shape."""
-        both = (prediction & truth & valid).sum()
-        extra = (prediction & ~truth & valid).sum()
-        lost = (~prediction & truth & valid).sum()
-        self.counts += torch.stack([both, extra, lost]).cpu()
+    shell: Tensor
+    shells: int
+    parts: dict[str, tuple[int, ...]]
+
+
+def ranges_of(grid: VoxelGrid, shape: tuple[int, int, int] | None = None) -> Ranges:
+    """The ranges that benchmarks report for a kind of grid.
+
+    Grids that begin at the ego (SemanticKITTI): 12.8, 25.6 and 51.2 m, nested: 0 <= x < r and |y| <= r / 2. All others: near
+    and far, max(|x|, |y|) below 25 m and from there on. Ranges that the grid does not reach are not there.
+
+    Args:
+        grid: of the labels.
+        shape: of a coarser one over the same box; voxels are sorted by their centres.
+    """
+    shape = shape or grid.shape
+    x, y = (
+        torch.tensor(grid.lower[a] + (grid.upper[a] - grid.lower[a]) / shape[a] * (np.arange(shape[a]) + 0.5))
+        for a in (0, 1)
+    )
+    if grid.lower[0] >= 0:
+        reach = torch.maximum(x[:, None], 2 * y[None, :].abs())
+        limits = (12.8, 25.6, 51.2)
+    else:
+        reach = torch.maximum(x[:, None].abs(), y[None, :].abs())
+        limits = (25.0,)
+    shell = torch.bucketize(reach, torch.tensor(limits, dtype=torch.float64), right=True)
+    there = sorted(set(shell.flatten().tolist()))
+    if len(there) == 1:
+        return Ranges(torch.zeros_like(shell), 1, {})
+    if len(limits) == 1:
+        parts = {"near 25 m": (0,), "far 25 m": (1,)}
+    else:
+        parts = {f"{limit:g} m": tuple(range(n + 1)) for n, limit in enumerate(limits) if n <= there[-1]}
+    return Ranges(shell, len(limits) + 1, parts)
+
+
+class RangedCounts:
+    """Confusion matrices of all ranges from one pass: counts over voxels by shell.
+
+    Args:
+        num_classes: K.
+        convention: of the scores.
+        ranges: None: one part, the whole grid.
+    """
+
+    def __init__(self, num_classes: int, convention: Convention, ranges: Ranges | None = None):
+        self.num_classes, self.convention, self.ranges = num_classes, convention, ranges
+        n = num_classes + 1
+        self.counts = torch.zeros(ranges.shells if ranges else 1, n, n, dtype=torch.int64)
+
+    def update(self, prediction: Tensor, truth: Tensor) -> None:
+        """Adds voxels, (S, X, Y, Z) integers; where ``truth`` is 255 they are left out."""
+        shell = self.ranges.shell.to(truth.device)[:, :, None].expand(truth.shape) if self.ranges else None
+        self.counts += _histograms(prediction, truth, shell, self.num_classes, len(self.counts))
 
     def all_reduce(self, device: torch.device | str = "cpu") -> None:
         """Sums the counts over ranks (collective)."""
         self.counts = sum_over_ranks(self.counts, device)
 
-    def iou(self) -> float:
-        """NaN if there is nothing occupied in truth or prediction."""
-        return float(self.counts[0].double() / self.counts.sum())
+    def matrix(self, part: str | None = None) -> ConfusionMatrix:
+        """Of a range, or of everything."""
+        matrix = ConfusionMatrix(self.num_classes, self.convention)
+        chosen = self.ranges.parts[part] if part else range(len(self.counts))
+        matrix.counts = self.counts[list(chosen)].sum(0)
+        return matrix
+
+
+def _histograms(prediction: Tensor, truth: Tensor, shell: Tensor | None, num_classes: int, shells: int) -> Tensor:
+    """(shells, K + 1, K + 1) int64 on the CPU: truth by prediction in each shell."""
+    keep, n = truth != IGNORE, num_classes + 1
+    index = truth[keep].long() * n + prediction[keep].long()
+    if shell is not None:
+        index += shell[keep] * (n * n)
+    return torch.bincount(index, minlength=shells * n * n).view(shells, n, n).cpu()
 
 
 def sum_over_ranks(counts: Tensor, device: torch.device | str = "cpu") -> Tensor:

@@ -202,7 +202,7 @@ def dry_run(
     print(f"  length     {data.steps:,} steps, {data.steps * per_step:,} frames, {data.epoch_samples:,} in an epoch")
     print(f"  evaluation {held_out.total:,} frames of {len(held_out.scenes)} scenes")
     for note in (*data.notes, *held_out.notes):
-        print(f"  mask       {note}")
+        print(f"  note       {note}")
     for name, (scenes, size) in _volume(config, data).items():
         print(f"  {name:<10} {scenes:,} scenes, {_size(size)} to read in an epoch (all nodes together)")
     memory = predicted_memory(config, data, ranks)

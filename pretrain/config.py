@@ -124,8 +124,8 @@ class EvalConfig:
     """Steps between evaluations; 0: at the end only."""
     batch: int = 8
     """Frames per forward and rank."""
-    convention: Literal["occ3d", "openscene"] = "occ3d"
-    """How classes are averaged (SPEC F.1, F.2)."""
+    convention: Literal["auto", "occ3d", "openscene", "openoccupancy", "semantickitti", "lidarseg"] = "auto"
+    """How classes are averaged: as the benchmark of the labels does (auto), or by name."""
     mask: Mask = "auto"
     """As ``data.mask``, for the metric; declared with the result."""
     pictures: int = 1

@@ -320,11 +320,13 @@ class EvalData:
         total: frames; 0: nothing is held out.
         scenes: their names.
         unknown: share of unknown voxels that ``eval.mask`` counts (see ``unknown_share``); ``notes``: as of ``TrainData``.
+        convention: of the metric, from the labels or the recipe.
     """
 
     def __init__(self, config: Config, world: World, cameras: tuple[str, ...] | None = None):
         self.world, self.total, self.scenes = world, 0, set()
         self.unknown: float | None = None
+        self.convention = "occ3d"
         self.notes: list[str] = []
         ev = config.eval
         manifest = _load(config, ev.url or config.data.url)
@@ -345,6 +347,7 @@ class EvalData:
                 f"{self.total} frames to evaluate on, but {world.size} processes: evaluate on more, or use fewer processes"
             )
         self.cameras = cameras or config.data.cameras or camera_names(manifest, scenes[0])
+        self._choose_convention(manifest, ev.convention)
         self.unknown = unknown_share(manifest, scenes, ev.mask, config.data.binary_from)
         if self.unknown:
             self.notes.append(unknown_line("eval.mask", ev.mask, self.unknown))
@@ -368,6 +371,14 @@ class EvalData:
             return open_stream(manifest, plan, filler, ev.batch, config, world)
 
         self._open = open_plan
+
+    def _choose_convention(self, manifest: Manifest, wanted: str) -> None:
+        own, how = manifest.metric_convention()
+        self.convention = own if wanted == "auto" else wanted
+        if self.convention != own:
+            self.notes.append(f"eval.convention={wanted}: the labels' own is {own} ({how})")
+        elif wanted == "auto" and how.startswith("inferred"):
+            self.notes.append(f"eval.convention=auto: {own}, {how}")
 
     def __iter__(self) -> Iterator[OccBatch]:
         with self._open() as stream:

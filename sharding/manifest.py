@@ -14,7 +14,7 @@ import numpy as np
 
 from occstream.sharding import storage
 from occstream.sharding.codec import FORMAT_VERSION, canonical_json
-from occstream.sharding.grid import VoxelGrid
+from occstream.sharding.grid import GRIDS, VoxelGrid
 from occstream.sharding.schema import get_taxonomy
 
 NAME = "manifest.json"
@@ -70,7 +70,10 @@ class Manifest:
         groups: groups that every shard number has a tar in.
         scenes, shards: in packing order.
         left_out: names of scenes that could not be packed and were allowed to fail.
-        label_group: the group whose labels grid, taxonomy, classes and ``labels`` describe: "labels" or a sidecar.
+        label_group: the group whose labels grid, taxonomy, classes, ``labels`` and ``convention`` describe: "labels" or a
+            sidecar.
+        convention: how the benchmark of the labels averages (``schema.CONVENTIONS``); "": they do not say, see
+            ``metric_convention``.
     """
 
     url: str
@@ -84,6 +87,7 @@ class Manifest:
     shards: tuple[ShardEntry, ...]
     left_out: tuple[str, ...] = ()
     label_group: str = "labels"
+    convention: str = ""
 
     def content(self) -> dict:
         """The JSON content of ``manifest.json`` without the fingerprint."""
@@ -98,6 +102,7 @@ class Manifest:
             "scenes": [asdict(s) for s in self.scenes],
             "shards": [asdict(s) for s in self.shards],
             **({"left_out": list(self.left_out)} if self.left_out else {}),
+            **({"convention": self.convention} if self.convention else {}),
             **({"label_group": self.label_group} if self.label_group != "labels" else {}),
         }
 
@@ -178,13 +183,26 @@ class Manifest:
                 *(ShardEntry(**s) for s in data["shards"]),
             ),
             label_group=group,
+            convention=data.get("convention", ""),
         )
+
+    def metric_convention(self) -> tuple[str, str]:
+        """How scores against these labels are averaged, and how that is known."""
+        if self.convention:
+            return self.convention, "declared by the labels"
+        known = {"openscene": "openscene", "semantickitti": "semantickitti", "kitti360": "semantickitti"}
+        if self.taxonomy in known:
+            return known[self.taxonomy], f"inferred from taxonomy {self.taxonomy}"
+        if self.grid and any(self.grid.same_voxels(GRIDS[name]) for name in ("openoccupancy", "surroundocc")):
+            return "openoccupancy", f"inferred from grid {self.grid.name}"
+        return "occ3d", f"inferred from taxonomy {self.taxonomy}"
 
     def publish_sidecar(self, base: str) -> None:
         """Writes the sidecar manifest of a manifest that ``with_sidecar`` will read back; ``base`` is the fingerprint of
         the set that it belongs to."""
         content = self.content()
         data = {k: content[k] for k in ("format", "grid", "taxonomy", "classes", "labels")}
+        data |= {"convention": self.convention} if self.convention else {}
         data |= {"base": base, "group": self.label_group}
         data["shards"] = [asdict(s) for s in self.shards if s.group == self.label_group]
         where = storage.join(self.url, sidecar_name(self.label_group))
@@ -204,6 +222,7 @@ class Manifest:
             scenes=tuple(SceneEntry(**s) for s in content["scenes"]),
             shards=tuple(ShardEntry(**s) for s in content["shards"]),
             left_out=tuple(content.get("left_out", ())),
+            convention=content.get("convention", ""),
         )
 
     def subset(self, scenes: int | None = None, seed: int = 0, holdout: int = 0) -> list[int]:

@@ -97,6 +97,11 @@ class Job:
             return ""
         return self.label.version if self.label else "native"
 
+    @property
+    def convention(self) -> str:
+        """Metric convention of the labels, where the source that brings them names one."""
+        return getattr(self.source, "convention", "") if self.labels == "native" else ""
+
     def header(self, group: str) -> dict:
         """Content of a shard's header member."""
         return {
@@ -266,6 +271,7 @@ def _describe(job: Job) -> dict:
         "classes": list(job.taxonomy.classes),
         "labels": job.labels,
         "groups": list(job.groups),
+        **({"convention": job.convention} if job.convention else {}),
     }
 
 

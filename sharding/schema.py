@@ -307,6 +307,10 @@ class Scene:
         check_scene_name(self.name)
 
 
+# Metric conventions that a label set may name; ``evaluation.metrics`` knows what each means.
+CONVENTIONS = ("occ3d", "openscene", "openoccupancy", "semantickitti", "lidarseg")
+
+
 @dataclass(frozen=True)
 class Findings:
     """What a source found when it was opened: printed by jobs, no part of the data (nor of the source's ``repr``).
@@ -325,7 +329,7 @@ class Findings:
 @runtime_checkable
 class Source(Protocol):
     """A raw data set. ``occstream.sharding.sources.<name>.open_source(root, **options)`` gives one. It may have ``findings``
-    (``Findings``), which jobs print.
+    (``Findings``), which jobs print, and ``convention`` (one of ``CONVENTIONS``): how the benchmark of its own labels averages.
 
     Attributes:
         name: goes into manifests.

@@ -123,6 +123,10 @@ class Nuscenes:
     def grid(self) -> VoxelGrid | None:
         return LABEL_SETS[self.labels].grid if self.labels else None
 
+    @property
+    def convention(self) -> str:
+        return LABEL_SETS[self.labels].convention if self.labels else ""
+
     def scene_names(self) -> list[str]:
         return list(self.records)
 

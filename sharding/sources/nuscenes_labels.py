@@ -22,12 +22,14 @@ class LabelSet:
         path: of a frame, below the set's root, from scene name, scene token, sample token, LiDAR token, LiDAR file name.
         read: file -> labels.
         root: default, below the root of nuScenes.
+        convention: how its benchmark averages; SurroundOcc's as OpenOccupancy's: over classes 1 to 16.
     """
 
     grid: VoxelGrid
     path: Callable[[str, str, str, str, str], str]
     read: Callable[[Path, VoxelGrid], Labels]
     root: str
+    convention: str
 
 
 def read_occ3d(path: Path, grid: VoxelGrid) -> Labels:
@@ -91,17 +93,20 @@ LABEL_SETS: Mapping[str, LabelSet] = {
         lambda scene, scene_token, sample, lidar, file: f"{scene}/{sample}/labels.npz",
         read_occ3d,
         "gts",
+        "occ3d",
     ),
     "openoccupancy": LabelSet(
         get_grid("openoccupancy"),
         lambda scene, scene_token, sample, lidar, file: f"scene_{scene_token}/occupancy/{lidar}.npy",
         read_openoccupancy,
         "nuScenes-Occupancy",
+        "openoccupancy",
     ),
     "surroundocc": LabelSet(
         get_grid("surroundocc"),
         lambda scene, scene_token, sample, lidar, file: f"{file}.npy",
         read_surroundocc,
         "nuscenes_occ/samples",
+        "openoccupancy",
     ),
 }

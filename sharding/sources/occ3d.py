@@ -49,6 +49,7 @@ class Occ3d:
     findings: Findings
 
     name = "occ3d"
+    convention = "occ3d"
     taxonomy: Taxonomy = OCC3D
 
     @property

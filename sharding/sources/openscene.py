@@ -134,6 +134,7 @@ class OpenScene:
     findings: Findings
 
     name = "openscene"
+    convention = "openscene"
     taxonomy: Taxonomy = OPENSCENE
 
     def __repr__(self) -> str:

@@ -134,6 +134,7 @@ class SemanticKitti:
     findings: Findings
 
     name = "semantickitti"
+    convention = "semantickitti"
     taxonomy: Taxonomy = SEMANTICKITTI
 
     def __repr__(self) -> str:

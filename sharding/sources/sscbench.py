@@ -83,6 +83,7 @@ class SscBench:
     findings: Findings
 
     name = "sscbench"
+    convention = "semantickitti"
     taxonomy: Taxonomy = KITTI360
 
     @property

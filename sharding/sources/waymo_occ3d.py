@@ -66,6 +66,7 @@ class WaymoOcc3d:
     findings: Findings
 
     name = "waymo_occ3d"
+    convention = "occ3d"
     taxonomy: Taxonomy = WAYMO
 
     @property

@@ -144,8 +144,13 @@ def test_what_a_setting_counts_is_measured_and_said(tmp_path):
     assert data.notes == [
         "data.mask=none: 75.0 % of the voxels that count are unknown to the labels; data.mask=auto leaves them out"
     ]
-    assert (held_out.unknown, len(held_out.notes)) == (0.75, 1)
+    assert held_out.unknown == 0.75
+    assert held_out.notes[0] == "eval.convention=auto: occ3d, inferred from taxonomy occ3d"
+    assert held_out.notes[1].startswith("eval.mask=none: 75.0 %")
+    other = EvalData(load_config(RECIPE, [*words, "eval.convention=openscene"], stage="finetune"), world)
+    assert (other.convention, held_out.convention) == ("openscene", "occ3d")
+    assert other.notes[0].startswith("eval.convention=openscene: the labels' own is occ3d")
     result = EvalResult(1, 50.0, mask="none", unknown=held_out.unknown)
-    assert result.summary() == "binary IoU 50.00 (mask none, 75.0 % unknown voxels counted)"
+    assert result.summary() == "binary IoU 50.00 (convention occ3d, mask none, 75.0 % unknown voxels counted)"
     assert result.metrics()["eval/unknown_share"] == 75
     assert "eval/unknown_share" not in EvalResult(1, 50.0).metrics()
