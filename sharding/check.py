@@ -21,6 +21,13 @@ from occstream.sharding.schema import IGNORE, Camera, Frame, frame_key, get_taxo
 from occstream.sharding.shardfile import HEADER
 from occstream.sharding.stream import ShardReader, tar_members
 
+# Where older versions left the origin of the ego frame.
+OFF_THE_ROAD = {
+    "openscene": "in the rear axle, 0.325 m above it",
+    "semantickitti": "in the LiDAR, 1.73 m above it",
+    "sscbench": "in the LiDAR, 1.73 m above it",
+}
+
 
 def verify(url: str, share: float = 1.0, seed: int = 0, group: str | None = None) -> list[str]:
     """Checks a data set: every shard's presence and size; and of a share of the shard numbers hash, index, members,
@@ -45,6 +52,7 @@ def verify(url: str, share: float = 1.0, seed: int = 0, group: str | None = None
     problems: list[str] = []
     names = Counter(s.name for s in manifest.scenes)
     problems += [f"{url}: scene {name} is listed {n} times" for name, n in names.items() if n > 1]
+    problems += _ego_frame(manifest)
     there = {g: storage.listing(storage.join(url, g)) for g in manifest.groups}
     bad: set[int] = set()
     for shard in manifest.shards:
@@ -64,6 +72,16 @@ def verify(url: str, share: float = 1.0, seed: int = 0, group: str | None = None
         if number not in bad:
             problems += _check_number(manifest, number, by_number.get(number, []))
     return problems
+
+
+def _ego_frame(manifest: Manifest) -> Iterator[str]:
+    """Sets from before the ego frame's origin was put on the road, of the sources that had it elsewhere."""
+    old = [s.name for s in manifest.scenes if "ego_height" not in s.attributes]
+    if old and manifest.source in OFF_THE_ROAD:
+        yield (
+            f"{manifest.url}: the ego frame is not on the road in {len(old)} scenes ({old[0]}, …) but "
+            f"{OFF_THE_ROAD[manifest.source]}: they do not fit sets and networks of now; pack the data set again"
+        )
 
 
 def _check_number(manifest: Manifest, number: int, scenes: list[SceneEntry]) -> Iterator[str]:

@@ -105,7 +105,8 @@ class VoxelGrid:
 _PRESETS = [
     # Occ3D-nuScenes and Occ3D-Waymo (SPEC E.2), OpenScene (E.1), OpenOccupancy (E.3), SemanticKITTI SSC (E.4)
     VoxelGrid("occ3d", (-40, -40, -1), (40, 40, 5.4), (0.4, 0.4, 0.4), "ego"),
-    VoxelGrid("openscene", (-50, -50, -4), (50, 50, 4), (0.5, 0.5, 0.5), "ego"),
+    # OpenScene's box reaches from 4 m below to 4 m above the rear axle, which is 0.325 m above the road.
+    VoxelGrid("openscene", (-50, -50, -3.675), (50, 50, 4.325), (0.5, 0.5, 0.5), "ego"),
     VoxelGrid("openoccupancy", (-51.2, -51.2, -5), (51.2, 51.2, 3), (0.2, 0.2, 0.2), "lidar"),
     VoxelGrid("surroundocc", (-50, -50, -5), (50, 50, 3), (0.5, 0.5, 0.5), "lidar"),
     VoxelGrid("semantickitti", (0, -25.6, -2), (51.2, 25.6, 4.4), (0.2, 0.2, 0.2), "lidar"),

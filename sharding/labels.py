@@ -121,8 +121,11 @@ def label_scene(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: Label
         ValueError: a frame has no LiDAR sweep.
     """
     config = config or LabelConfig()
+    no_points = not any(
+        len(f.lidar.xyz) for f in scene.frames if f.lidar is not None
+    )  # of a rig whose place alone is known
     for frame in scene.frames:
-        if frame.lidar is None:
+        if frame.lidar is None or no_points:
             raise ValueError(
                 f"frame {frame.key} has no LiDAR sweep, so no labels can be made; leave its scene out or use --labels none"
             )

@@ -5,6 +5,9 @@ Conventions, everywhere:
 * A pose ``a_to_b`` is a 4x4 float64 matrix that maps homogeneous points of frame a to frame b, metres.
 * Frames: *camera* (x right, y down, z forward), *lidar* (as the data set has it), *ego* (x forward, y left, z up,
   of the vehicle at the key-frame, i.e. at ``Frame.timestamp``, unless said otherwise), *global* (fixed in the world).
+* The origin of the ego frame is on the road, below the middle of the rear axle: returns from the ground within 10 m lie at
+  z = 0 to within 0.15 m. Sources whose data set has it elsewhere convert poses, calibration and boxes, and say in
+  ``Scene.attributes["ego_height"]`` how many metres above the road it was.
 * Time stamps are integer microseconds.
 * Voxel arrays are (X, Y, Z), see ``grid``.
 * What a data set lacks is ``None``, never zeros.

@@ -10,7 +10,7 @@ import numpy as np
 
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.lenses import lens_of
-from occstream.sharding.poses import compose, rotate
+from occstream.sharding.poses import compose, inverse, rotate
 from occstream.sharding.rawfiles import (
     choose,
     existing_folder,
@@ -38,6 +38,10 @@ from occstream.sharding.schema import (
 # Raw class -> ours; 1 to 3 are placeholders that no voxel should have, 11 is what densifying leaves free.
 RAW_FREE = 11
 _TO_OURS = np.array([0, IGNORE, IGNORE, IGNORE, 1, 2, 3, 4, 5, 6, 7, OPENSCENE.free_id], np.uint8)
+
+EGO_HEIGHT = 0.325  # metres: nuPlan's ego frame has its origin in the rear axle, above the road
+_TO_ROAD = np.eye(4)
+_TO_ROAD[2, 3] = EGO_HEIGHT
 
 
 def open_source(
@@ -138,7 +142,7 @@ class OpenScene:
     taxonomy: Taxonomy = OPENSCENE
 
     def __repr__(self) -> str:
-        return f"OpenScene({self.root.name}, grid={self.grid.name if self.grid else None}, lenses)"  # was without, once
+        return f"OpenScene({self.root.name}, grid={self.grid.name if self.grid else None}, lenses, road)"  # was without, once
 
     def scene_names(self) -> list[str]:
         return list(self.records)
@@ -147,12 +151,13 @@ class OpenScene:
         """One scene. Raises ValueError if a file is missing or damaged."""
         infos = self.records[name]
         attributes = {key: str(infos[0].get(key, "")) for key in ("log_name", "map_location", "vehicle_name")}
+        attributes["ego_height"] = EGO_HEIGHT
         return Scene(name, [self._frame(name, i, info) for i, info in enumerate(infos)], attributes)
 
     def _frame(self, scene: str, index: int, info: dict) -> Frame:
         row = Row(f"{self.root}: frame {info['token']} of scene {scene}", info)
-        ego = row.pose("ego2global_translation", "ego2global_rotation")
-        lidar = row.pose("lidar2ego_translation", "lidar2ego_rotation")
+        ego = compose(row.pose("ego2global_translation", "ego2global_rotation"), inverse(_TO_ROAD))
+        lidar = compose(_TO_ROAD, row.pose("lidar2ego_translation", "lidar2ego_rotation"))
         timestamp = row.whole("timestamp")
         cameras = {}
         for name in row.row("cams").values if row.has("cams") else ():
@@ -247,6 +252,7 @@ def _boxes(anns: Row, lidar: np.ndarray) -> Boxes | None:
     shape = (len(names), 7)  # already x, y, z, length, width, height, yaw; ego
     boxes = anns.numbers("gt_boxes", *shape) if names else np.zeros(shape)
     velocity = anns.numbers("gt_velocity_3d", len(names), 3) if names else np.zeros((0, 3))
+    boxes = boxes + [0, 0, EGO_HEIGHT, 0, 0, 0, 0]
     if len(tracks) != len(names):
         raise anns.error("track_tokens", f"are {len(tracks)} for {len(names)} boxes")
     velocity = rotate(lidar, velocity)  # LiDAR axes -> ego axes

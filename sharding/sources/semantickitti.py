@@ -1,7 +1,10 @@
 """SemanticKITTI: ``sequences/NN/{velodyne,labels,voxels,image_2}``, camera-frame poses (SPEC E.4).
 
-The LiDAR frame (x forward, y left, z up) serves as the ego frame. Key-frames are the scans that have voxel labels, or
-every ``stride``-th scan where there are none; the scans between them are sweeps.
+Poses are of the cameras; the ego frame is placed on the road below the rear axle by the car's drawing: the LiDAR, whose
+axes it has, is 1.73 m above it and 0.76 m ahead of the axle. Voxels stay in the LiDAR's frame.
+
+Key-frames are the scans that have voxel labels, or every ``stride``-th scan where there are none; the scans between them
+are sweeps.
 """
 
 from __future__ import annotations
@@ -46,6 +49,9 @@ _LEARNING = {
     255: 8, 256: 5, 257: 5, 258: 4, 259: 5,
 }  # fmt: skip
 FIRST_MOVING = 252
+LIDAR_TO_EGO = np.eye(4)
+LIDAR_TO_EGO[:3, 3] = 0.76, 0.0, 1.73
+EGO_HEIGHT = 1.73  # metres above the road: where the origin would be without that
 STEP_US = 100_000  # 10 turns a second, where there is no times.txt
 
 
@@ -138,7 +144,9 @@ class SemanticKitti:
     taxonomy: Taxonomy = SEMANTICKITTI
 
     def __repr__(self) -> str:
-        return f"SemanticKitti(grid={self.grid.name if self.grid else None}, cameras={self.cameras}, {self.scenes})"
+        return (
+            f"SemanticKitti(road, grid={self.grid.name if self.grid else None}, cameras={self.cameras}, {self.scenes})"
+        )
 
     def scene_names(self) -> list[str]:
         return list(self.scenes)
@@ -149,10 +157,11 @@ class SemanticKitti:
         folder = self.root / piece.folder
         calibration = _calibration(folder / "calib.txt")
         velo_to_cam = rigid(calibration["Tr"], f"{folder / 'calib.txt'}: Tr")
-        # SPEC E.4: poses are of the left camera; the first scan's LiDAR frame becomes the global frame.
+        # SPEC E.4: poses are of the left camera; the first scan's ego frame becomes the global frame.
+        ego_to_cam = compose(velo_to_cam, inverse(LIDAR_TO_EGO))
         rows = read_rows(folder / "poses.txt", 12)
         poses = [
-            compose(inverse(velo_to_cam), rigid(row, f"{folder / 'poses.txt'}: pose of scan {i}"), velo_to_cam)
+            compose(inverse(ego_to_cam), rigid(row, f"{folder / 'poses.txt'}: pose of scan {i}"), ego_to_cam)
             for i, row in enumerate(rows)
         ]
         times = _times(folder / "times.txt")
@@ -168,12 +177,12 @@ class SemanticKitti:
                     timestamp=time,
                     ego_to_global=pose,
                     cameras={"image_2": camera} if camera else {},
-                    lidar=_sweep(folder, scan, pose, time),
+                    lidar=_sweep(folder, scan, pose, time) or no_points(pose, time),
                     sweeps=[_sweep(folder, s, _at(poses, s, folder), _time(times, s)) for s in between],
                     labels=read_voxels(folder / "voxels", scan, self.grid, _LEARNING) if self.grid else None,
                 )
             )
-        return Scene(name, frames, {"sequence": piece.folder})
+        return Scene(name, frames, {"sequence": piece.folder, "ego_height": EGO_HEIGHT})
 
     def _camera(self, folder, scan, calibration, velo_to_cam, pose, time) -> Camera | None:
         path = folder / "image_2" / f"{scan:06d}.png"
@@ -184,8 +193,13 @@ class SemanticKitti:
         offset = np.eye(4)
         whole = np.concatenate([projection, [[0, 0, 0, 1]]])
         offset[:3, 3] = -inverse(whole)[:3, 3]  # left grey camera -> left colour camera
-        to_lidar = inverse(compose(offset, velo_to_cam))
-        return Camera(jpeg, width, height, projection[:, :3].copy(), to_lidar, pose, time)
+        to_ego = compose(LIDAR_TO_EGO, inverse(compose(offset, velo_to_cam)))
+        return Camera(jpeg, width, height, projection[:, :3].copy(), to_ego, pose, time)
+
+
+def no_points(pose: np.ndarray, time: int) -> LidarSweep:
+    """The place of the LiDAR, in which the voxels lie, where its points were not downloaded."""
+    return LidarSweep(np.zeros((0, 3), np.float32), LIDAR_TO_EGO.copy(), pose, time)
 
 
 def _sweep(folder: Path, scan: int, pose: np.ndarray, time: int) -> LidarSweep | None:
@@ -205,7 +219,7 @@ def _sweep(folder: Path, scan: int, pose: np.ndarray, time: int) -> LidarSweep |
         moving = raw >= FIRST_MOVING
     return LidarSweep(
         xyz=points[:, :3].copy(),
-        sensor_to_ego=np.eye(4),
+        sensor_to_ego=LIDAR_TO_EGO.copy(),
         ego_to_global=pose,
         timestamp=time,
         intensity=points[:, 3].copy(),

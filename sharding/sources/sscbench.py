@@ -1,8 +1,10 @@
 """SSCBench-KITTI-360: ``data_2d_raw/<drive>/{image_00,voxels,cam0_to_world.txt}`` and ``calibration/``.
 
 Voxel files are as SemanticKITTI's, with another learning map. Poses are of the rectified left camera, with the frame
-number in front; the LiDAR frame serves as the ego frame. Raw turns carry no times of their points, so they stay as measured:
-at 10 m/s, what was seen at the start or the end of a turn is half a metre off.
+number in front; the ego frame is placed as SemanticKITTI's, whose car it is.
+
+Raw turns carry no times of their points, so they stay as measured: at 10 m/s, what was seen at the start or the end of a
+turn is half a metre off.
 """
 
 from __future__ import annotations
@@ -26,7 +28,15 @@ from occstream.sharding.rawfiles import (
     rigid,
 )
 from occstream.sharding.schema import IGNORE, KITTI360, Camera, Findings, Frame, LidarSweep, Scene, Taxonomy
-from occstream.sharding.sources.semantickitti import STEP_US, Piece, cut, read_voxels
+from occstream.sharding.sources.semantickitti import (
+    EGO_HEIGHT,
+    LIDAR_TO_EGO,
+    STEP_US,
+    Piece,
+    cut,
+    no_points,
+    read_voxels,
+)
 
 # Raw label -> class of the benchmark's learning map (0: empty). What the map calls unlabelled although something is there
 # (riders, trunks, outliers) is ignored.
@@ -91,7 +101,7 @@ class SscBench:
         return get_grid("semantickitti")
 
     def __repr__(self) -> str:
-        return f"SscBench(cameras={self.cameras}, {self.scenes})"
+        return f"SscBench(road, cameras={self.cameras}, {self.scenes})"
 
     def scene_names(self) -> list[str]:
         return list(self.scenes)
@@ -101,6 +111,7 @@ class SscBench:
         piece = self.scenes[name]
         folder = self.root / "data_2d_raw" / piece.folder
         cam_to_velo = _cam_to_velo(self.root / "calibration" / "calib_cam_to_velo.txt")
+        cam_to_ego = compose(LIDAR_TO_EGO, cam_to_velo)
         rows = read_rows(folder / "cam0_to_world.txt", 17)
         where = folder / "cam0_to_world.txt"
         poses = {int(row[0]): rigid(row[1:], f"{where}: pose of frame {row[0]:.0f}") for row in rows}
@@ -108,8 +119,8 @@ class SscBench:
         for index, scan in enumerate(piece.keys):
             if scan not in poses:
                 raise ValueError(f"{folder / 'cam0_to_world.txt'}: has no pose of frame {scan:010d}")
-            pose = compose(poses[scan], inverse(cam_to_velo))
-            camera = self._camera(folder, scan, cam_to_velo, pose)
+            pose = compose(poses[scan], inverse(cam_to_ego))
+            camera = self._camera(folder, scan, cam_to_ego, pose)
             frames.append(
                 Frame(
                     scene=name,
@@ -118,18 +129,18 @@ class SscBench:
                     timestamp=scan * STEP_US,
                     ego_to_global=pose,
                     cameras={"image_00": camera} if camera else {},
-                    lidar=self._sweep(piece.folder, scan, pose),
+                    lidar=self._sweep(piece.folder, scan, pose) or no_points(pose, scan * STEP_US),
                     labels=read_voxels(folder / "voxels", scan, self.grid, _LEARNING),
                 )
             )
-        return Scene(name, frames, {"drive": piece.folder})
+        return Scene(name, frames, {"drive": piece.folder, "ego_height": EGO_HEIGHT})
 
-    def _camera(self, folder: Path, scan: int, cam_to_velo: np.ndarray, pose: np.ndarray) -> Camera | None:
+    def _camera(self, folder: Path, scan: int, cam_to_ego: np.ndarray, pose: np.ndarray) -> Camera | None:
         path = folder / "image_00" / "data_rect" / f"{scan:06d}.png"
         if not self.cameras or not path.is_file():
             return None
         jpeg, width, height = read_jpeg(path)
-        return Camera(jpeg, width, height, self._intrinsics(), cam_to_velo, pose, scan * STEP_US)
+        return Camera(jpeg, width, height, self._intrinsics(), cam_to_ego, pose, scan * STEP_US)
 
     def _intrinsics(self) -> np.ndarray:
         path = self.root / "calibration" / "perspective.txt"
@@ -147,4 +158,6 @@ class SscBench:
         if not path.is_file():
             return None
         points = read_points(path, 4)
-        return LidarSweep(points[:, :3].copy(), np.eye(4), pose, scan * STEP_US, intensity=points[:, 3].copy())
+        return LidarSweep(
+            points[:, :3].copy(), LIDAR_TO_EGO.copy(), pose, scan * STEP_US, intensity=points[:, 3].copy()
+        )

@@ -1,5 +1,6 @@
 """Occ3D-Waymo: voxel labels ``{training,validation}/NNN/FFF[_04].npz`` with masks and ego poses (SPEC E.2).
 
+The vehicle frame has its origin on the road below the rear axle, as ours.
 Labels alone: the images and sweeps are Waymo's own records, which need its protocol buffers to read.
 """
 

@@ -80,6 +80,14 @@ def pcd(points: np.ndarray, coding: str = "binary") -> bytes:
     return (head + "\n".join(" ".join(str(v) for v in row) for row in rows.tolist()) + "\n").encode()
 
 
+def ground(rng, height: float, ahead: float = 0.0) -> np.ndarray:
+    """(60, 4) returns of a level road around a LiDAR at a height, within 8 m of the vehicle's rear axle."""
+    points = rng.uniform(-5, 5, (60, 4))
+    points[:, 0] -= ahead
+    points[:, 2], points[:, 3] = -height, 0.1
+    return points
+
+
 def openscene(root: Path, occupancy: bool = True, scenes: int = 2, frames: int = 2) -> dict:
     rng = np.random.default_rng(1)
     infos = []
@@ -102,7 +110,8 @@ def openscene(root: Path, occupancy: bool = True, scenes: int = 2, frames: int =
                 }
             cloud = root / "sensor_blobs" / "mini" / "log-a" / "MergedPointCloud" / f"{token}.pcd"
             cloud.parent.mkdir(parents=True, exist_ok=True)
-            cloud.write_bytes(pcd(rng.uniform(-20, 20, (50, 4)), "binary" if i else "ascii"))
+            points = np.concatenate([rng.uniform(-20, 20, (50, 4)), ground(rng, 1.5 + 0.325)])
+            cloud.write_bytes(pcd(points, "binary" if i else "ascii"))
             info = {
                 "token": token,
                 "frame_idx": i,
@@ -172,8 +181,9 @@ def semantickitti(root: Path, voxels: bool = True) -> dict:
     for name in ("velodyne", "labels"):
         (folder / name).mkdir(parents=True)
     for scan in range(7):
-        (folder / "velodyne" / f"{scan:06d}.bin").write_bytes(rng.uniform(1, 20, (30, 4)).astype(np.float32).tobytes())
-        raw = rng.choice([0, 10, 40, 252, 99], 30).astype(np.uint32) | (7 << 16)
+        points = np.concatenate([rng.uniform(1, 20, (30, 4)), ground(rng, 1.73, 0.76)]).astype(np.float32)
+        (folder / "velodyne" / f"{scan:06d}.bin").write_bytes(points.tobytes())
+        raw = rng.choice([0, 10, 40, 252, 99], 90).astype(np.uint32) | (7 << 16)
         (folder / "labels" / f"{scan:06d}.label").write_bytes(raw.tobytes())
     row = lambda m: " ".join(repr(float(v)) for v in np.ravel(m))  # noqa: E731
     (folder / "calib.txt").write_text(f"P2: {row(P2)}\nTr: {row(TR)}\n")
@@ -187,12 +197,16 @@ def semantickitti(root: Path, voxels: bool = True) -> dict:
     return {"root": str(root)}
 
 
-def sscbench(root: Path) -> dict:
+def sscbench(root: Path, points: bool = True) -> dict:
     drive = root / "data_2d_raw" / "2013_05_28_drive_0000_sync"
     row = lambda m: " ".join(repr(float(v)) for v in np.ravel(m))  # noqa: E731
     for scan in (0, 5):
         kitti_voxels(drive / "voxels", scan)
         _png(drive / "image_00" / "data_rect" / f"{scan:06d}.png")
+    for scan in (0, 5) if points else ():
+        turn = root / "data_3d_raw" / drive.name / "velodyne_points" / "data" / f"{scan:010d}.bin"
+        turn.parent.mkdir(parents=True, exist_ok=True)
+        turn.write_bytes(ground(np.random.default_rng(scan), 1.73, 0.76).astype(np.float32).tobytes())
     poses = [f"{s} {row(np.vstack([np.hstack([np.eye(3), [[0], [0], [s]]]), [0, 0, 0, 1]]))}" for s in (0, 5)]
     (drive / "cam0_to_world.txt").write_text("\n".join(poses) + "\n")
     (root / "calibration").mkdir()

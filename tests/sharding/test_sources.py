@@ -12,6 +12,7 @@ from occstream.sharding.check import verify
 from occstream.sharding.codec import GROUPS, decode, encode
 from occstream.sharding.contract import admit
 from occstream.sharding.grid import get_grid
+from occstream.sharding.labels import label_scene, sweep_to_grid
 from occstream.sharding.pack import pack
 from occstream.sharding.prepare import Images
 from occstream.sharding.schema import IGNORE, TAXONOMIES, iter_scenes
@@ -128,6 +129,54 @@ def test_missing_root_is_one_clear_error(tmp_path):
                 open_source(name, {"root": str(tmp_path / "nowhere")})
 
 
+def near_the_ground(frame):
+    """Heights in the ego frame of the returns within 10 m and half a metre of z = 0, and their share of those within 10 m."""
+    pose = frame.lidar.sensor_to_ego
+    ego = frame.lidar.xyz.astype(np.float64) @ pose[:3, :3].T + pose[:3, 3]
+    far = np.hypot(ego[:, 0], ego[:, 1])
+    near = ego[(far < 10) & (far > 3), 2]
+    ground = near[np.abs(near) < 0.5]
+    return ground, len(ground) / max(1, len(near))
+
+
+def assert_on_the_road(source):
+    seen = 0
+    for name in source.scene_names():
+        for frame in source.load(name).frames:
+            if frame.lidar is not None:
+                ground, share = near_the_ground(frame)
+                assert share > 0.3, f"{frame.key}: is the ego frame's origin on the road?"
+                assert abs(np.median(ground)) < 0.15, frame.key
+                seen += 1
+    return seen
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_ego_frame_is_on_the_road(opened, name, number):
+    """What every other part takes for granted: grids, the vehicle's own returns, levelling."""
+    seen = assert_on_the_road(opened(name, number))
+    assert seen or name in ("occ3d", "waymo_occ3d"), "labels alone have no returns to see it by"
+
+
+@pytest.mark.parametrize("name", ["openscene", "semantickitti", "sscbench"])
+def test_what_was_packed_with_another_ego_frame_is_flagged(opened, name, tmp_path, monkeypatch):
+    source = opened(name)
+    load = type(source).load
+    pack(source, str(tmp_path / "new"))
+    assert verify(str(tmp_path / "new")) == []
+
+    def before(self, scene):
+        loaded = load(self, scene)
+        del loaded.attributes["ego_height"]
+        return loaded
+
+    monkeypatch.setattr(type(source), "load", before)
+    pack(source, str(tmp_path / "old"))
+    [problem] = verify(str(tmp_path / "old"))
+    assert "ego frame is not on the road" in problem
+    assert "pack the data set again" in problem
+
+
 def test_openscene_flat_index_free_and_placeholder_classes_and_flow(opened):
     labels = opened("openscene").load("log-0001-scene-0000").frames[0].labels
     assert labels.semantic[3, 5, 7] == 0  # vehicle
@@ -143,10 +192,12 @@ def test_openscene_boxes_and_cameras(opened):
     frame = opened("openscene").load("log-0001-scene-0001").frames[1]
     assert list(frame.cameras) == ["CAM_F0", "CAM_L0", "CAM_R0", "CAM_L1", "CAM_R1", "CAM_L2", "CAM_R2", "CAM_B0"]
     camera = frame.cameras["CAM_F0"]
-    np.testing.assert_allclose(camera.sensor_to_ego @ [0, 0, 1, 1], [2, 0, 1.7, 1])  # forward of the camera is x
+    # Forward of the camera is x; it is 1.7 m above the axle, which is 0.325 m above the road.
+    np.testing.assert_allclose(camera.sensor_to_ego @ [0, 0, 1, 1], [2, 0, 1.7 + 0.325, 1])
+    np.testing.assert_allclose(frame.ego_to_global[:3, 3], [6e5 + 2, 4e6, 600 - 0.325])
     assert camera.distortion is None  # the lens says it, and packing takes it out
     assert camera.lens.coefficients == (-0.3, 0.1, 0, 0, 0.02)
-    np.testing.assert_allclose(frame.boxes.boxes[0], [10, 2, 0.5, 4.5, 1.9, 1.6, 0.3], rtol=1e-6)
+    np.testing.assert_allclose(frame.boxes.boxes[0], [10, 2, 0.5 + 0.325, 4.5, 1.9, 1.6, 0.3], rtol=1e-6)
     assert frame.lidar.ring[41] == 1
 
 
@@ -220,13 +271,17 @@ def test_semantickitti_bits_learning_map_poses_and_sweeps(opened):
     assert second.timestamp == 520_000
     assert first.sweeps == []
     raw_moving = second.lidar.moving
-    assert 0 < raw_moving.sum() < 30
+    assert 0 < raw_moving.sum() < 90
     assert set(second.lidar.classes[raw_moving]) == {0}
     # A point 10 m ahead and 1 m left of the LiDAR, by the textbook formula P2 Tr x and by our camera.
     camera, point = second.cameras["image_2"], np.array([10.0, 1.0, 0.5, 1])
+    in_ego = second.lidar.sensor_to_ego @ point
+    np.testing.assert_allclose(in_ego, [10.76, 1.0, 2.23, 1])
     want = np.array(layouts.P2) @ np.vstack([layouts.TR, [0, 0, 0, 1]]) @ point
-    got = camera.intrinsics @ (np.linalg.inv(camera.sensor_to_ego) @ point)[:3]
+    got = camera.intrinsics @ (np.linalg.inv(camera.sensor_to_ego) @ in_ego)[:3]
     np.testing.assert_allclose(got[:2] / got[2], want[:2] / want[2])
+    # The voxels are the LiDAR's still.
+    np.testing.assert_allclose(sweep_to_grid(second, second.lidar, source.grid), np.eye(4), atol=1e-12)
 
 
 def test_semantickitti_without_voxels_takes_every_fifth_scan(tmp_path):
@@ -247,8 +302,21 @@ def test_sscbench_learning_map_and_pose(opened):
     assert source.scene_names() == ["2013_05_28_drive_0000-000"]
     frame = source.load(source.scene_names()[0]).frames[1]
     assert [frame.labels.semantic[x, 20, 5] for x in (10, 11, 12, 13)] == [0, 0, 17, 6]
-    np.testing.assert_allclose(frame.ego_to_global @ [0, 0, 0, 1], [0.02, -0.1, 5 - 0.3, 1], atol=1e-9)
-    assert frame.lidar is None
+    lidar_to_world = frame.ego_to_global @ frame.lidar.sensor_to_ego
+    np.testing.assert_allclose(lidar_to_world @ [0, 0, 0, 1], [0.02, -0.1, 5 - 0.3, 1], atol=1e-9)
+    assert len(frame.lidar.xyz) == 60
+
+
+def test_sscbench_without_the_raw_points_still_says_where_the_voxels_are(tmp_path):
+    """Its archives hold images and voxels alone; the voxels lie in the LiDAR's frame, which training asks for."""
+    source = open_source("sscbench", layouts.sscbench(tmp_path, points=False))
+    frame = source.load(source.scene_names()[0]).frames[0]
+    assert len(frame.lidar.xyz) == 0
+    np.testing.assert_allclose(frame.lidar.sensor_to_ego[:3, 3], [0.76, 0, 1.73])
+    pack(source, str(tmp_path / "out"))
+    assert verify(str(tmp_path / "out")) == []
+    with pytest.raises(ValueError, match="has no LiDAR sweep, so no labels can be made"):
+        label_scene(source.load(source.scene_names()[0]), get_grid("occ3d"), source.taxonomy)
 
 
 def test_waymo_free_is_15_or_23(opened):
@@ -273,6 +341,13 @@ def test_broken_point_clouds_are_named(tmp_path, content, message):
     (tmp_path / "a.pcd").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         rawfiles.read_pcd(tmp_path / "a.pcd")
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "options"), [("semantickitti", "semantickitti", {"stride": 1}), ("nuscenes", "nuscenes", {})]
+)
+def test_ego_frame_of_real_samples_is_on_the_road(shared_data, name, folder, options):
+    assert assert_on_the_road(open_source(name, {"root": str(shared_data / folder), **options})) >= 8
 
 
 def test_real_samples(shared_data, tmp_path):
