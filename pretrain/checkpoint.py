@@ -17,9 +17,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import queue
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -159,46 +159,75 @@ def download(url: str, step: int, root: Path) -> Path:
 
 
 class Uploader:
-    """Uploads checkpoints one after the other in a thread beside training; a failure is told once and does not end the run.
+    """Uploads checkpoints one after the other in a thread beside training. What fails is said, tried again every
+    ``AGAIN`` seconds and with the next checkpoint, and does not end the run.
 
     Attributes:
-        url: below which. busy: checkpoints that wait or are under way. seconds: of the last upload.
+        url: below which. busy: checkpoints that wait or are under way, oldest first. seconds: of the last upload.
     """
+
+    AGAIN, MOST = 60.0, 8  # seconds; checkpoints that wait: they take room on the disk
 
     def __init__(self, url: str):
         self.url, self.busy, self.seconds, self.failed = url, [], 0.0, ""
-        self._queue: queue.Queue[Path | None] = queue.Queue()
+        self._change, self._fresh, self._deadline = threading.Condition(), False, 0.0
         self._thread = threads.start("upload", self._work, self._ended)
 
     def add(self, path: Path) -> None:
-        self.busy.append(path)
-        self._queue.put(path)
+        with self._change:
+            self.busy.append(path)
+            while len(self.busy) > self.MOST:
+                # The oldest is the one under way, unless nothing gets through.
+                left = self.busy.pop(0 if self.failed else 1)
+                self._say(f"{left.name} will not be uploaded to {self.url}: {self.MOST} newer ones wait")
+            self._fresh = True
+            self._change.notify_all()
 
     def close(self, wait: float) -> bool:
         """Waits so many seconds for what is left; whether all is there."""
-        self._queue.put(None)
+        with self._change:
+            self._deadline = time.monotonic() + wait
+            self._change.notify_all()
         self._thread.join(wait)
         return not self.busy and not self.failed
 
     def _ended(self, error: BaseException) -> None:
         self.failed = f"{type(error).__name__}: {error}"
-        print(f"nothing more is uploaded to {self.url} ({self.failed}); it stays here", file=sys.stderr, flush=True)
+        self._say(f"nothing more is uploaded to {self.url} ({self.failed}); it stays here")
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
     def _work(self) -> None:
-        while (path := self._queue.get()) is not None:
-            began = time.perf_counter()
-            try:
-                upload(path, self.url)
-                self.seconds, self.failed = time.perf_counter() - began, ""
-            except Exception as error:  # the store's trouble is not training's
-                if not self.failed:
-                    print(
-                        f"{path.name} was not uploaded to {self.url} ({error}); it stays here",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                self.failed = str(error)
-            self.busy.remove(path)
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._fresh or self._deadline, self.AGAIN if self.busy else None)
+                self._fresh, waiting = False, list(self.busy)
+            for path in waiting:
+                if not self._upload(path):
+                    break  # the store's trouble is that of the others too
+            if self._deadline:
+                if not self.busy or time.monotonic() > self._deadline:
+                    return
+                time.sleep(1.0)
+
+    def _upload(self, path: Path) -> bool:
+        began = time.perf_counter()
+        try:
+            upload(path, self.url)
+        except Exception as error:  # the store's trouble is not training's
+            if str(error) != self.failed:
+                self._say(f"{path.name} was not uploaded to {self.url} ({error}); it stays here and is tried again")
+            self.failed = str(error)
+            if (path / COMPLETE).is_file():
+                return False
+        else:
+            self.seconds, self.failed = time.perf_counter() - began, ""
+        with self._change:
+            if path in self.busy:
+                self.busy.remove(path)
+        return True
 
 
 def complete_steps(root: Path) -> list[Path]:

@@ -47,6 +47,7 @@ from occstream.pretrain.profile import Profile
 from occstream.pretrain.replay import EvalData, TrainData
 from occstream.pretrain.runconfig import write_config
 from occstream.pretrain.tracking import Tracker
+from occstream.sharding import storage
 from occstream.sharding.order import BY_CONTENT
 
 # Settings that a resumed run may change: none of them changes what the same step learns. Data is compared by
@@ -523,8 +524,9 @@ class Keeper:
             found = torch.tensor(steps)
             dist.broadcast(found, 0, group=control_group())
             steps = found.tolist()
-        if self.uploader and steps[0] > steps[1]:
-            self.uploader.add(self.root / f"step-{steps[0]:08d}")  # what an earlier start did not get to
+        for path in checkpoint.complete_steps(self.root) if self.uploader else ():
+            if steps[1] < int(path.name.removeprefix("step-")) <= steps[0]:
+                self.uploader.add(path)  # what an earlier start did not get to
         step, path, error = max(steps), None, None
         if step < 0:
             return None
@@ -605,9 +607,9 @@ class Keeper:
         busy = list(self.uploader.busy) if self.uploader else []
         checkpoint.prune(self.root, train.keep, train.keep_every, train.keep_best, busy)
 
-    def close(self, wait: float = 300.0) -> None:
-        """Waits for uploads."""
-        if self.uploader and not self.uploader.close(wait):
+    def close(self) -> None:
+        """Waits for uploads, as long as a store may be away."""
+        if self.uploader and not self.uploader.close(60 * max(5.0, storage.minutes())):
             _say(
                 self.world,
                 f"not everything is at {self.config.train.upload}; start the run again to upload what is left",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import errno
 import fcntl
 import hashlib
+import math
 import os
 import queue
 import random
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -22,10 +23,13 @@ from typing import Any, TypeVar
 import fsspec
 
 from occstream.sharding import threads
+from occstream.sharding.storeerrors import ANONYMOUS, explain, transient
 
 T = TypeVar("T")
-TRIES = 6
-PAUSE = 0.2  # seconds before the second try; doubles with each
+MINUTES = (
+    5.0  # that a store may be away before it is an error; the environment's OCCSTREAM_STORAGE_MINUTES has precedence
+)
+PAUSE, LONGEST = 0.2, 15.0  # seconds before the second try, doubled with each, and the most
 BLOCK = 8 << 20
 PATIENCE, SLOW = 10.0, 2 << 20  # seconds, bytes a second: a download slower than this is asked for a second time
 PART = 32 << 20  # objects beyond twice this are uploaded in parts of it
@@ -53,26 +57,12 @@ def _fs(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)
     # Three layers would each retry, and a dead store would take minutes to notice: ``retry`` is the one that waits.
     timeouts = {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 1}}
-    fs, path = fsspec.core.url_to_fs(url, config_kwargs=timeouts)
+    open_to_all = os.environ.get(ANONYMOUS, "")
+    bucket = url.removeprefix("s3://").split("/", 1)[0]
+    anonymous = {"anon": True} if open_to_all == "1" or bucket in open_to_all.split(",") else {}
+    fs, path = fsspec.core.url_to_fs(url, config_kwargs=timeouts, **anonymous)
     fs.retries = 2
     return fs, path
-
-
-def _transient(error: BaseException) -> bool:
-    """Whether asking again can help: throttling, 5xx, resets and time-outs, but not missing or forbidden objects."""
-    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
-        return False
-    if isinstance(error, (TimeoutError, ConnectionError)):
-        return True
-    if isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT):
-        return True  # what s3fs makes of SlowDown and InternalError
-    code = getattr(error, "response", None)
-    if isinstance(code, dict):
-        status = code.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or status == 429
-    text = f"{type(error).__name__} {error}"
-    words = r"SlowDown|IncompleteBody|BadDigest|Unavailable|Timeout|timed out|Connection|reset|Server|ClientPayload"
-    return bool(re.search(rf"{words}|50[0234]|InternalError", text))
 
 
 _counts: collections.Counter[str] = collections.Counter()
@@ -90,25 +80,79 @@ def counts() -> collections.Counter[str]:
         return collections.Counter(_counts)
 
 
-def retry(work: Callable[[], T], what: str, tries: int = TRIES) -> T:
-    """Calls ``work`` until it succeeds; exponential back-off with jitter between transient failures.
+def forget() -> None:
+    """Drops open connections and what the environment said when they were made."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def minutes() -> float:
+    """How long a store may be away. Raises ValueError if the environment says nonsense."""
+    given = os.environ.get("OCCSTREAM_STORAGE_MINUTES", "")
+    try:
+        value = float(given or MINUTES)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"OCCSTREAM_STORAGE_MINUTES is {given!r}: give minutes from 0, such as 30")
+    return value
+
+
+def retry(work: Callable[[], T], what: str) -> T:
+    """Calls ``work`` until it succeeds; exponential back-off with jitter between transient failures, for ``minutes()``.
 
     Raises:
-        The last error when it is not transient; ConnectionError that names ``what`` when all tries failed.
+        The last error when it is not transient; ConnectionError that names ``what`` when the time is over.
     """
-    for attempt in range(tries):
+    attempt, began = 0, time.monotonic()
+    patience = minutes() * 60
+    while True:
         try:
             return work()
         except Exception as error:
-            if not _transient(error):
+            if not transient(error, is_local(what)):
                 raise
-            if attempt + 1 == tries:
+            pause = min(LONGEST, PAUSE * 2 ** min(attempt, 20)) * random.uniform(0.5, 1.5)
+            waited = time.monotonic() - began
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if waited + pause > patience:
                 raise ConnectionError(
-                    f"{what}: still failing after {tries} tries ({type(error).__name__}: {str(error)[:200]})"
+                    f"{what}: still failing after {attempt + 1} tries in {waited:.0f} s ({said}); see whether the store is "
+                    "up and AWS_ENDPOINT_URL_S3 right; OCCSTREAM_STORAGE_MINUTES says how long to wait"
                 ) from error
+            attempt += 1
             _count("retries")
-            time.sleep(PAUSE * 2**attempt * random.uniform(0.5, 1.5))
-    raise AssertionError
+            if waited + pause > NOTICE:
+                _notice(f"{what}: does not answer ({said}); asked again for {minutes():g} minutes")
+            time.sleep(pause)
+
+
+NOTICE = 3.0  # seconds of failing after which it is said
+_noticed = -math.inf
+
+
+def _notice(text: str) -> None:
+    """Prints a line, at most one a minute from all threads."""
+    global _noticed
+    with _counting:
+        if time.monotonic() - _noticed < 60:
+            return
+        _noticed = time.monotonic()
+    print(text, file=sys.stderr, flush=True)
+
+
+def _ask(url: str, work: Callable[[Any, str], T]) -> T:
+    """What ``work`` gives for the file system and the path of a URL, with ``retry``.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError, OSError, ValueError: of one line, naming the URL.
+    """
+    try:
+        fs, path = _fs(url)
+        return retry(lambda: work(fs, path), url)
+    except Exception as error:
+        raise explain(error, url) from error
 
 
 def hedged(work: Callable[[int], T], after: float) -> T:
@@ -140,47 +184,38 @@ def hedged(work: Callable[[int], T], after: float) -> T:
 
 
 def read_bytes(url: str, offset: int = 0, length: int | None = None) -> bytes:
-    """A whole object, or a range of it.
-
-    Raises:
-        FileNotFoundError, PermissionError: naming the URL.
-        ConnectionError: the store kept failing.
-    """
-    fs, path = _fs(url)
+    """A whole object, or a range of it. Raises as ``_ask``."""
     end = None if length is None else offset + length
-    try:
-        return retry(lambda: fs.cat_file(path, start=offset or None, end=end), url)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{url}: no such object") from None
-    except PermissionError as error:
-        raise PermissionError(f"{url}: access denied; check the credentials ({str(error)[:80]})") from None
+    return _ask(url, lambda fs, path: fs.cat_file(path, start=offset or None, end=end))
 
 
 def fetch(url: str, path: Path) -> None:
-    """Copies an object to a local file. Raises as ``read_bytes``."""
-    fs, remote = _fs(url)
-    try:
-        retry(lambda: fs.get_file(remote, str(path)), url)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{url}: no such object") from None
+    """Copies an object to a local file. Raises as ``_ask``."""
+    _ask(url, lambda fs, remote: fs.get_file(remote, str(path)))
 
 
 def size(url: str) -> int | None:
     """Bytes of an object, None if there is none."""
-    fs, path = _fs(url)
-    fs.invalidate_cache()
+
+    def look(fs, path: str) -> int:
+        fs.invalidate_cache()
+        return fs.info(path)["size"]
+
     try:
-        return retry(lambda: fs.info(path)["size"], url)
+        return _ask(url, look)
     except FileNotFoundError:
         return None
 
 
 def listing(url: str) -> dict[str, int]:
     """Bytes by name of the objects directly below a URL; empty if there is nothing."""
-    fs, path = _fs(url)
-    fs.invalidate_cache()
+
+    def look(fs, path: str) -> list[dict]:
+        fs.invalidate_cache()
+        return fs.ls(path, detail=True)
+
     try:
-        found = retry(lambda: fs.ls(path, detail=True), url)
+        found = _ask(url, look)
     except FileNotFoundError:
         return {}
     return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}
@@ -188,16 +223,15 @@ def listing(url: str) -> dict[str, int]:
 
 def remove(url: str) -> None:
     """Removes an object; nothing happens if there is none."""
-    fs, path = _fs(url)
     with contextlib.suppress(FileNotFoundError):
-        retry(lambda: fs.rm_file(path), url)
+        _ask(url, lambda fs, path: fs.rm_file(path))
 
 
 def publish(source: Path | bytes, url: str) -> None:
     """Makes an object appear under its name complete or not at all (rename on disk; an object store does it itself).
 
     Raises:
-        PermissionError, ConnectionError: naming the URL; nothing is there, or what was there before.
+        PermissionError, ConnectionError, OSError: naming the URL; nothing is there, or what was there before.
     """
     if is_local(url):
         target = local_path(url)
@@ -219,31 +253,28 @@ def publish(source: Path | bytes, url: str) -> None:
                 os.unlink(partial)
             raise
         return
-    fs, path = _fs(url)
-    bucket = path.split("/", 1)[0]
 
-    def send() -> None:
+    def send(fs, path: str) -> None:
         if isinstance(source, bytes):
             fs.pipe_file(path, source)
         else:
             fs.put_file(str(source), path, chunksize=PART)
 
-    def put() -> None:
+    def put(fs, path: str) -> None:
         try:
-            send()
-        except FileNotFoundError:  # there is no such bucket yet
-            with contextlib.suppress(FileExistsError):
-                fs.mkdir(bucket)
-            send()
+            send(fs, path)
+        except FileNotFoundError:
+            if not isinstance(source, bytes) and not source.exists():
+                raise ValueError(f"{source}: is gone, so it was not copied to {url}") from None
+            with contextlib.suppress(FileExistsError):  # there is no such bucket yet
+                fs.mkdir(path.split("/", 1)[0])
+            send(fs, path)
         fs.invalidate_cache()
         want = len(source) if isinstance(source, bytes) else source.stat().st_size
         if (got := fs.info(path)["size"]) != want:
             raise ConnectionError(f"{got} of {want} bytes arrived")
 
-    try:
-        retry(put, url)
-    except PermissionError as error:
-        raise PermissionError(f"{url}: access denied; check the credentials ({str(error)[:80]})") from None
+    _ask(url, put)
 
 
 def sha256_file(path: Path) -> str:
@@ -296,11 +327,10 @@ class ShardCache:
     def _download(self, url: str, path: Path, length: int) -> None:
         """With the shard's lock held, so that its partial file, left by a process that was killed, is ours to replace."""
         self._make_room(length)
-        fs, remote = _fs(url)
         partials = [path.with_suffix(".part"), path.with_suffix(".part2")]
 
         def get(number: int) -> Path:
-            retry(lambda: fs.get_file(remote, str(partials[number])), url)
+            fetch(url, partials[number])
             return partials[number]
 
         try:

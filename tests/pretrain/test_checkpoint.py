@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 
 import pytest
 import torch
@@ -71,8 +72,37 @@ def test_a_store_that_fails_does_not_end_the_run(tmp_path, capsys):
     (tmp_path / "store").write_text("a file where a folder should be")
     uploader = checkpoint.Uploader(f"file://{tmp_path}/store/run")
     uploader.add(_write(tmp_path / "here", 1))
-    assert not uploader.close(30)
+    assert not uploader.close(0.1)
+    assert uploader.busy, "it is not removed here"
     assert "was not uploaded" in capsys.readouterr().err
+
+
+def test_an_upload_that_failed_is_made_up_for_in_the_same_run(tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    store.write_text("a file where a folder should be")
+    monkeypatch.setattr(checkpoint.Uploader, "AGAIN", 0.01)
+    uploader = checkpoint.Uploader(f"file://{store}/run")
+    uploader.add(_write(tmp_path / "here", 1))
+    uploader.add(_write(tmp_path / "here", 2))
+    while not uploader.failed:
+        time.sleep(0.001)
+    store.unlink()
+    assert uploader.close(30)
+    assert sorted(p.name for p in (store / "run").iterdir()) == ["latest.json", "step-00000001", "step-00000002"]
+    assert checkpoint.latest_remote(f"file://{store}/run") == 2
+
+
+def test_a_store_that_never_takes_anything_does_not_fill_the_disk(tmp_path, monkeypatch, capsys):
+    (tmp_path / "store").write_text("a file where a folder should be")
+    monkeypatch.setattr(checkpoint.Uploader, "MOST", 2)
+    uploader = checkpoint.Uploader(f"file://{tmp_path}/store/run")
+    for step in (1, 2, 3):
+        uploader.add(_write(tmp_path / "here", step, keep=3))
+        while not uploader.failed:
+            time.sleep(0.001)
+    assert [p.name for p in uploader.busy] == ["step-00000002", "step-00000003"]
+    assert "step-00000001 will not be uploaded" in capsys.readouterr().err
+    uploader.close(0.1)
 
 
 def test_an_uploader_that_ends_says_so_and_what_waits_stays(tmp_path, capsys, monkeypatch):

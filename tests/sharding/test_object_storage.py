@@ -81,10 +81,12 @@ def test_lost_credential_stops_the_job_without_a_manifest(s3, through, whole, ca
 def test_store_that_is_gone_is_one_clear_line(s3, monkeypatch, capsys):
     monkeypatch.setattr(storage, "PAUSE", 0.01)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    monkeypatch.setenv("OCCSTREAM_STORAGE_MINUTES", "0.01")
     s3fs.S3FileSystem.clear_instance_cache()
     assert cli.main(["inspect", f"{s3}/gone"]) == 2
     error = capsys.readouterr().err
     assert "still failing after" in error
+    assert f"{s3}/gone/manifest.json" in error
     assert error.count("\n") == 1
 
 

@@ -285,5 +285,9 @@ def test_retry_gives_up_only_on_what_can_help(monkeypatch):
     with pytest.raises(FileNotFoundError):
         storage.retry(missing, "s3://b/k")
     assert len(calls) == 4
-    with pytest.raises(ConnectionError, match=r"s3://b/k: still failing after 3 tries"):
-        storage.retry(down, "s3://b/k", tries=3)
+    monkeypatch.setenv("OCCSTREAM_STORAGE_MINUTES", "0.001")
+    with pytest.raises(ConnectionError, match=r"s3://b/k: still failing after \d+ tries in 0 s"):
+        storage.retry(down, "s3://b/k")
+    monkeypatch.setenv("OCCSTREAM_STORAGE_MINUTES", "inf")
+    with pytest.raises(ValueError, match="OCCSTREAM_STORAGE_MINUTES is 'inf'"):
+        storage.retry(down, "s3://b/k")
