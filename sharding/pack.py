@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import tempfile
 import time
@@ -359,8 +360,8 @@ def _build(job: Job, number: int, names: Sequence[str], published: dict[str, int
         folder = tempfile.gettempdir()
         free = shutil.disk_usage(folder).free / 2**30
         raise ValueError(
-            f"{error.strerror} ({free:.1f} GiB free in {folder}, target {job.url}): set TMPDIR to a larger disk, use fewer "
-            "--workers or --scenes-per-shard; what is done is kept"
+            f"{os.strerror(error.errno)} ({free:.1f} GiB free in {folder}, target {job.url}): set TMPDIR to a larger disk, "
+            "use fewer --workers or --scenes-per-shard; what is done is kept"
         ) from None
 
 

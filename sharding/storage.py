@@ -282,6 +282,19 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _open(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+
+
+def _digest(file: int) -> str:
+    with os.fdopen(os.dup(file), "rb") as data:
+        data.seek(0)
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
 class ShardCache:
     """Node-local copies of remote shards, shared by the processes of a node through files and locks alone.
 
@@ -298,34 +311,49 @@ class ShardCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._checked: set[str] = set()
 
-    def fetch(self, url: str, length: int, sha256: str) -> Path:
-        """Local path of a shard, downloaded if it is not there yet.
+    def open(self, url: str, length: int, sha256: str) -> int:
+        """An open descriptor of a shard, downloaded if it is not there yet. It stays readable when another process removes
+        the file to make room. The caller closes it.
 
         Raises:
             ValueError: what arrived twice in a row is not what the manifest says.
         """
-        name = hashlib.sha256(f"{url}\n{sha256}".encode()).hexdigest()[:40]
-        path = self.folder / f"{name}.tar"
-        if name in self._checked and path.exists():
-            os.utime(path)
+        path = self.path(url, sha256)
+        name = path.stem
+        if name in self._checked and (file := _open(path)) is not None:
+            os.utime(file)
             _count("hits")
-            return path
+            return file
         with self._lock(name):
-            _count("hits" if path.exists() else "misses")
+            file = _open(path)
+            _count("misses" if file is None else "hits")
             for _ in range(2):
-                if not path.exists():
-                    self._download(url, path, length)
-                if path.stat().st_size == length and sha256_file(path) == sha256:
+                if file is None:
+                    file = self._download(url, path, length)
+                if os.fstat(file).st_size == length and _digest(file) == sha256:
                     self._checked.add(name)
-                    os.utime(path)
-                    return path
-                path.unlink()
+                    os.utime(file)
+                    return file
+                os.close(file)
+                file = None
+                path.unlink(missing_ok=True)
         raise ValueError(
             f"{url}: size or SHA-256 differ from the manifest, also after fetching it again; pack it again"
         )
 
-    def _download(self, url: str, path: Path, length: int) -> None:
-        """With the shard's lock held, so that its partial file, left by a process that was killed, is ours to replace."""
+    def path(self, url: str, sha256: str) -> Path:
+        """Where a shard is, if it is here; another process may remove it at any time."""
+        name = hashlib.sha256(f"{url}\n{sha256}".encode()).hexdigest()[:40]
+        return self.folder / f"{name}.tar"
+
+    def fetch(self, url: str, length: int, sha256: str) -> Path:
+        """As ``open``, for whoever only wants it to be here. Returns ``path``."""
+        os.close(self.open(url, length, sha256))
+        return self.path(url, sha256)
+
+    def _download(self, url: str, path: Path, length: int) -> int:
+        """With the shard's lock held, so that its partial file, left by a process that was killed, is ours to replace.
+        Returns a descriptor, opened before anybody else can see (and remove) the file."""
         self._make_room(length)
         partials = [path.with_suffix(".part"), path.with_suffix(".part2")]
 
@@ -334,7 +362,10 @@ class ShardCache:
             return partials[number]
 
         try:
-            os.replace(hedged(get, PATIENCE + length / SLOW), path)
+            partial = hedged(get, PATIENCE + length / SLOW)
+            file = os.open(partial, os.O_RDONLY)
+            os.replace(partial, path)
+            return file
         except FileNotFoundError:
             raise FileNotFoundError(f"{url}: shard is missing") from None
         finally:

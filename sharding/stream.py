@@ -179,11 +179,15 @@ class ShardReader:
         entry = self.manifest.shard(group, number)
         if not storage.is_local(url) and not self.cache:
             return None
-        path = storage.local_path(url) if storage.is_local(url) else self.cache.fetch(url, entry.size, entry.sha256)
-        try:
-            file = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{url}: shard is missing; pack it again or mend the data set's folder") from None
+        if storage.is_local(url):
+            try:
+                file = os.open(storage.local_path(url), os.O_RDONLY)
+            except FileNotFoundError:
+                raise FileNotFoundError(
+                    f"{url}: shard is missing; pack it again or repair the data set's folder"
+                ) from None
+        else:
+            file = self.cache.open(url, entry.size, entry.sha256)
         size = os.fstat(file).st_size
         if size != entry.size:
             os.close(file)

@@ -1,11 +1,13 @@
 """The node-local cache and streaming from an object store: kills, two sets, damage, eviction, prefetch, bytes fetched."""
 
+import hashlib
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -225,3 +227,53 @@ def test_clips_end_at_their_frame_and_repeat_the_first(tmp_path):
     assert [f.index for f in reader.clip(0, 5, 3, step=2)] == [1, 3, 5]
     assert [f.index for f in reader.clip(0, 1, 4)] == [0, 0, 0, 1]
     assert {f.scene for f in reader.clip(1, 1, 3)} == {"toy-1"}
+
+
+def _shards(folder: Path, count: int) -> list[tuple[str, int, str]]:
+    found = []
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        data = bytes([i]) * 1000
+        (folder / f"{i}.tar").write_bytes(data)
+        found.append((f"local://{folder / f'{i}.tar'}", 1000, hashlib.sha256(data).hexdigest()))
+    return found
+
+
+def test_a_shard_that_another_process_removes_is_fetched_again(tmp_path, monkeypatch):
+    [shard] = _shards(tmp_path / "store", 1)
+    cache = ShardCache(tmp_path / "c")
+    path = cache.fetch(*shard)
+    real = os.open
+
+    def late(name, *args, **more):
+        if Path(name) == path:
+            path.unlink(missing_ok=True)  # between the knowledge that it is there and its use
+        return real(name, *args, **more)
+
+    monkeypatch.setattr(storage.os, "open", late)
+    file = cache.open(*shard)
+    assert os.pread(file, 2000, 0) == bytes(1000)
+    os.close(file)
+
+
+def test_eviction_under_readers_costs_no_sample(tmp_path):
+    """A cache with room for two of six shards, used by threads that each have a cache object, as processes do."""
+    shards, errors = _shards(tmp_path / "store", 6), []
+
+    def read(seed):
+        cache, draw = ShardCache(tmp_path / "c", limit=2000), np.random.default_rng(seed)
+        for i in draw.integers(6, size=60).tolist():
+            try:
+                file = cache.open(*shards[i])
+                data = os.pread(file, 2000, 0)
+                os.close(file)
+                assert data == bytes([i]) * 1000
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
