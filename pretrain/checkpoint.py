@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -33,6 +34,11 @@ from occstream.sharding import storage, threads
 
 FORMAT = 1
 COMPLETE, LATEST = "COMPLETE.json", "latest.json"
+ASIDE = "damaged-"
+
+
+class Damaged(ValueError):
+    """A checkpoint is not what was written."""
 
 
 def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> Path:
@@ -45,23 +51,35 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
 
     Raises:
         OSError: the disk is full, for example; what is there stays.
+        FloatingPointError: a tensor holds NaN or infinity; nothing is written.
     """
+    for stem, values in tensors.items():
+        bad = [k for k, v in values.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+        if bad:
+            raise FloatingPointError(
+                f"step {step}: {len(bad)} tensors of {stem} hold NaN or infinity{_some(bad)}; this checkpoint is not saved. "
+                "Start again from the one before with a lower train.lr or train.clip, or a longer train.warmup"
+            )
     final = root / f"step-{step:08d}"
     partial = root / f".partial-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         for stem, values in tensors.items():
-            save_file({k: v.contiguous() for k, v in values.items()}, partial / f"{stem}.safetensors")
+            file = partial / f"{stem}.safetensors"
+            save_file({k: v.contiguous() for k, v in values.items()}, file)
+            file.chmod(storage.file_mode())
         (partial / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1))
         files = {}
         for path in sorted(partial.iterdir()):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _sync(path)
             files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
         (partial / COMPLETE).write_text(json.dumps({"step": step, "files": files}, indent=1))
+        _sync(partial / COMPLETE)
+        storage.sync_folder(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+        storage.sync_folder(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(root).free / 2**30
@@ -85,11 +103,11 @@ def prune(root: Path, keep: int, every: int = 0, best: str = "", busy: Iterable[
     there = complete_steps(root)
     stay = {*there[-keep:], *busy}
     if every:
-        stay |= {p for p in there if _step(p) % every == 0}
+        stay |= {p for p in there if step_of(p) % every == 0}
     if best:
         scores = {int(step): values.get(best) for step, values in read_scores(root).items()}
-        known = [p for p in there if scores.get(_step(p)) is not None]
-        stay |= {max(known, key=lambda p: scores[_step(p)])} if known else set()
+        known = [p for p in there if scores.get(step_of(p)) is not None]
+        stay |= {max(known, key=lambda p: scores[step_of(p)])} if known else set()
     for path in there:
         if path not in stay:
             shutil.rmtree(path)
@@ -105,13 +123,17 @@ def add_scores(root: Path, step: int, metrics: Mapping[str, float]) -> None:
     """Remembers an evaluation, for ``prune``."""
     root.mkdir(parents=True, exist_ok=True)
     scores = {**read_scores(root), str(step): {k: v for k, v in metrics.items() if v == v}}
-    temporary = root / ".scores.json"
-    temporary.write_text(json.dumps(scores))
-    temporary.replace(root / "scores.json")
+    storage.publish(json.dumps(scores).encode(), str(root / "scores.json"))
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Step of a checkpoint's folder."""
     return int(path.name.removeprefix("step-"))
+
+
+def folder_name(step: int) -> str:
+    """As ``step_of`` reads it."""
+    return f"step-{step:08d}"
 
 
 def upload(path: Path, url: str) -> None:
@@ -129,6 +151,15 @@ def latest_remote(url: str) -> int | None:
     except FileNotFoundError:
         return None
     return int(name.removeprefix("step-"))
+
+
+def remote_steps(url: str) -> list[int]:
+    """Steps of checkpoints below a URL up to the newest complete one, oldest first."""
+    last = latest_remote(url)
+    if last is None:
+        return []
+    found = {int(m[1]) for name in storage.folders(url) if (m := re.fullmatch(r"step-(\d{8})", name))}
+    return sorted({step for step in found if step <= last} | {last})
 
 
 def download(url: str, step: int, root: Path) -> Path:
@@ -149,10 +180,14 @@ def download(url: str, step: int, root: Path) -> Path:
             storage.fetch(storage.join(source, Path(name).name), partial / Path(name).name)
         (partial / COMPLETE).write_bytes(listed)
         Checkpoint(partial)
+        for path in partial.iterdir():
+            _sync(path)
+        storage.sync_folder(partial)
         if not final.exists():
             partial.rename(final)
+            storage.sync_folder(root)
     except FileNotFoundError as error:
-        raise ValueError(f"{source}: incomplete ({error}); remove {LATEST} there to start without it") from None
+        raise Damaged(f"{source}: incomplete ({error}); remove {LATEST} there to start without it") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
@@ -245,31 +280,30 @@ class Checkpoint:
     """Reads one checkpoint folder, verified.
 
     Args:
-        path: the folder ``step-…``, or a run's folder (its newest complete checkpoint is taken).
+        path: the folder ``step-…``, or a run's folder: its newest complete checkpoint is taken, or if that one is damaged,
+            the one before, which is said.
+        strict: what is damaged is an error; nothing else is taken.
 
     Raises:
         ValueError: nothing complete there, or a file is missing, truncated or changed.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, strict: bool = False):
         path = Path(path)
+        candidates = [path]
         if not (path / COMPLETE).is_file():
-            candidates = [p for root in (path, path / "checkpoints") if (p := newest(root))]
+            candidates = next((found for root in (path, path / "checkpoints") if (found := complete_steps(root))), [])
             if not candidates:
                 raise ValueError(f"{path}: no complete checkpoint there (no step-*/COMPLETE.json)")
-            path = candidates[0]
-        self.path = path
-        for name, want in json.loads((path / COMPLETE).read_text())["files"].items():
-            file = path / name
-            if not file.is_file():
-                raise ValueError(f"{file}: missing, though {path.name} was complete; take another checkpoint")
-            if file.stat().st_size != want["size"] or _sha256(file) != want["sha256"]:
-                raise ValueError(
-                    f"{file}: damaged (size or SHA-256 differ from COMPLETE.json); take another checkpoint"
-                )
-        self.state = json.loads((path / "state.json").read_text())
-        if self.state.get("format") != FORMAT:
-            raise ValueError(f"{path}: checkpoint format {self.state.get('format')}, this version reads {FORMAT}")
+        while True:
+            self.path = candidates.pop()
+            try:
+                self.state = _verified(self.path)
+                return
+            except Damaged as error:
+                if strict or not candidates:
+                    raise
+                print(f"WARNING: {error}; taking {candidates[-1].name}, the one before", file=sys.stderr, flush=True)
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
         """Tensors of one file by name; {} if the checkpoint has no such file."""
@@ -288,6 +322,36 @@ class Checkpoint:
         return {**self.tensors("model"), **self.tensors("ema")}
 
 
+def _verified(path: Path) -> dict:
+    """``state.json`` of a checkpoint whose files are all as COMPLETE.json says. Raises Damaged that names the file."""
+    try:
+        files = json.loads((path / COMPLETE).read_text())["files"]
+    except (ValueError, KeyError, TypeError):
+        raise Damaged(f"{path / COMPLETE}: damaged (not what was written); take another checkpoint") from None
+    for name, want in files.items():
+        file = path / name
+        if not file.is_file():
+            raise Damaged(f"{file}: missing, though {path.name} was complete; take another checkpoint")
+        if file.stat().st_size != want["size"] or _sha256(file) != want["sha256"]:
+            raise Damaged(f"{file}: damaged (size or SHA-256 differ from COMPLETE.json); take another checkpoint")
+    state = json.loads((path / "state.json").read_text())
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{path}: checkpoint format {state.get('format')}, this version reads {FORMAT}")
+    return state
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint, so that it is neither found nor counted again; returns where it is then."""
+    target = path.with_name(f"{ASIDE}{path.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    return path.rename(target)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def export(path: str | Path, out: str | Path) -> Path:
     """Plain weights of a checkpoint (averaged where there are any) with a model card beside them.
 
@@ -304,7 +368,13 @@ def export(path: str | Path, out: str | Path) -> Path:
     saved = Checkpoint(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     weights = {k: v.contiguous() for k, v in saved.weights().items()}
-    save_file(weights, out, metadata={"occstream": json.dumps({"digest": saved.digest, "step": saved.state["step"]})})
+    # Beside its name and renamed: a kill leaves no half of it.
+    partial = out.with_name(f".{out.name}.partial")
+    save_file(
+        weights, partial, metadata={"occstream": json.dumps({"digest": saved.digest, "step": saved.state["step"]})}
+    )
+    partial.chmod(storage.file_mode())
+    partial.replace(out)
     scores = read_scores(saved.path.parent).get(str(saved.state["step"]), {})
     config = saved.state.get("config", {})
     card = {
@@ -331,7 +401,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Weights of a checkpoint folder, a run's folder, an exported ``.safetensors``, or a plain ``.pt`` state dict."""
     path = Path(path)
     if path.is_dir():
-        return Checkpoint(path).weights()
+        return Checkpoint(path, strict=True).weights()
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint (expected a run's folder, step-… folder or .safetensors file)")
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from occstream.pretrain.events import EVENTS, KEY, STATE, VARIABLE, describe_uri, parse_event, read_events, redact
+from occstream.sharding import storage
 
 
 class Sender:
@@ -273,9 +274,7 @@ class Sender:
         return self._client
 
     def _remember(self) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.state))
-        temporary.replace(self.path)
+        storage.publish(json.dumps(self.state).encode(), str(self.path))
 
 
 def sync(run: Path, uri: str = "", experiment: str = "") -> str:

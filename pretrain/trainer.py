@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from occstream.evaluation.evaluate import EvalResult, evaluate
 from occstream.evaluation.report import prediction_picture
 from occstream.models import OccBatch, OccOutputs, build_model, kernels
-from occstream.pretrain import checkpoint
+from occstream.pretrain import checkpoint, resume
 from occstream.pretrain.config import Config, merge, parse_config, parse_overrides
 from occstream.pretrain.device import describe, pick_device
 from occstream.pretrain.engine import (
@@ -27,7 +27,6 @@ from occstream.pretrain.engine import (
     World,
     buffers_of,
     build_engine,
-    control_group,
     float_state,
     learning_rate,
     leave_out,
@@ -509,40 +508,15 @@ class Keeper:
         self.uploader = checkpoint.Uploader(config.train.upload) if config.train.upload and world.is_main else None
 
     def newest(self) -> checkpoint.Checkpoint | None:
-        """The newest complete checkpoint, here or uploaded, the same on every rank.
-
-        Raises:
-            ValueError: it is damaged, or a rank has no access to it.
-        """
-        url, steps = self.config.train.upload, [-1, -1]
-        if self.world.is_main:
-            here = checkpoint.newest(self.root)
-            steps[0] = int(here.name.removeprefix("step-")) if here else -1
-            there = checkpoint.latest_remote(url) if url else None
-            steps[1] = -1 if there is None else there
-        if self.world.size > 1:
-            found = torch.tensor(steps)
-            dist.broadcast(found, 0, group=control_group())
-            steps = found.tolist()
+        """What to go on from, the same on every rank; see ``resume.newest``."""
+        saved, uploaded = resume.newest(self.root, self.config.train.upload, self.world)
         for path in checkpoint.complete_steps(self.root) if self.uploader else ():
-            if steps[1] < int(path.name.removeprefix("step-")) <= steps[0]:
+            if checkpoint.step_of(path) > uploaded:
                 self.uploader.add(path)  # what an earlier start did not get to
-        step, path, error = max(steps), None, None
-        if step < 0:
-            return None
-        try:
-            path = self.root / f"step-{step:08d}"
-            if steps[1] == step:
-                # Ranks of one node may each fetch it; the first that is done wins.
-                path = checkpoint.download(url, step, self.root)
-            saved = checkpoint.Checkpoint(path)
-        except Exception as problem:
-            error = problem
-        self.world.agree(error)
         return saved
 
     def save(self, data: TrainData, engine, ema, step: int, tracker: Tracker) -> Path:
-        """Returns on all ranks once the checkpoint is complete. Raises OSError on all if it cannot be written."""
+        """Returns on all ranks once the checkpoint is complete. Raises on all if it cannot be written."""
         began = time.perf_counter()
         config, world = self.config, self.world
         tensors = {"model": module_state(engine.module, world)}
@@ -568,7 +542,7 @@ class Keeper:
             }
             try:
                 checkpoint.save(self.root, step, tensors, state)
-            except OSError as problem:
+            except (OSError, FloatingPointError) as problem:
                 error = problem
             else:
                 if self.uploader:

@@ -221,10 +221,45 @@ def listing(url: str) -> dict[str, int]:
     return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}
 
 
+def folders(url: str) -> list[str]:
+    """Names of what has objects below it, directly below a URL; empty if there is nothing."""
+
+    def look(fs, path: str) -> list[dict]:
+        fs.invalidate_cache()
+        return fs.ls(path, detail=True)
+
+    try:
+        found = _ask(url, look)
+    except FileNotFoundError:
+        return []
+    return [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in found if entry["type"] == "directory"]
+
+
 def remove(url: str) -> None:
     """Removes an object; nothing happens if there is none."""
     with contextlib.suppress(FileNotFoundError):
         _ask(url, lambda fs, path: fs.rm_file(path))
+
+
+def file_mode() -> int:
+    """Mode of a new file by this process's umask (some libraries make theirs readable for the owner alone)."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return 0o666 & ~int(line.split()[1], 8)
+    mask = os.umask(0o022)  # elsewhere than on Linux it can only be read by changing it
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def sync_folder(folder: Path) -> None:
+    """Has the names in a folder on the disk, so that a rename survives a loss of power. Some file systems cannot."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def publish(source: Path | bytes, url: str) -> None:
@@ -246,8 +281,9 @@ def publish(source: Path | bytes, url: str) -> None:
                         shutil.copyfileobj(data, out, BLOCK)
                 out.flush()
                 os.fsync(out.fileno())
-            os.chmod(partial, 0o644)
+            os.chmod(partial, file_mode())
             os.replace(partial, target)
+            sync_folder(target.parent)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import shutil
 import time
 
 import pytest
@@ -11,8 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from occstream.pretrain import checkpoint
+from occstream.pretrain import checkpoint, resume
 from occstream.pretrain.checkpoint import Checkpoint, load_declared, newest, read_weights
+from occstream.pretrain.engine import World
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def _write(root, step=3, keep=2):
@@ -145,6 +150,88 @@ def test_killed_while_saving_is_as_if_not_saved(tmp_path, monkeypatch):
     monkeypatch.undo()
     _write(tmp_path, 2)
     assert newest(tmp_path).name == "step-00000002"
+
+
+def _harm(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("harm", [_harm, lambda path: (path / "COMPLETE.json").write_bytes(b"")])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, harm):
+    for step in (1, 2, 3):
+        _write(tmp_path, step, keep=3)
+    harm(tmp_path / "step-00000003")
+    assert Checkpoint(tmp_path).state["step"] == 2
+    said = capsys.readouterr().err
+    assert said.startswith("WARNING: ")
+    assert "taking step-00000002" in said
+    with pytest.raises(ValueError, match="damaged"):
+        read_weights(tmp_path)
+    saved, uploaded = resume.newest(tmp_path, "", ALONE)
+    assert (saved.state["step"], uploaded) == (2, -1)
+    assert "step-00000003" in capsys.readouterr().err
+    assert [p.name for p in checkpoint.complete_steps(tmp_path)] == ["step-00000001", "step-00000002"]
+    assert (tmp_path / "damaged-step-00000003").is_dir()
+
+
+def test_a_damaged_checkpoint_comes_back_from_where_it_was_uploaded(tmp_path):
+    url = f"file://{tmp_path}/store"
+    for step in (1, 2):
+        checkpoint.upload(_write(tmp_path / "here", step), url)
+    _harm(tmp_path / "here/step-00000002")
+    assert checkpoint.remote_steps(url) == [1, 2]
+    saved, uploaded = resume.newest(tmp_path / "here", url, ALONE)
+    assert (saved.state["step"], uploaded) == (2, 2)
+    # And if that is gone as well, on a fresh disk.
+    _harm(tmp_path / "store/step-00000002")
+    assert resume.newest(tmp_path / "other", url, ALONE)[0].state["step"] == 1
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
+    for step in (1, 2):
+        _harm(_write(tmp_path, step))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="damaged"):
+            resume.newest(tmp_path, "", ALONE)
+    assert resume.newest(tmp_path / "nothing", "", ALONE) == (None, -1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_complete(tmp_path, value):
+    _write(tmp_path, 1)
+    tensors = {"model": {"w": torch.ones(2)}, "optimizer": {"m": torch.tensor([1.0, value])}}
+    with pytest.raises(FloatingPointError, match=r"1 tensors of optimizer hold NaN or infinity \(m\)"):
+        checkpoint.save(tmp_path, 2, tensors, {"step": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_files_and_folders_are_on_the_disk_before_a_checkpoint_counts(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    path = _write(tmp_path, 1)
+    partial = tmp_path / ".partial-00000001"
+    names = ["ema.safetensors", "model.safetensors", "state.json", "COMPLETE.json"]
+    assert synced == [*(str(partial / name) for name in names), str(partial), str(tmp_path)]
+    assert path.is_dir()
+
+
+def test_files_follow_the_umask(tmp_path):
+    for mask, mode in ((0o022, 0o644), (0o027, 0o640), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            path = _write(tmp_path / "run", 1)
+            checkpoint.add_scores(tmp_path / "run", 1, {"a": 1.0})
+            out = checkpoint.export(path, tmp_path / "out" / "weights.safetensors")
+            checkpoint.upload(path, f"file://{tmp_path}/store")
+        finally:
+            os.umask(before)
+        written = [p for folder in ("run", "store", "out") for p in (tmp_path / folder).rglob("*") if p.is_file()]
+        assert out in written
+        assert {p.stat().st_mode & 0o777 for p in written} == {mode}, mask
+        shutil.rmtree(tmp_path / "store")
+        shutil.rmtree(tmp_path / "out")
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_an_incomplete_folder_is_no_checkpoint(tmp_path):
