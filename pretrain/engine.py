@@ -130,16 +130,20 @@ def build_engine(model: nn.Module, config: TrainConfig, world: World):
 
     model.to(world.device)
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
+    fused = fuses(world.device)
+    optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     settings = {
         # Only bookkeeping: the frames of a rank are the stream's business (a rank may even have none of one kind).
         "train_micro_batch_size_per_gpu": max(1, config.batch // config.accumulate // world.size),
         "gradient_accumulation_steps": config.accumulate,
-        "gradient_clipping": config.clip,
+        # Stage 0 is clipped in ``clip_gradients``: DeepSpeed would launch some kernels for each parameter.
+        "gradient_clipping": config.clip if config.zero_stage else 0.0,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a step
         "zero_optimization": {
             "stage": config.zero_stage,
+            "overlap_comm": world.device.type == "cuda" and config.zero_stage > 0,
             # Buckets of DeepSpeed's default size (5e8 elements) would take 2 GB each.
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
@@ -154,15 +158,34 @@ def build_engine(model: nn.Module, config: TrainConfig, world: World):
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     with _quiet(world):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    if config.skip_nonfinite and config.zero_stage in (1, 2):
-        engine.optimizer.check_grad_overflow = True  # off by default in fp32; stage 3 always looks
     return engine
 
 
-# --- a step that must not be taken (train.skip_nonfinite) --------------------------------------------------------------
+def fuses(device: torch.device) -> bool:
+    """Whether AdamW is one kernel there, which can also be told on the device to change nothing."""
+    return device.type == "cuda"
 
 
-def poisoned(loss: Tensor) -> Tensor:
+def clip_gradients(engine, config: TrainConfig, world: World) -> Tensor:
+    """Stage 0, at the end of a step's last backward: scales gradients to a norm of at most ``config.clip`` (0: leaves them).
+
+    Returns:
+        Scalar float32 on the device: their L2 norm before; the same on every rank, not finite if any gradient is not.
+    """
+    params = [p for p in engine.module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    if world.size > 1:
+        norm = norm / world.size
+        dist.all_reduce(norm)
+    if config.clip:
+        torch.nn.utils.clip_grads_with_norm_(params, config.clip, norm)
+    return norm
+
+
+# --- a step that must not be taken --------------------------------------------------------------
+
+
+def or_nan(loss: Tensor) -> Tensor:
     """The same loss and gradients if it is finite; else every gradient becomes NaN, which all ranks and stages notice."""
     value = loss.detach()
     return loss * (1 + (value - value))
@@ -173,21 +196,17 @@ def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: b.clone() for name, b in model.named_buffers() if b.is_floating_point()}
 
 
-def leave_out(engine, buffers: dict[str, Tensor]) -> None:
-    """In place of ``engine.step()`` at the end of a step that must change nothing. ZeRO's stages see NaN in their gradients
-    and drop the step themselves.
-
-    Args:
-        buffers: as they were before the step; the forward may have written NaN into running statistics.
-    """
-    for name, buffer in engine.module.named_buffers():
+def put_back(model: nn.Module, buffers: dict[str, Tensor]) -> None:
+    """Buffers as ``buffers_of`` found them: a forward may write NaN into running statistics."""
+    for name, buffer in model.named_buffers():
         if name in buffers:
             buffer.copy_(buffers[name])
-    if engine.zero_optimization_stage():
-        engine.step()
-    else:
-        engine.module.zero_grad(set_to_none=True)
-        engine.micro_steps += 1  # the engine's own count, by which it knows where a step ends
+
+
+def drop_step(engine) -> None:
+    """Stage 0: in place of ``engine.step()`` at the end of a step that must change nothing."""
+    engine.module.zero_grad(set_to_none=True)
+    engine.micro_steps += 1  # the engine's own count, by which it knows where a step ends
 
 
 @contextlib.contextmanager
@@ -269,13 +288,20 @@ class Ema:
     def __init__(self, module: nn.Module, config: TrainConfig):
         self.decay, self.updates = config.ema_decay, config.ema_start
         self.values = {name: local_values(t).detach().float().clone() for name, t in float_state(module)}
+        # Parameters stay the same objects at every stage, whatever holds their values. A layer may assign a new buffer.
+        self._parameters = [(self.values[name], p) for name, p in module.named_parameters()]
+        owners = {name: module.get_submodule(name.rpartition(".")[0]) for name, _ in module.named_buffers()}
+        self._buffers = [
+            (self.values[n], owner, n.rpartition(".")[2]) for n, owner in owners.items() if n in self.values
+        ]
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
+    def update(self) -> None:
         """Call once after each optimizer step."""
         self.updates += 1
         decay = self.decay * (1 - math.exp(-self.updates / 2000))
-        state = [(self.values[name], local_values(t).float()) for name, t in float_state(module)]
+        state = [(old, local_values(p).float()) for old, p in self._parameters]
+        state += [(old, getattr(owner, leaf).float()) for old, owner, leaf in self._buffers]
         torch._foreach_lerp_([old for old, _ in state], [new for _, new in state], 1 - decay)
 
     @contextlib.contextmanager
@@ -306,6 +332,7 @@ def module_state(module: nn.Module, world: World) -> dict[str, Tensor]:
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BY_DEVICE = ("fused", "foreach", "capturable", "differentiable")  # how AdamW computes, not what
 
 
 def optimizer_state(engine, world: World) -> tuple[dict[str, Tensor], list[dict]]:
@@ -332,7 +359,10 @@ def optimizer_state(engine, world: World) -> tuple[dict[str, Tensor], list[dict]
             tensors[f"{moment}/{name}"] = value.detach().reshape(_shape(p)).cpu().clone()
     steps = {float(s["step"]) for s in base.state.values() if "step" in s}
     tensors["step"] = torch.tensor(max(steps, default=0.0))
-    groups = [{k: v for k, v in g.items() if isinstance(v, (int, float, bool, str))} for g in base.param_groups]
+    groups = [
+        {k: v for k, v in g.items() if k not in BY_DEVICE and isinstance(v, (int, float, bool, str))}
+        for g in base.param_groups
+    ]
     return tensors, groups
 
 
@@ -343,16 +373,18 @@ def load_optimizer_state(engine, tensors: dict[str, Tensor], groups: list[dict],
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     base = optimizer if stage == 0 else optimizer.optimizer
     for group, saved in zip(base.param_groups, groups, strict=True):
-        group.update(saved)
+        group.update({k: v for k, v in saved.items() if k not in BY_DEVICE})
+    # A fused optimizer counts on the device.
+    count = tensors["step"].to(world.device if base.param_groups[0].get("fused") else "cpu")
     named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
     if stage == 0:
         for name, p in named:
             moments = {m: tensors[f"{m}/{name}"].to(p.device, copy=True) for m in MOMENTS}
-            base.state[p] = {"step": tensors["step"].clone(), **moments}
+            base.state[p] = {"step": count.clone(), **moments}
         return
     flats = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
     for flat in flats:
-        base.state[flat] = {"step": tensors["step"].clone(), **{m: torch.zeros_like(flat) for m in MOMENTS}}
+        base.state[flat] = {"step": count.clone(), **{m: torch.zeros_like(flat) for m in MOMENTS}}
     if stage in (1, 2):
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()

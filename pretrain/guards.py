@@ -14,14 +14,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from occstream.pretrain.engine import World
+from occstream.pretrain.config import TrainConfig
+from occstream.pretrain.engine import World, buffers_of, clip_gradients, drop_step, fuses, or_nan, put_back
 from occstream.sharding import threads
 
 STOP = "STOP"
@@ -202,48 +203,116 @@ class Watchdog:
 
 
 class FiniteGuard:
-    """Stops a run before a step that would write NaN or infinity into the weights, or lets it leave out that step.
+    """Ends every step of the engine: takes it, or, where loss or gradients are not finite, stops the run or leaves the step
+    out. All ranks decide alike, as they see the same norm of the gradients.
+
+    A fused optimizer (CUDA, ZeRO stage 0) is told on the device, so that nobody waits for the norm: the update does nothing,
+    and the host learns of it one step later, or before anything is logged, saved or evaluated (``settle``).
 
     Args:
+        run: gets the frame keys of a bad step, one file of each rank.
         limit: steps that may be left out in this start of the run.
+
+    Attributes:
+        norm: of the gradients of the last step before clipping; a number, or a scalar on the device.
+        skipped: steps left out so far.
     """
 
-    def __init__(self, module: nn.Module, run: Path, world: World, limit: int = 0):
-        self.run, self.world, self.limit = run, world, limit
-        self.skipped = 0
-        self.sum = torch.zeros((), device=world.device)
-        for p in module.parameters():
-            if p.requires_grad:
-                p.register_hook(self._add)
+    def __init__(self, engine, config: TrainConfig, run: Path, world: World):
+        self.engine, self.config, self.run, self.world = engine, config, run, world
+        self.limit, self.skipped = config.skip_nonfinite, 0
+        self.norm: Tensor | float = math.nan
+        self._late = fuses(world.device) and not config.zero_stage and not self.limit
+        self._held: tuple[_Step, Tensor, torch.cuda.Event | None] | None = None
+        self._now = _Step(0)
 
-    def _add(self, grad: Tensor) -> None:
-        # One number per parameter: NaN and infinity survive the sum and the factor 0.
-        self.sum += grad.detach().float().sum() * 0.0
+    def begin(self, step: int) -> None:
+        """Call before the first forward of a step."""
+        self._now = _Step(step, buffers=buffers_of(self.engine.module) if self.limit else {})
 
-    def check(self, loss: Tensor, step: int, keys: list[str]) -> bool:
-        """All ranks agree (collective). Frame keys of a bad step go to a file of each rank.
+    def backward(self, loss: Tensor, keys: list[str]) -> None:
+        """Gradients of a micro-batch."""
+        self._now.losses.append(loss.detach())
+        self._now.keys += keys
+        self.engine.backward(or_nan(loss))
+
+    def step(self) -> bool:
+        """Ends a micro-batch, and a step where it is the last one.
 
         Returns:
-            Whether this step must be left out.
+            False if the step is left out.
 
         Raises:
-            FloatingPointError: it must, and the limit is reached; names the file.
+            FloatingPointError: it must be, and the limit is reached; names the file.
         """
-        bad = (~torch.isfinite(loss.detach().float() + self.sum)).float()
-        self.sum.zero_()
-        if self.world.size > 1:
-            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        if bad.item() == 0:
-            return False
-        file = self.run / f"nonfinite-step-{step:08d}-rank-{self.world.rank}.json"
+        engine = self.engine
+        if not engine.is_gradient_accumulation_boundary():
+            engine.step()
+            return True
+        if engine.zero_optimization_stage():
+            engine.step()  # with NaN or infinity in any gradient, it changes nothing
+            self.norm = math.nan if engine.optimizer.overflow else float(engine.get_global_grad_norm())
+            return self._judge(self._now, self.norm)
+        self.norm = clip_gradients(engine, self.config, self.world)
+        if self._late:
+            self.settle()
+            engine.optimizer.found_inf = (~torch.isfinite(self.norm)).float()
+            self._hold()
+            engine.step()
+            return True
+        taken = self._judge(self._now, float(self.norm))
+        if taken:
+            engine.step()
+        else:
+            drop_step(engine)
+        return taken
+
+    def settle(self) -> None:
+        """Waits for what is not known yet of the last step. Raises as ``step``."""
+        if self._held is None:
+            return
+        (step, norm, copied), self._held = self._held, None
+        if copied is not None:
+            copied.synchronize()
+        self._judge(step, float(norm))
+
+    def _hold(self) -> None:
+        """Brings the norm to the host, without waiting for it."""
+        copied = None
+        if self.norm.is_cuda:
+            host = torch.empty((), pin_memory=True)
+            host.copy_(self.norm, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        else:
+            host = self.norm.clone()
+        self._held = self._now, host, copied
+
+    def _judge(self, step: _Step, norm: float) -> bool:
+        """Whether a step counts. If it does not: names its frames; raises, or puts buffers back."""
+        if math.isfinite(norm):
+            return True
+        file = self.run / f"nonfinite-step-{step.number:08d}-rank-{self.world.rank}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        value = float(loss.detach())
-        file.write_text(json.dumps({"step": step, "loss": value, "keys": keys}, indent=1))
-        said = f"step {step}: loss or gradients are not finite (loss {value}); no update was made. Frame keys are in {file}"
+        value = float(torch.stack(step.losses).mean())
+        file.write_text(json.dumps({"step": step.number, "loss": value, "keys": step.keys}, indent=1))
+        said = f"step {step.number}: loss or gradients are not finite (loss {value}); no update was made. "
+        said += f"Frame keys are in {file}"
         if self.skipped >= self.limit:
             more = f", after {self.skipped} steps left out" if self.limit else ""
             raise FloatingPointError(f"{said}{more}. Lower train.lr, raise train.warmup, or look at those frames")
         self.skipped += 1
+        put_back(self.engine.module, step.buffers)
         if self.world.is_main:
             print(f"left out {said[0].lower()}{said[1:]} ({self.skipped} of at most {self.limit})", flush=True)
-        return True
+        return False
+
+
+@dataclass
+class _Step:
+    """What a message about a step needs."""
+
+    number: int
+    losses: list[Tensor] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    buffers: dict[str, Tensor] = field(default_factory=dict)

@@ -43,6 +43,7 @@ class Meter:
         self.ceiling = 0.0
         self._forward = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._before: tuple[float, list[tuple[torch.cuda.Event, torch.cuda.Event]]] | None = None
         self._read = (time.perf_counter(), 0)
         self._resume()
 
@@ -54,13 +55,16 @@ class Meter:
         self.now += 1
         if self.now - self.first > WARM:
             wait = self.data.waited - self.waited
-            # The guard has waited for the backward by now, so the forward's events have happened.
-            self._forward += sum(a.elapsed_time(b) for a, b in self._events) / 1e3
             self.times.append(time.perf_counter() - self.mark)
             self.waits.append(wait)
-            self.own.append(wait + self._forward)
-        self._forward = 0.0
-        self._events.clear()
+            if not self._events:
+                self.own.append(wait + self._forward)
+            else:
+                # Of the step before: the device has done its forward by now, so asking costs no time.
+                if self._before is not None:
+                    self.own.append(self._before[0] + _seconds(self._before[1]))
+                self._before = wait, self._events
+        self._forward, self._events = 0.0, []
         self._resume()
 
     @contextlib.contextmanager
@@ -110,7 +114,7 @@ class Meter:
             return {}
         counts, now = storage.counts(), time.perf_counter()
         read = self.data.bytes_read
-        mine = [statistics.mean(self.own), sum(self.waits) / sum(self.times), float(self.data.skipped)]
+        mine = [statistics.mean(self.own or (0.0,)), sum(self.waits) / sum(self.times), float(self.data.skipped)]
         mine += [(read - self._read[1]) / (now - self._read[0]) / 1e6]
         mine += [float(counts[name]) for name in ("retries", "hits", "misses")]
         self._read = now, read
@@ -166,6 +170,12 @@ class Meter:
         terminal = sys.stdout.isatty()
         end = "\n" if step == self.total or not terminal else ""
         print(f"\r\033[K{line}" if terminal else line, end=end, flush=True)
+
+
+def _seconds(events: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> float:
+    for _, end in events:
+        end.synchronize()
+    return sum(begin.elapsed_time(end) for begin, end in events) / 1e3
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:

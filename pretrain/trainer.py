@@ -25,15 +25,12 @@ from occstream.pretrain.device import describe, pick_device
 from occstream.pretrain.engine import (
     Ema,
     World,
-    buffers_of,
     build_engine,
     float_state,
     learning_rate,
-    leave_out,
     load_optimizer_state,
     module_state,
     optimizer_state,
-    poisoned,
     seed_everything,
     to_full,
     to_local,
@@ -208,7 +205,7 @@ def _train(config: Config, world: World, run: Path) -> Result:
     _say(world, f"numbers go to {run / EVENTS} and to MLflow: {describe_uri(config.track.uri)}")
     if world.is_main:
         write_config(run, config, world.size, saved, tracker)
-    guard = FiniteGuard(engine.module, run, world, cfg.skip_nonfinite)
+    guard = FiniteGuard(engine, cfg, run, world)
     watchdog = Watchdog(run, world, cfg.timeout_minutes)
     meter = Meter(step, total, data, world, cfg.precision == "bf16", not cfg.compile)
     status, last, evaluation, path = "FAILED", {}, None, saved.path if saved else None
@@ -231,8 +228,7 @@ def _train(config: Config, world: World, run: Path) -> Result:
                 group["lr"] = rate
             log_now = (step + 1) % cfg.log_every == 0 or step + 1 == total
             parts: dict[str, Tensor | float] = {}
-            left_out = False
-            buffers = buffers_of(engine.module) if cfg.skip_nonfinite else {}
+            guard.begin(step)
             counts, batches = None, data.micro_batches(cfg.accumulate, stop.wanted())
             for batch in batches:
                 with meter.counting():
@@ -240,38 +236,35 @@ def _train(config: Config, world: World, run: Path) -> Result:
                         outputs = engine(batch)
                     counts = joint_counts(outputs, batches, config.loss) if counts is None else counts
                     loss, values = occupancy_loss(outputs, batch, config.loss, counts)
-                    engine.backward(poisoned(loss) if cfg.skip_nonfinite else loss)
-                left_out |= guard.check(loss, step, batch.keys)
+                    guard.backward(loss, batch.keys)
                 if keys:
                     print(step, *batch.keys, file=keys, flush=True)
                 for name, value in {"loss": loss.detach(), **values}.items():
                     parts[name] = parts.get(name, 0.0) + value / cfg.accumulate
-                norm = gradient_norm(engine) if log_now and engine.is_gradient_accumulation_boundary() else None
-                if left_out and engine.is_gradient_accumulation_boundary():
-                    leave_out(engine, buffers)
-                else:
-                    engine.step()
-            if ema and not left_out:
-                ema.update(engine.module)
+                taken = guard.step()
+            if ema and taken:
+                ema.update()
             step += 1
             meter.step()
             profile.step()
-            log_now &= not left_out
+            log_now &= taken
+            evaluate_now = config.eval.every and step % config.eval.every == 0 and step < total
+            save_now = bool(cfg.save_every and step % cfg.save_every == 0) or step == total or data.wished
+            save_now |= bool(evaluate_now and cfg.keep_best)  # the best can only be kept of what is saved
+            if log_now or save_now or evaluate_now:
+                guard.settle()
 
             if log_now:
                 last = {f"train/{name}": value for name, value in _mean_over_ranks(parts, world).items()}
                 last["opt/lr"] = rate
-                last["opt/grad_norm"] = norm if norm is not None else float(engine.get_global_grad_norm())
+                last["opt/grad_norm"] = float(guard.norm)
                 last |= meter.metrics()
                 if cfg.skip_nonfinite:
                     last["train/left_out"] = float(guard.skipped)
                 tracker.log(step, last)
                 if world.is_main:
                     meter.show(step, last)
-            evaluate_now = config.eval.every and step % config.eval.every == 0 and step < total
-            # The best can only be kept of what is saved.
-            save_now = (cfg.save_every and step % cfg.save_every == 0) or (evaluate_now and cfg.keep_best)
-            if save_now or step == total or data.wished:
+            if save_now:
                 with meter.paused(), watchdog.off():
                     path = keeper.save(data, engine, ema, step, tracker)
             if evaluate_now and not data.wished:
@@ -434,13 +427,6 @@ class Drawer:
                 title=f"{key}, {self.config.stage} step {self.step}",
             )
             self.done.append(path)
-
-
-def gradient_norm(engine) -> float | None:
-    """L2 norm of all gradients before clipping at stage 0, where DeepSpeed keeps none; None at other stages."""
-    if engine.zero_optimization_stage():
-        return None
-    return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
 
 
 def _mean_over_ranks(parts: Mapping[str, Tensor], world: World) -> dict[str, float]:

@@ -16,7 +16,7 @@ import torch
 from occstream.models import MODELS
 from occstream.models.b2s import Strategy
 from occstream.pretrain import replay
-from occstream.pretrain.checkpoint import Checkpoint, export, read_weights
+from occstream.pretrain.checkpoint import Checkpoint, complete_steps, export, read_weights
 from occstream.pretrain.config import load_config
 from occstream.pretrain.engine import World
 from occstream.pretrain.events import read_events
@@ -185,7 +185,26 @@ def test_a_step_that_is_not_finite_is_left_out_whole_at_every_stage(root):
         overrides += ["train.save_every=1", "train.keep=9", "train.skip_nonfinite=1"]
         return {"recipe": RECIPE, "stage": "pretrain", "overrides": overrides, "poison": 2}
 
-    run_jobs([job(stage) for stage in STAGES], 2, root / "nan-log")
+    def late(name, **more):
+        words = [
+            f"data.url={root}/data",
+            f"output={root}/{name}",
+            "train.steps=9",
+            "train.save_every=2",
+            "train.log_every=9",
+        ]
+        return {"recipe": RECIPE, "stage": "pretrain", "overrides": words, "fused": True, **more}
+
+    failing = [late("late-2", poison=2, fails=True), late("late-3", poison=3, fails=True)]
+    run_jobs([*(job(stage) for stage in STAGES), *failing], 2, root / "nan-log")
+    for bad, seen_before_saving in ((2, False), (3, True)):
+        run = root / f"late-{bad}"
+        for rank in (0, 1):
+            said = (run / f"error-{rank}.txt").read_text()
+            assert said.startswith(f"step {bad}: loss or gradients are not finite"), said
+            record = json.loads((run / f"nonfinite-step-{bad:08d}-rank-{rank}.json").read_text())
+            assert len(record["keys"]) == 2, "two of the step's four frames are this rank's"
+        assert [p.name for p in complete_steps(run / "checkpoints")] == ["step-00000002"], seen_before_saving
     for stage in STAGES:
         before, after, later = (Checkpoint(root / f"nan-{stage}/checkpoints/step-{n:08d}") for n in (2, 3, 4))
         for kind in ("model", "optimizer", "ema"):

@@ -1,6 +1,7 @@
 """Runs training jobs of a JSON file one after the other in one process group: ``worker.py JOBS``, started once per rank.
 
-A job may ask for ``frozen_norms`` (batch norms never see the batch) and ``poison`` (rank 0's loss is infinite at that call).
+A job may ask for ``frozen_norms`` (batch norms never see the batch), ``poison`` (rank 0's loss is infinite at that call),
+``fused`` (AdamW and the guard as on CUDA) and ``fails`` (numbers that are not finite end it: the message becomes a file).
 """
 
 import contextlib
@@ -11,7 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 from occstream.models.layers import SyncBatchNorm
-from occstream.pretrain import trainer
+from occstream.pretrain import engine, guards, trainer
 from occstream.pretrain.config import load_config
 from occstream.pretrain.engine import init_distributed
 
@@ -47,6 +48,15 @@ if __name__ == "__main__":
             if "poison" in job:
                 broken = poisoned_loss(job["poison"], world.rank)
                 stack.enter_context(mock.patch.object(trainer, "occupancy_loss", broken))
+            if job.get("fused"):
+                for module in (engine, guards):
+                    stack.enter_context(mock.patch.object(module, "fuses", return_value=True))
+            if "fails" in job:
+                try:
+                    trainer.train(config, world)
+                except FloatingPointError as error:
+                    Path(config.output, f"error-{world.rank}.txt").write_text(str(error))
+                    continue
             result = trainer.train(config, world)
         if world.is_main:
             Path(config.output, "result.json").write_text(json.dumps(result.evaluation.metrics()))
