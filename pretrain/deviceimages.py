@@ -47,16 +47,25 @@ class DeviceImages:
             place = nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY
         # libjpeg's way of spreading colour over pixels, so that both decoders agree.
         self._decoder = nvimgcodec.Decoder(place, max(1, threads), backends, options=":fancy_upsampling=1")
+        # Beside the network's kernels; whoever takes the images later need not wait for them.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._params = nvimgcodec.DecodeParams(
             apply_exif_orientation=False, sample_format=nvimgcodec.SampleFormat.P_RGB
         )
 
     def __call__(self, batch: StreamBatch) -> None:
-        """Adds the images; its other arrays stay as they are.
+        """Adds the images, complete; its other arrays stay as they are. For one thread at a time.
 
         Raises:
             ValueError: a JPEG cannot be decoded, or has another size than its record says.
         """
+        if self._stream is None:
+            return self._add(batch)
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            self._add(batch)
+        self._stream.synchronize()
+
+    def _add(self, batch: StreamBatch) -> None:
         views = batch.arrays["intrinsics"].shape[1]
         affines = np.concatenate([batch.arrays["post_rot"][..., :2, :2], batch.arrays["post_tran"][..., :2, None]], -1)
         out = torch.empty(len(batch.returned), views, 3, *self.image_size, dtype=torch.uint8, device=self.device)

@@ -406,7 +406,9 @@ def device_batches(stream: Stream, device: torch.device) -> Iterator[OccBatch]:
     for got in stream:
         batch = to_occ_batch(got, device)
         if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # the stream's buffers go back to the readers
+            current = torch.cuda.current_stream(device)
+            current.synchronize()  # the stream's buffers go back to the readers
+            batch.record(current)  # what another thread made is not given away while the network reads it
         yield batch
 
 

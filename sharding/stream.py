@@ -240,6 +240,7 @@ class _Slot:
     keys: list[str] = field(default_factory=list)
     returned: list = field(default_factory=list)
     state: dict[str, int] = field(default_factory=dict)
+    batch: StreamBatch | None = None  # complete
 
 
 class Stream:
@@ -263,7 +264,8 @@ class Stream:
         warn: gets one line for each skipped sample.
         lookahead: batches beyond those in the ring whose shards are fetched into the cache ahead of need.
         deadline: seconds that the consumer waits for a batch before it is an error that names what is not there.
-        finish: completes each batch in the consumer's thread, such as by arrays that a GPU makes.
+        finish: completes each batch, in order, in a thread of its own (without reader threads: in the consumer's), such as by
+            arrays that a GPU makes.
         history: key-frames before each one that ``fill`` finds in ``frame.past`` (at a scene's beginning its first, again).
     """
 
@@ -308,6 +310,7 @@ class Stream:
         self._known: set[int] = set()
         self._decoders = threads
         work = [self._work] * threads + [self._fetch] * (2 if self._lookahead else 0)
+        work += [self._complete] if threads and finish else []
         self._threads = [guarded.start(f"stream-{i}", w, self._fail) for i, w in enumerate(work)]
 
     @property
@@ -328,9 +331,7 @@ class Stream:
                 self._change.notify_all()
             if not self._decoders:
                 self._work_until_ready()
-            ready = self._change.wait_for(
-                lambda: self._error or (self._filling and not self._filling[0].missing) or self._idle(), self._deadline
-            )
+            ready = self._change.wait_for(lambda: self._error or self._there() or self._idle(), self._deadline)
             self.waited += time.perf_counter() - began
             if not ready:
                 raise TimeoutError(self._late())
@@ -339,6 +340,20 @@ class Stream:
             if not self._filling:
                 raise StopIteration
             slot = self._lent = self._filling.popleft()
+        return slot.batch or self._made(slot)
+
+    def ready(self) -> bool:
+        """Whether the next batch is there, so that asking for it does not wait."""
+        with self._change:
+            return self._there() and not self._error
+
+    def _there(self) -> bool:
+        """With the lock held: whether the next batch is complete, but for what the consumer does itself."""
+        if not self._filling or self._filling[0].missing:
+            return False
+        return self._filling[0].batch is not None or not (self._finish and self._decoders)
+
+    def _made(self, slot: _Slot) -> StreamBatch:
         count = len(slot.samples)
         arrays = {k: v[:count] for k, v in slot.buffers.items()}
         batch = StreamBatch(arrays, slot.keys, slot.samples, slot.state, slot.returned)
@@ -346,10 +361,22 @@ class Stream:
             self._finish(batch)
         return batch
 
-    def ready(self) -> bool:
-        """Whether the next batch is there, so that asking for it does not wait."""
-        with self._change:
-            return bool(self._filling) and not self._filling[0].missing and not self._error
+    def _complete(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._closed or self._error or self._read())
+                if self._closed or self._error:
+                    return
+                slot = self._read()
+            batch = self._made(slot)
+            with self._change:
+                slot.batch = batch
+                self._change.notify_all()
+
+    def _read(self) -> _Slot | None:
+        """With the lock held: the first batch that is not complete, if all its frames are there."""
+        slot = next((slot for slot in self._filling if slot.batch is None), None)
+        return slot if slot and not slot.missing else None
 
     def __enter__(self) -> Stream:
         return self
@@ -418,7 +445,7 @@ class Stream:
             return False
         samples, state = self._planned.popleft()
         slot = self._free.popleft()
-        slot.samples, slot.state, slot.missing = samples, state, len(samples)
+        slot.samples, slot.state, slot.missing, slot.batch = samples, state, len(samples), None
         slot.keys, slot.returned = [""] * len(samples), [None] * len(samples)
         self._filling.append(slot)
         self._tasks.extend((slot, i) for i in range(len(samples)))

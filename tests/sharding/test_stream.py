@@ -371,6 +371,38 @@ def test_closing_does_not_wait_for_a_read_that_hangs(data, monkeypatch):
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_batches_are_completed_in_order_and_beside_the_consumer(data, threads):
+    made = []
+
+    def finish(batch):
+        made.append(threading.current_thread() is threading.main_thread())
+        batch.arrays["sum"] = batch.arrays["time"].copy() + len(made)
+
+    with make_stream(data, threads=threads, finish=finish) as stream, make_stream(data) as plain:
+        for number, (batch, other) in enumerate(zip(islice(stream, 8), plain), 1):
+            assert batch.keys == other.keys
+            assert np.array_equal(batch.arrays["sum"], other.arrays["time"] + number)
+            if number == 4 and threads:
+                stream._change.acquire()
+                stream._change.wait_for(stream._there, 30)
+                stream._change.release()
+                assert len(made) > number, "the next one is completed before it is asked for"
+    assert set(made) == {threads == 0}
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_an_error_while_completing_reaches_the_consumer(data, threads):
+    def finish(batch):
+        raise ValueError("a JPEG that no decoder reads")
+
+    with (
+        make_stream(data, threads=threads, finish=finish, deadline=60) as stream,
+        pytest.raises(ValueError, match="no decoder"),
+    ):
+        next(stream)
+
+
 def test_a_batch_that_does_not_come_is_an_error_that_names_its_shard(data, monkeypatch):
     monkeypatch.setattr(ShardReader, "frame", lambda *_: time.sleep(1))
     with (
