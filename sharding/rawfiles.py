@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import io
 import math
-import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,32 +14,7 @@ import numpy as np
 import simplejpeg
 
 from occstream.sharding.contract import is_rigid
-
-# What pickled numpy arrays, scalars and dicts need, and nothing that can run code.
-_HARMLESS = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("collections", "OrderedDict"),
-    ("collections", "defaultdict"),
-    ("_codecs", "encode"),
-    ("builtins", "set"),
-    ("builtins", "frozenset"),
-    ("builtins", "complex"),
-    ("builtins", "bytearray"),
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _HARMLESS:
-            raise pickle.UnpicklingError(f"it wants to import {module}.{name}")
-        return super().find_class(module, name)
+from occstream.sharding.pickles import loads
 
 
 def read_file(path: Path, why: str = "") -> bytes:
@@ -55,13 +29,10 @@ def read_file(path: Path, why: str = "") -> bytes:
 
 def read_pickle(path: Path) -> Any:
     """A pickle of plain values and numpy arrays; anything that could run code is refused with ValueError."""
-    data = read_file(path)
     try:
-        return _Unpickler(io.BytesIO(data)).load()
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(
-            f"{path}: not loaded ({str(error)[:120]}); only plain values and numpy arrays are accepted from pickles"
-        ) from None
+        return loads(read_file(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: not loaded: {error}" if str(path) not in str(error) else str(error)) from None
 
 
 def read_npy(path: Path, why: str = "") -> Any:

@@ -205,7 +205,7 @@ def test_openscene_without_occupancy_and_a_pickle_with_code(tmp_path):
     options = layouts.openscene(tmp_path / "v11", occupancy=False)
     assert open_source("openscene", options).grid is None
     (tmp_path / "v11" / "meta_datas" / "evil.pkl").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
-    with pytest.raises(ValueError, match=r"evil.pkl: not loaded \(it wants to import os.system"):
+    with pytest.raises(ValueError, match=r"evil.pkl: not loaded: it wants to import os.system"):
         open_source("openscene", options)
 
 
@@ -368,7 +368,7 @@ def test_real_samples(shared_data, tmp_path):
     assert verify(str(tmp_path / "occ3d")) == []
 
 
-FAULTS = [None, "", "no/such.file", 5, -1, np.nan, np.inf, 10**30, True, [], {}, np.array(None), np.array("x"), b"x"]
+FAULTS = [None, "", "no/such.file", 5, -1, np.nan, np.inf, 10**30, True, [], {}, np.array(5.0), np.array("x"), b"x"]
 FAULTS += [[np.nan, 0, 0], [0, 0, 0, 0], [1e300, 0, 0], np.full((3, 3), np.nan), np.zeros((3, 3)), np.zeros((0, 7))]
 
 
