@@ -22,6 +22,10 @@ bounds: dev
 lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mkdocs build -q --strict
+
+docs: dev
+	$(BIN)/python -m mkdocs build --strict
 
 install: $(VENV)/.installed
 dev: $(VENV)/.installed-dev

@@ -12,25 +12,7 @@ from collections.abc import Callable, Sequence
 
 def main(stage: str, argv: Sequence[str] | None = None) -> int:
     """Runs one stage. Returns the exit code: 0 done, 2 wrong input, 3 training failed, 75 stopped and saved."""
-    parser = argparse.ArgumentParser(
-        prog=f"launch/{stage}.py",
-        description="Pre-trains on binary occupancy." if stage == "pretrain" else "Fine-tunes semantic occupancy.",
-        epilog="Overrides are dotted keys of the recipe, for example train.lr=1e-4 data.scenes=2000 output=runs/a. "
-        "Rerunning the same command resumes from the newest complete checkpoint.",
-    )
-    parser.add_argument("--recipe", required=True, help="name of a packaged recipe, or path of a .yaml file")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps (train.profile)")
-    dry = parser.add_argument_group("dry run")
-    dry.add_argument(
-        "--dry-run", action="store_true", help="check everything and estimate memory and time; start nothing"
-    )
-    dry.add_argument("--world-size", type=int, default=1, help="processes that the run will have (default 1)")
-    dry.add_argument("--memory-gb", type=float, default=0.0, help="memory of a GPU: refuse what does not fit")
-    dry.add_argument("--rate", type=float, default=0.0, help="frames/s of a GPU, for the time (a short run prints it)")
-    dry.add_argument("--price", type=float, default=0.0, help="of a GPU-hour, for the cost")
-    args = parser.parse_intermixed_args(argv)
+    args = parser(stage).parse_intermixed_args(argv)
     if args.dry_run:
         from occstream.launch.dryrun import dry_run
 
@@ -38,6 +20,29 @@ def main(stage: str, argv: Sequence[str] | None = None) -> int:
         return guarded(lambda: dry_run(stage, args.recipe, args.overrides, *words))
     overrides = [*args.overrides, *([f"train.profile={args.profile}"] if args.profile else [])]
     return guarded(lambda: _run(stage, args.recipe, overrides))
+
+
+def parser(stage: str) -> argparse.ArgumentParser:
+    """The arguments of a stage, "pretrain" or "finetune"."""
+    made = argparse.ArgumentParser(
+        prog=f"launch/{stage}.py",
+        description="Pre-trains on binary occupancy." if stage == "pretrain" else "Fine-tunes semantic occupancy.",
+        epilog="Overrides are dotted keys of the recipe, for example train.lr=1e-4 data.scenes=2000 output=runs/a. "
+        "Rerunning the same command resumes from the newest complete checkpoint.",
+    )
+    made.add_argument("--recipe", required=True, help="name of a packaged recipe, or path of a .yaml file")
+    made.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    made.add_argument("overrides", nargs="*", metavar="key=value")
+    made.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps (train.profile)")
+    dry = made.add_argument_group("dry run")
+    dry.add_argument(
+        "--dry-run", action="store_true", help="check everything and estimate memory and time; start nothing"
+    )
+    dry.add_argument("--world-size", type=int, default=1, help="processes that the run will have (default 1)")
+    dry.add_argument("--memory-gb", type=float, default=0.0, help="memory of a GPU: refuse what does not fit")
+    dry.add_argument("--rate", type=float, default=0.0, help="frames/s of a GPU, for the time (a short run prints it)")
+    dry.add_argument("--price", type=float, default=0.0, help="of a GPU-hour, for the cost")
+    return made
 
 
 def _run(stage: str, recipe: str, overrides: Sequence[str]) -> int:

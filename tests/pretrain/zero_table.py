@@ -1,4 +1,4 @@
-"""The table of infra/README.md: saved, resumed, resized and exported at every ZeRO stage, by the next losses.
+"""The table of docs/operations.md: saved, resumed, resized and exported at every ZeRO stage, by the next losses.
 
     python -m tests.pretrain.zero_table FOLDER
 
