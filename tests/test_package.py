@@ -24,7 +24,7 @@ def test_wheel_holds_every_module_recipe_and_page(tmp_path):
         names = set(archive.namelist())
     wanted = {f"occstream/{p.relative_to(ROOT)}" for p in FILES}
     wanted |= {f"occstream/{p.relative_to(ROOT)}" for p in (ROOT / "launch" / "recipes").glob("*.yaml")}
-    wanted.add("occstream/sharding/FORMAT.md")
+    wanted |= {"occstream/sharding/FORMAT.md", *(f"occstream/{folder}/py.typed" for folder in FOLDERS)}
     assert wanted - names == set()
 
 
