@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from occstream.models import OccBatch
+from occstream.models.layers import SyncBatchNorm
 from occstream.pretrain.config import Config, load_config
 from occstream.pretrain.engine import World
 from occstream.pretrain.losses import occupancy_loss
@@ -66,6 +68,16 @@ def states(parameters: int, stage: int, ranks: int, ema: bool) -> dict[str, floa
         # Stages 1 to 3 work on a flat fp32 copy of this rank's part; reduce and gather buffers hold 50 M elements at most.
         "buckets": (share(1) if stage else 0.0) + (2 * min(parameters, 50_000_000) * 4 if stage and ranks > 1 else 0.0),
     }
+
+
+def statistics(model: nn.Module, ranks: int) -> float:
+    """Bytes that batch norms over several ranks need beside what one process's need: the row of every rank while the widest
+    norm gathers them, and what each keeps for the backward pass. Its input it keeps as it came, as cuDNN's do."""
+    widths = [m.weight.numel() for m in model.modules() if isinstance(m, SyncBatchNorm)]
+    if ranks == 1 or not widths:
+        return 0.0
+    gathered = 2 * ranks * (2 * max(widths) + 1)  # as they come, and cut into means and deviations
+    return 4.0 * (gathered + sum(3 * width + ranks for width in widths))
 
 
 def activations(config: Config, semantic: int, binary: int) -> float:
@@ -158,8 +170,9 @@ def predicted_memory(config: Config, data: TrainData, ranks: int) -> Memory:
     semantic = -(-cfg.batch // cfg.accumulate // ranks) if config.stage == "finetune" else 0
     replayed = (data.frames_per_step - cfg.batch) // cfg.accumulate
     binary = -(-replayed // ranks) if config.stage == "finetune" else -(-cfg.batch // cfg.accumulate // ranks)
-    parameters = sum(p.numel() for p in create_model(config).parameters())
-    live = activations(config, semantic, binary)
+    model = create_model(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    live = activations(config, semantic, binary) + statistics(model, ranks)
     return Memory(**states(parameters, cfg.zero_stage, ranks, cfg.ema), activations=live, allocator=SLACK * live)
 
 

@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-_recomputing = False
-
-
-class _AllReduce(torch.autograd.Function):
-    """Sum over ranks; so is its gradient."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor) -> Tensor:
-        value = value.clone()
-        dist.all_reduce(value)
-        return value
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+from occstream.models.syncnorm import Recall, count_batch, recomputing, sync_norm, world_size
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
@@ -45,25 +24,15 @@ def checkpointed(work: Callable, *args, when: bool = True):
     pass instead of kept. Batch norms below it count a batch once."""
     if not (when and torch.is_grad_enabled()):
         return work(*args)
-    contexts = lambda: (contextlib.nullcontext(), _recompute())  # noqa: E731
-    return checkpoint(work, *args, use_reentrant=False, context_fn=contexts)
-
-
-@contextlib.contextmanager
-def _recompute() -> Iterator[None]:
-    global _recomputing
-    _recomputing = True
-    try:
-        yield
-    finally:
-        _recomputing = False
+    return checkpoint(work, *args, use_reentrant=False, context_fn=Recall().contexts)
 
 
 class SyncBatchNorm(nn.Module):
     """Batch norm over the joint batch of all ranks, for (N, C, …) of any rank, on CPU and CUDA.
 
     ``torch.nn.SyncBatchNorm`` refuses CPU tensors (OPERATIONS 15). Same ``state_dict`` keys as ``nn.BatchNorm2d``.
-    Statistics are fp32; ranks may hold different numbers of samples.
+    Statistics are fp32, centered, and exact for ranks that hold different numbers of samples; see ``syncnorm``. A forward
+    that is computed again under ``checkpointed`` uses the statistics of the first: it asks no other rank and counts nothing.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
@@ -75,29 +44,23 @@ class SyncBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        count_it = self.training and not _recomputing
-        if count_it:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        alone = world_size() == 1
+        # While it is compiled, whether a forward is a recomputation is not known: it must be one graph for both.
+        if alone and not (torch.compiler.is_compiling() or recomputing()):
             self.num_batches_tracked += 1
-        if not self.training or world_size() == 1:
             mean, var = self.running_mean, self.running_var
-            if self.training and not count_it:
-                mean, var = mean.clone(), var.clone()
-            return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
-        dims = [0, *range(2, x.ndim)]
-        wide = x.float()
-        count = wide.new_tensor([x.numel() / x.shape[1]])
-        sums = _AllReduce.apply(torch.cat([wide.sum(dims), (wide * wide).sum(dims), count]))
-        total = sums[-1]
-        mean, square = sums[:-1].chunk(2)
-        mean, square = mean / total, square / total
-        var = (square - mean * mean).clamp_min(0)
-        if count_it:
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var * total / (total - 1).clamp_min(1), self.momentum)
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return (wide * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
+            return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+        if alone:
+            mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+            y = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)
+        else:
+            y, mean, _, var, _ = sync_norm(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            running = (self.running_mean, self.running_var, self.num_batches_tracked)
+            count_batch(*running, mean.detach(), var.detach(), self.momentum)
+        return y
 
 
 def use_sync_batch_norm(module: nn.Module) -> nn.Module:

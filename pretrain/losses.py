@@ -17,7 +17,8 @@ from torch import Tensor
 
 from occstream.models import kernels
 from occstream.models.batch import OccBatch, OccOutputs, pool_binary
-from occstream.models.layers import full_precision, world_size
+from occstream.models.layers import full_precision
+from occstream.models.syncnorm import world_size
 from occstream.sharding.schema import IGNORE
 
 

@@ -1,9 +1,11 @@
 """A dry run says what a run will be and refuses what cannot work."""
 
 import pytest
+from torch import nn
 
-from occstream.launch.dryrun import activations, states
+from occstream.launch.dryrun import activations, states, statistics
 from occstream.launch.run import main
+from occstream.models.layers import conv_bn
 from occstream.pretrain.config import load_config
 from tests.pretrain.small import RECIPE, pack_small
 
@@ -51,3 +53,9 @@ def test_activations_grow_with_frames_and_shrink_with_checkpointing():
     assert 1.5 * two < four < 2.2 * two
     lean = load_config(RECIPE, ["model.dropout=0.0", "model.checkpointing=true"], stage="pretrain")
     assert activations(lean, 0, 4) < four
+
+
+def test_statistics_of_batch_norms_are_counted_over_ranks():
+    net = nn.Sequential(conv_bn(2, 3, 8), conv_bn(2, 8, 4))
+    assert statistics(net, 1) == 0
+    assert statistics(net, 10) == 4 * (2 * 10 * 17 + 3 * 8 + 10 + 3 * 4 + 10)
