@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from unittest import mock
 
 import torch
 
+from occstream.models import syncnorm
 from occstream.models.batch import OccBatch
 from occstream.sharding.grid import VoxelGrid
 
 SMALL = VoxelGrid("small", (-8, -8, -1), (8, 8, 3), (1, 1, 1))
+
+
+def _two() -> int:
+    return 2
+
+
+@contextlib.contextmanager
+def two_equal_ranks():
+    """Batch norms take the way of several ranks, as if another one held the same frames: their results are those of one
+    process (but for the unbiased variance, by 1 / 2n)."""
+    with (
+        mock.patch("occstream.models.layers.world_size", _two),
+        mock.patch.object(syncnorm, "world_size", _two),
+        mock.patch.object(syncnorm, "gather", lambda row: torch.stack([row, row])),
+        mock.patch.object(syncnorm, "add_up", lambda values: 2 * values),
+    ):
+        yield
 
 
 def make_batch(

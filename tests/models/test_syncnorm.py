@@ -138,11 +138,14 @@ def test_what_is_kept_for_the_backward_pass_is_the_input_as_it_came(dtype, monke
 def test_a_recomputed_forward_asks_no_rank_and_counts_nothing(monkeypatch):
     found, group = [], Ranks(2, monkeypatch)
     for when in (False, True):
-        group.collectives = 0
-
-        def work(rank, when=when):
+        group.collectives, nets = 0, []
+        for _ in range(2):
             torch.manual_seed(0)
-            net = nn.Sequential(nn.Linear(4, 4), SyncBatchNorm(4), nn.ReLU(), nn.Linear(4, 4), SyncBatchNorm(4))
+            layers = (nn.Linear(4, 4), SyncBatchNorm(4), nn.ReLU(), nn.Linear(4, 4), SyncBatchNorm(4))
+            nets.append(nn.Sequential(*layers))
+
+        def work(rank, when=when, nets=nets):
+            net = nets[rank]
             x = drawn(6, 4)[rank::2].requires_grad_()
             y = checkpointed(net, x, when=when)
             y.square().sum().backward(retain_graph=True)
