@@ -72,12 +72,16 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) normalised -> (N, channels, ceil(H / stride), ceil(W / stride))."""
-        levels = checkpointed(lambda x: self.body(x).feature_maps, images, when=self.checkpointing)
+        levels = checkpointed(self.levels, images, when=self.checkpointing)
         merged = None
         for conv, level in zip(reversed(self.lateral), reversed(levels)):
             own = conv(level)
             merged = own if merged is None else own + F.interpolate(merged, own.shape[-2:], mode="nearest")
         return self.smooth(merged)
+
+    def levels(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The backbone's feature maps, from the emitted stride to 32."""
+        return self.body(images).feature_maps
 
 
 def _load(body: nn.Module, weights: str) -> None:

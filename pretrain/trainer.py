@@ -107,8 +107,13 @@ def accelerate(model: nn.Module, device: torch.device, with_kernels: bool, compi
     """
     kernels.use(with_kernels and device.type == "cuda")
     if compiled and device.type == "cuda":
-        # The image encoder alone: it is most of the FLOPs, and its shapes do not change.
-        model.images.forward = torch.compile(model.images.forward, dynamic=False)
+        compile_encoder(model)
+
+
+def compile_encoder(model: nn.Module, backend: str = "inductor") -> None:
+    """Compiles the backbone alone: it is most of the FLOPs, and its shapes do not change. Activation checkpointing stays
+    outside: it runs the compiled function again."""
+    model.images.levels = torch.compile(model.images.levels, dynamic=False, backend=backend)
 
 
 def at_precision(model: nn.Module, precision: str, device: torch.device) -> nn.Module:

@@ -18,7 +18,7 @@ from occstream.launch.bench_step import bench_step
 from occstream.launch.dryrun import frames_like
 from occstream.models import kernels
 from occstream.pretrain.losses import occupancy_loss
-from occstream.pretrain.trainer import accelerate, create_model
+from occstream.pretrain.trainer import accelerate, compile_encoder, create_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 8
@@ -43,7 +43,7 @@ def compiled(check: Check) -> str:
             torch.manual_seed(0)
             model = create_model(config).to(device).train()
             if way == "compiled" and check.dry:
-                model.images.forward = torch.compile(model.images.forward, backend="eager", dynamic=False)
+                compile_encoder(model, "aot_eager")
             else:
                 accelerate(model, device, False, way == "compiled")
             torch.manual_seed(1)
