@@ -22,7 +22,7 @@ one() { # name seed overrides…
 }
 mkdir -p "$out"
 for seed in "${@:-0}"; do
-  one teacher "$seed" data.scenes=6 model.strategy=offboard model.compact_factor=2
+  one teacher "$seed" data.scenes=6 model.strategy=offboard model.compact_factor=2 model.cap=4608
   for keep in top1 top2; do
     $python -m occstream.launch.cli predict "$out/teacher-s$seed" $data --name "pseudo-$keep-s$seed" --keep $keep \
       --truth 6 --holdout 16 eval.batch=4

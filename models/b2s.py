@@ -88,9 +88,9 @@ class B2SConfig:
     threshold: float = 0.5
     """Probability from which a voxel counts as occupied."""
     floor: int = 1024
-    """At least so many voxels are refined (the most probable ones), so that there are always some."""
+    """At least so many voxels are refined (the most probable ones), so that there are always some. Not where labels choose."""
     cap: int = 30_000
-    """At most so many, to bound memory."""
+    """At most so many, to bound memory. Where labels choose more it is an error."""
     head_rows: int = 0
     """Rows of B' (along x) that the full-resolution heads take at a time; their activations are computed again in the
     backward pass. 0: all at once."""
@@ -266,17 +266,30 @@ class SparsePart(nn.Module):
         )
 
     def select(self, scores: Tensor) -> list[Tensor]:
-        """Voxels to refine: those above the threshold, best first, at least ``floor`` and at most ``cap``.
+        """Voxels to refine: those above the threshold, best first, at least ``floor`` and at most ``cap``. Voxels that the
+        labels choose are taken as they are: none is dropped, and where they alone choose, none is added.
 
         Args:
-            scores: (S, N) in 0..1 (2 forces a voxel in).
+            scores: (S, N) in 0..1; 2: the labels choose it; -1: the labels alone choose, and not this one.
 
         Returns:
             Flat voxel index (M,) of each frame, with an M of its own.
+
+        Raises:
+            ValueError: the labels choose more than ``cap``.
         """
         total = scores.shape[1]
         floor, cap = min(self.c.floor, total), min(self.c.cap, total)
-        counts = (scores > self.c.threshold).sum(1).clamp(floor, cap).tolist()
+        given = int((scores > 1).sum(1).max())
+        if given > cap:
+            raise ValueError(
+                f"the labels of a frame call {given} voxels of B' occupied, model.cap allows {cap}: set model.cap={total} "
+                "(memory grows with the voxels there are, not with the limit), or a coarser model.binary_factor"
+            )
+        counts = (scores > self.c.threshold).sum(1)
+        if (scores >= 0).all():
+            counts = counts.clamp(floor, cap)
+        counts = counts.tolist()
         index = scores.topk(max(counts), dim=1).indices
         return [i[:count] for i, count in zip(index, counts)]
 
@@ -317,7 +330,7 @@ class SparsePart(nn.Module):
             return predicted
         frames = slice(0, len(batch.images))
         truth, _ = pool_binary(batch.binary[frames], batch.binary_valid[frames], self.shape)
-        truth = truth.flatten(1).float() * 2
+        truth = truth.flatten(1).float() * 3 - 1
         return truth if selection == "gt" else torch.maximum(predicted, truth)
 
 

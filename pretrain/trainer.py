@@ -458,7 +458,9 @@ def _check_same_run(config: Config, data: TrainData, saved: checkpoint.Checkpoin
     """Raises ValueError if the folder holds another run than the one that is asked for."""
     # Parsed: settings that did not exist then had their defaults.
     old, new = flatten(parse_config(saved.state["config"]).to_dict()), flatten(config.to_dict())
-    changed = [k for k in new if old.get(k) != new[k] and not k.startswith(_FREE)]
+    # Labels choose the voxels of an offboard model: there the limit changes nothing that is learned.
+    free = (*_FREE, "model.cap") if config.model.strategy == "offboard" else _FREE
+    changed = [k for k in new if old.get(k) != new[k] and not k.startswith(free)]
     if changed:
         first = changed[0]
         raise ValueError(

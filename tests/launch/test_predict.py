@@ -26,6 +26,7 @@ def place(tmp_path_factory):
         f"data.url={root}/data",
         f"output={root}/teacher",
         "model.strategy=offboard",
+        "model.cap=4608",
         "data.scenes=2",
         "data.mask=none",
     ]

@@ -99,7 +99,7 @@ def test_offboard_refines_what_the_labels_say_and_nothing_else():
         batch.binary[...] = occupied
         batch.binary_valid[...] = True
         outputs = model(batch)
-        assert outputs.selected.tolist() == ([8 * 8 * 4] * 2 if occupied else [1, 1])
+        assert outputs.selected.tolist() == ([8 * 8 * 4] * 2 if occupied else [0, 0])
         assert torch.isfinite(outputs.semantic_logits).all()
 
 
@@ -164,6 +164,36 @@ def test_replayed_frames_change_nothing_of_the_semantic_frames_but_batch_statist
         alone, together = model(s), model(joined)
     torch.testing.assert_close(alone.semantic_logits, together.semantic_logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(alone.binary_logits, together.binary_logits[:2], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"strategy": "offboard"}, {"selection": "gt"}])
+def test_voxels_that_labels_choose_are_neither_dropped_nor_added(settings):
+    """Also in frames with none at all, and beyond floor and cap of predicted ones."""
+    model, batch = build(**settings, floor=40, cap=256).eval(), make_batch(3, 3)
+    batch.binary[1] = False
+    batch.binary[2] = True
+    outputs = model(batch)
+    occupied, _ = pool_binary(batch.binary, batch.binary_valid, (8, 8, 4))
+    assert outputs.selected.tolist() == occupied.flatten(1).sum(1).tolist()
+    assert outputs.selected[1] == 0
+    chosen = model.semantic.select(model.semantic.scores(None, batch))
+    assert all(occupied[i].flatten()[c].all() for i, c in enumerate(chosen))
+    batch.binary[...] = False
+    model.train()
+    loss, _ = occupancy_loss(model(batch), batch, LossConfig())
+    loss.backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None], (
+        "no parameter is left out, even with no token"
+    )
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("settings", [{"strategy": "offboard"}, {"selection": "union"}])
+def test_more_given_voxels_than_the_cap_are_an_error_that_names_it(settings):
+    model, batch = build(**settings, floor=1, cap=200).train(), make_batch(1, 1)
+    batch.binary[...] = batch.binary_valid[...] = True
+    with pytest.raises(ValueError, match=r"call 256 voxels of B' occupied, model\.cap allows 200: set model\.cap=256"):
+        model(batch)
 
 
 def test_selection_takes_the_most_probable_within_floor_and_cap():
