@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -205,7 +205,14 @@ def existing_folder(root: str | Path, holds: str) -> Path:
     return folder
 
 
-def sparse_to_dense(index: np.ndarray, values: np.ndarray, shape: tuple[int, int, int], fill: int, where: object):
+def sparse_to_dense(
+    index: np.ndarray,
+    values: np.ndarray,
+    shape: tuple[int, int, int],
+    fill: int,
+    where: object,
+    doubles: Literal["last", "most"] = "last",
+) -> np.ndarray:
     """(X, Y, Z) uint8 of voxel rows.
 
     Args:
@@ -213,9 +220,11 @@ def sparse_to_dense(index: np.ndarray, values: np.ndarray, shape: tuple[int, int
         values: (N,) class ids.
         fill: of all other voxels.
         where: file, for errors.
+        doubles: which class a voxel has that is listed more than once, by the rule of the data set's own loader: that of its
+            last row, or the most frequent (of equals the smallest).
 
     Raises:
-        ValueError: an index is out of the grid or appears twice with different values.
+        ValueError: an index is out of the grid, or a value is no class.
     """
     index, values = np.asarray(index), np.asarray(values)
     for what, numbers in (("indices", index), ("classes", values)):
@@ -230,7 +239,13 @@ def sparse_to_dense(index: np.ndarray, values: np.ndarray, shape: tuple[int, int
     if len(values) and (values.min() < 0 or values.max() > 255):
         raise ValueError(f"{where}: class {values.max() if values.max() > 255 else values.min()} is out of range")
     dense = np.full(shape, fill, np.uint8)
-    dense[index[:, 0], index[:, 1], index[:, 2]] = values
-    if len(index) and (dense[index[:, 0], index[:, 1], index[:, 2]] != values).any():
-        raise ValueError(f"{where}: lists a voxel twice with different classes; it is damaged")
+    flat = np.ravel_multi_index(tuple(index.T), shape)
+    if doubles == "most":
+        pairs, counts = np.unique(flat * 256 + values.astype(np.int64), return_counts=True)
+        order = np.lexsort((-(pairs % 256), counts, pairs // 256))  # the winner of each voxel comes last
+        flat, values = pairs[order] // 256, pairs[order] % 256
+    # Of several rows the last one stays; numpy does not promise it, so the others are taken out.
+    _, reverse = np.unique(flat[::-1], return_index=True)
+    last = len(flat) - 1 - reverse
+    dense.reshape(-1)[flat[last]] = values[last]
     return dense

@@ -217,7 +217,8 @@ class Boxes:
 
     Attributes:
         boxes: (N, 7) float32: centre x, y, z; length (along the heading), width, height; yaw (rad, counter-clockwise
-            about z from x). Metres, ego frame of the key-frame.
+            about z from x). Metres, ego frame of the key-frame. Boxes are upright in that frame: where the vehicle is
+            tilted against the road, they lean by as much; centre, sizes and heading are exact.
         names: N class names (of the scene's taxonomy where it has them, else the data set's own).
         track_ids: N identities that persist over the scene.
         velocity: (N, 2) float32 m/s, ego axes, NaN where unknown; or None.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -56,27 +57,31 @@ def read_occ3d(path: Path, grid: VoxelGrid) -> Labels:
 
 
 def read_openoccupancy(path: Path, grid: VoxelGrid) -> Labels:
-    """``.npy`` of rows z, y, x, class (or z, y, x, velocity x3, class); class 0 is noise, unlisted voxels are free."""
+    """``.npy`` of rows z, y, x, class (or z, y, x, velocity x3, class); class 0 is noise, unlisted voxels are free, and of
+    those listed more than once the most frequent class stays (of equals the smallest), as its loader does."""
     rows = read_npy(path, "labels of a key-frame")
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] not in (4, 7):
         raise ValueError(f"{path}: shape {np.shape(rows)}, expected (N, 4) or (N, 7) with z, y, x first and class last")
-    return _sparse(path, rows[:, [2, 1, 0]], rows[:, -1], grid)
+    return _sparse(path, rows[:, [2, 1, 0]], rows[:, -1], grid, "most")
 
 
 def read_surroundocc(path: Path, grid: VoxelGrid) -> Labels:
-    """``.npy`` of rows x, y, z, class; class 0 is noise, unlisted voxels are free."""
+    """``.npy`` of rows x, y, z, class; class 0 is noise, unlisted voxels are free, and of
+    those listed more than once the last class stays, as its loader does."""
     rows = read_npy(path, "labels of a key-frame")
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != 4:
         raise ValueError(f"{path}: shape {np.shape(rows)}, expected (N, 4) of x, y, z, class")
-    return _sparse(path, rows[:, :3], rows[:, 3], grid)
+    return _sparse(path, rows[:, :3], rows[:, 3], grid, "last")
 
 
-def _sparse(path: Path, index: np.ndarray, classes: np.ndarray, grid: VoxelGrid) -> Labels:
+def _sparse(
+    path: Path, index: np.ndarray, classes: np.ndarray, grid: VoxelGrid, doubles: Literal["last", "most"]
+) -> Labels:
     if classes.dtype.kind not in "iuf" or not np.isfinite(classes).all():
         raise ValueError(f"{path}: its classes are not finite numbers; it is damaged or of another format")
     classes = classes.astype(np.int64)
     _check_range(path, classes, OCC3D.num_classes - 1)
-    semantic = sparse_to_dense(index, np.where(classes == 0, IGNORE, classes), grid.shape, OCC3D.free_id, path)
+    semantic = sparse_to_dense(index, np.where(classes == 0, IGNORE, classes), grid.shape, OCC3D.free_id, path, doubles)
     known = semantic != IGNORE  # noise: neither occupied nor free
     return Labels((semantic != OCC3D.free_id) & known, semantic, None if known.all() else known)
 

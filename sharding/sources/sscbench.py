@@ -1,7 +1,8 @@
 """SSCBench-KITTI-360: ``data_2d_raw/<drive>/{image_00,voxels,cam0_to_world.txt}`` and ``calibration/``.
 
-Voxel files are as SemanticKITTI's, with another learning map. Poses are of the rectified left camera, with the frame
-number in front; the ego frame is placed as SemanticKITTI's, whose car it is.
+Voxel files are as SemanticKITTI's, with another learning map. Poses and images are of the rectified left camera, poses with
+the frame number in front; the calibration to the LiDAR is of the camera before it was rectified, and ``R_rect_00`` turns the
+one into the other. The ego frame is placed as SemanticKITTI's, whose car it is.
 
 Raw turns carry no times of their points, so they stay as measured: at 10 m/s, what was seen at the start or the end of a
 turn is half a metre off.
@@ -101,7 +102,7 @@ class SscBench:
         return get_grid("semantickitti")
 
     def __repr__(self) -> str:
-        return f"SscBench(road, cameras={self.cameras}, {self.scenes})"
+        return f"SscBench(road, rectified, cameras={self.cameras}, {self.scenes})"
 
     def scene_names(self) -> list[str]:
         return list(self.scenes)
@@ -110,7 +111,10 @@ class SscBench:
         """One scene. Raises ValueError if a file is missing or damaged."""
         piece = self.scenes[name]
         folder = self.root / "data_2d_raw" / piece.folder
-        cam_to_velo = _cam_to_velo(self.root / "calibration" / "calib_cam_to_velo.txt")
+        # Rectified camera -> camera -> LiDAR.
+        cam_to_velo = compose(
+            _cam_to_velo(self.root / "calibration" / "calib_cam_to_velo.txt"), inverse(self._rectification())
+        )
         cam_to_ego = compose(LIDAR_TO_EGO, cam_to_velo)
         rows = read_rows(folder / "cam0_to_world.txt", 17)
         where = folder / "cam0_to_world.txt"
@@ -143,15 +147,26 @@ class SscBench:
         return Camera(jpeg, width, height, self._intrinsics(), cam_to_ego, pose, scan * STEP_US)
 
     def _intrinsics(self) -> np.ndarray:
+        projection, where = self._perspective("P_rect_00")
+        if len(projection) != 12 or not projection[0] > 0 or not projection[5] > 0:
+            raise ValueError(f"{where} is not the projection of a camera (12 numbers)")
+        return projection.reshape(3, 4)[:, :3].copy()
+
+    def _rectification(self) -> np.ndarray:
+        """(4, 4) from the axes of the camera to those of its rectified image."""
+        numbers, where = self._perspective("R_rect_00")
+        if len(numbers) != 9:
+            raise ValueError(f"{where} is not a rotation (9 numbers)")
+        return rigid(np.hstack([numbers.reshape(3, 3), np.zeros((3, 1))]), where)
+
+    def _perspective(self, wanted: str) -> tuple[np.ndarray, str]:
+        """Numbers of a line of ``perspective.txt``, and its place for messages."""
         path = self.root / "calibration" / "perspective.txt"
         for line in read_text(path).splitlines():
             name, _, numbers = line.partition(":")
-            if name.strip() == "P_rect_00":
-                projection = parse_numbers(numbers, f"{path}: P_rect_00")
-                if len(projection) != 12 or not projection[0] > 0 or not projection[5] > 0:
-                    raise ValueError(f"{path}: P_rect_00 is not the projection of a camera (12 numbers)")
-                return projection.reshape(3, 4)[:, :3].copy()
-        raise ValueError(f"{path}: has no line 'P_rect_00:'")
+            if name.strip() == wanted:
+                return parse_numbers(numbers, f"{path}: {wanted}"), f"{path}: {wanted}"
+        raise ValueError(f"{path}: has no line '{wanted}:'")
 
     def _sweep(self, drive: str, scan: int, pose: np.ndarray) -> LidarSweep | None:
         path = self.root / "data_3d_raw" / drive / "velodyne_points" / "data" / f"{scan:010d}.bin"

@@ -1,6 +1,7 @@
 """Occ3D-Waymo: voxel labels ``{training,validation}/NNN/FFF[_04].npz`` with masks and ego poses (SPEC E.2).
 
-The vehicle frame has its origin on the road below the rear axle, as ours.
+The vehicle frame has its origin on the road below the rear axle, as ours. The camera mask is what the cameras' rays reach
+(``final_voxel_state``) in their field of view (``infov``): the rig does not look back.
 Labels alone: the images and sweeps are Waymo's own records, which need its protocol buffers to read.
 """
 
@@ -75,7 +76,7 @@ class WaymoOcc3d:
         return get_grid("occ3d" if self.voxel == "0.4" else "waymo-fine")
 
     def __repr__(self) -> str:
-        return f"WaymoOcc3d(voxel={self.voxel}, stride={self.stride})"
+        return f"WaymoOcc3d(voxel={self.voxel}, stride={self.stride}, infov)"
 
     def scene_names(self) -> list[str]:
         return list(self.scenes)
@@ -107,6 +108,11 @@ class WaymoOcc3d:
                 raise ValueError(f"{path}: {name} has {have}, expected whole numbers of shape {self.grid.shape}")
         if (raw < 0).any():
             raise ValueError(f"{path}: class {raw.min()} is out of range 0..{WAYMO.free_id}")
+        in_view = (arrays["final_voxel_state"] == 1) & (arrays["origin_voxel_state"] == 1)
+        if "infov" in arrays:
+            if arrays["infov"].shape != self.grid.shape:
+                raise ValueError(f"{path}: infov has shape {arrays['infov'].shape}, expected {self.grid.shape}")
+            in_view &= arrays["infov"] != 0
         free = np.isin(raw, RAW_FREE)
         if (bad := raw[~free & (raw >= WAYMO.num_classes)]).size:
             raise ValueError(f"{path}: class {bad[0]} is out of range 0..{WAYMO.free_id}")
@@ -120,6 +126,6 @@ class WaymoOcc3d:
                 ~free,
                 np.where(free, WAYMO.free_id, raw).astype(np.uint8),
                 arrays["origin_voxel_state"] == 1,
-                (arrays["final_voxel_state"] == 1) & (arrays["origin_voxel_state"] == 1),
+                in_view,
             ),
         )

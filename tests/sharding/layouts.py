@@ -175,6 +175,10 @@ TR = [[0, -1, 0, 0.02], [0, 0, -1, -0.1], [1, 0, 0, -0.3]]
 P2 = [[50.0, 0, 31.5, 3.0], [0, 50, 23.5, 0.1], [0, 0, 1, 0.003]]
 
 
+# SSCBench's camera is turned by 0.01 rad about its y axis when its image is rectified.
+R_RECT = [[np.cos(0.01), 0, np.sin(0.01)], [0, 1, 0], [-np.sin(0.01), 0, np.cos(0.01)]]
+
+
 def semantickitti(root: Path, voxels: bool = True) -> dict:
     rng = np.random.default_rng(2)
     folder = root / "sequences" / "00"
@@ -212,7 +216,9 @@ def sscbench(root: Path, points: bool = True) -> dict:
     (root / "calibration").mkdir()
     to_velo = np.linalg.inv(np.vstack([TR, [0, 0, 0, 1]]))[:3]
     (root / "calibration" / "calib_cam_to_velo.txt").write_text(row(to_velo) + "\n")
-    (root / "calibration" / "perspective.txt").write_text(f"S_rect_00: 64 48\nP_rect_00: {row(P2)}\n")
+    (root / "calibration" / "perspective.txt").write_text(
+        f"S_rect_00: 64 48\nR_rect_00: {row(R_RECT)}\nP_rect_00: {row(P2)}\n"
+    )
     return {"root": str(root)}
 
 
@@ -224,6 +230,7 @@ def waymo_occ3d(root: Path) -> dict:
         folder = root / "training" / "000"
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {"voxel_label": label, "origin_voxel_state": seen, "final_voxel_state": seen, "infov": seen > 0}
+        arrays["infov"][:, 150:] = False
         np.savez_compressed(folder / f"{number:03d}_04.npz", **arrays, ego2global=np.eye(4))
     return {"root": str(root)}
 

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import simplejpeg
+from scipy.spatial.transform import Rotation
 
 from occstream.sharding import rawfiles
 from occstream.sharding.check import verify
@@ -303,7 +304,14 @@ def test_sscbench_learning_map_and_pose(opened):
     frame = source.load(source.scene_names()[0]).frames[1]
     assert [frame.labels.semantic[x, 20, 5] for x in (10, 11, 12, 13)] == [0, 0, 17, 6]
     lidar_to_world = frame.ego_to_global @ frame.lidar.sensor_to_ego
-    np.testing.assert_allclose(lidar_to_world @ [0, 0, 0, 1], [0.02, -0.1, 5 - 0.3, 1], atol=1e-9)
+    rectify = np.array(layouts.R_RECT)
+    expected = rectify @ [0.02, -0.1, -0.3] + [0, 0, 5]
+    np.testing.assert_allclose(lidar_to_world @ [0, 0, 0, 1], [*expected, 1], atol=1e-9)
+    # A point of the LiDAR by the calibration's own formula, P_rect R_rect Tr x, and by our camera.
+    camera, point = frame.cameras["image_00"], np.array([10.0, 1.0, 0.5, 1])
+    want = np.array(layouts.P2)[:, :3] @ rectify @ np.array(layouts.TR) @ point
+    got = camera.intrinsics @ (np.linalg.inv(camera.sensor_to_ego) @ frame.lidar.sensor_to_ego @ point)[:3]
+    np.testing.assert_allclose(got[:2] / got[2], want[:2] / want[2], atol=1e-6)
     assert len(frame.lidar.xyz) == 60
 
 
@@ -324,6 +332,62 @@ def test_waymo_free_is_15_or_23(opened):
         assert frame.labels.binary.sum() == 2
         assert (frame.labels.semantic == 15).sum() == get_grid("occ3d").size - 2
         assert frame.labels.mask_lidar.sum() == get_grid("occ3d").size // 2
+        # A quarter of it lies outside the cameras' field of view, whatever final_voxel_state says.
+        assert frame.labels.mask_camera[:100, :150].all()
+        assert frame.labels.mask_camera.sum() == get_grid("occ3d").size * 3 // 8
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "rows", "winner"),
+    [
+        # OpenScene and SurroundOcc write rows one after the other; OpenOccupancy counts, and of equals takes the smallest.
+        ("openscene", 0, [[281003, 0], [281003, 9], [281003, 4]], 1),
+        ("nuscenes", 3, [[3, 5, 7, 4], [3, 5, 7, 4], [3, 5, 7, 2]], 2),
+        ("nuscenes", 2, [[7, 5, 3, 4], [7, 5, 3, 2], [7, 5, 3, 4]], 4),
+        ("nuscenes", 2, [[7, 5, 3, 9], [7, 5, 3, 2], [7, 5, 3, 0]], 2),
+    ],
+)
+def test_voxels_listed_twice_follow_the_rule_of_their_data_set(name, number, rows, winner, tmp_path):
+    options = layouts.LAYOUTS[name][number](tmp_path)
+    pattern = {"openscene": "*occ_final.npy", "nuscenes": "ls0-0*.npy"}[name]
+    for file in tmp_path.rglob(pattern):
+        np.save(file, np.array(rows))
+    for file in tmp_path.rglob("*flow_final.npy"):
+        np.save(file, np.array([[1.0, 0], [2, 0], [3, 0]]))
+    source = open_source(name, options)
+    labels = source.load(source.scene_names()[0]).frames[0].labels
+    assert labels.semantic[3, 5, 7] == winner
+    assert labels.binary.sum() == 1
+    assert labels.flow is None or labels.flow.tolist() == [[3, 0]], "the flow is of the row that stays"
+
+
+def test_the_most_frequent_of_many_rows_by_a_loop():
+    rng = np.random.default_rng(0)
+    index, classes = rng.integers(0, 3, (300, 3)), rng.integers(0, 5, 300)
+    last, most = np.full((3, 3, 3), 9), np.full((3, 3, 3), 9)
+    for voxel in np.unique(index, axis=0):
+        there = classes[(index == voxel).all(1)]
+        last[tuple(voxel)] = there[-1]
+        most[tuple(voxel)] = np.bincount(there).argmax()
+    np.testing.assert_array_equal(rawfiles.sparse_to_dense(index, classes, (3, 3, 3), 9, "x"), last)
+    np.testing.assert_array_equal(rawfiles.sparse_to_dense(index, classes, (3, 3, 3), 9, "x", "most"), most)
+
+
+def test_boxes_are_upright_in_a_tilted_ego_frame(opened):
+    """The vehicle pitches by 3 degrees: centre and heading are exact, the box leans with the vehicle."""
+    source = opened("nuscenes", 0)
+    [name, *_] = source.scene_names()
+    frame = source.load(name).frames[0]
+    row = source.records[name]["samples"][0]["boxes"][0]
+    tilt = Rotation.from_euler("y", 3, degrees=True).as_matrix()
+    to_ego = np.eye(4)
+    to_ego[:3, :3] = tilt.T
+    level, leaning = source._boxes([row], np.eye(4)).boxes[0], source._boxes([row], to_ego).boxes[0]
+    assert len(frame.boxes.boxes)
+    np.testing.assert_allclose(leaning[:3], tilt.T @ level[:3].astype(np.float64), rtol=1e-6)
+    np.testing.assert_array_equal(leaning[3:6], level[3:6])
+    along = tilt.T @ [np.cos(level[6]), np.sin(level[6]), 0]
+    assert leaning[6] == pytest.approx(np.arctan2(along[1], along[0]), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +484,12 @@ def test_a_fault_in_any_field_of_openscene_is_one_line(tmp_path):
         ("semantickitti", "sequences/00/calib.txt", b"P2: x\nTr: 1", r"calib\.txt: P2: could not convert"),
         ("semantickitti", "sequences/00/calib.txt", b"P2:" + b" 0" * 12 + b"\nTr:" + b" 0" * 12, "not the projection"),
         ("semantickitti", "sequences/00/labels/000000.label", b"123", r"000000\.label: 3 bytes are not a whole number"),
-        ("sscbench", "calibration/perspective.txt", b"P_rect_00: 1 2", "P_rect_00 is not the projection"),
+        (
+            "sscbench",
+            "calibration/perspective.txt",
+            b"R_rect_00: 1 0 0 0 1 0 0 0 1\nP_rect_00: 1 2",
+            "P_rect_00 is not the projection",
+        ),
         ("sscbench", "calibration/calib_cam_to_velo.txt", b"inf " * 12, "line 1: a number is not finite"),
     ],
 )
