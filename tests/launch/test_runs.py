@@ -2,12 +2,12 @@
 
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from occstream.pretrain.events import read_events
+from tests.forked import Forked
 from tests.pretrain.small import RECIPE, ROOT, environment, free_port, losses, pack_small
 
 
@@ -20,22 +20,25 @@ def data(tmp_path_factory):
 
 def command(stage, output, *overrides):
     script = str(ROOT / "launch" / f"{stage}.py")
-    return [sys.executable, script, "--recipe", RECIPE, f"output={output}", *map(str, overrides)]
+    return [script, "--recipe", RECIPE, f"output={output}", *map(str, overrides)]
+
+
+def start(stage, output, *overrides):
+    return Forked(command(stage, output, *overrides), environment(), output.with_name(f"{output.name}.log"))
 
 
 def run(*args):
-    done = subprocess.run(command(*args), env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
+    process = start(*args)
+    said, _ = process.communicate(200)
+    assert process.returncode == 0, said[-3000:]
+    return said
 
 
 def test_a_killed_run_resumes_as_if_nothing_had_happened(data, tmp_path):
     """Fine-tuning with replay, dropout, EMA and cosine schedule; killed without warning between two checkpoints."""
     settings = [f"data.url={data}", f"replay.url={data}", "data.scenes=2", "train.save_every=5", "train.steps=24"]
     run("finetune", tmp_path / "whole", *settings)
-    process = subprocess.Popen(
-        command("finetune", tmp_path / "killed", *settings), env=environment(), stdout=subprocess.DEVNULL
-    )
+    process = start("finetune", tmp_path / "killed", *settings)
     deadline = time.monotonic() + 120
     while max(losses(tmp_path / "killed"), default=0) < 7 and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -57,9 +60,7 @@ def test_deepspeed_launcher_trains_and_fine_tunes_on_two_processes(data, tmp_pat
     launcher = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
 
     def launch(*args):
-        done = subprocess.run(
-            launcher + command(*args)[1:], env=environment(), capture_output=True, text=True, timeout=200
-        )
+        done = subprocess.run(launcher + command(*args), env=environment(), capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
     launch("pretrain", tmp_path / "pre", f"data.url={data}", "train.zero_stage=2", "train.steps=3")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 from occstream.pretrain.events import read_events
 from occstream.sharding.grid import get_grid
 from occstream.sharding.pack import pack
 from occstream.sharding.sources import open_source
+from tests.forked import Forked
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -47,11 +46,11 @@ def run_jobs(jobs: list[dict], ranks: int, folder: Path) -> None:
 def start_jobs(jobs: list[dict], ranks: int, folder: Path) -> tuple[list[int], list[str]]:
     """Runs jobs in one group of processes; returns exit codes and outputs of the ranks."""
     processes, logs = launch_ranks(jobs, ranks, folder)
-    codes = [p.wait(600) for p in processes]
+    codes = [p.wait(280) for p in processes]
     return codes, [log.read_text() for log in logs]
 
 
-def launch_ranks(jobs: list[dict], ranks: int, folder: Path) -> tuple[list[subprocess.Popen], list[Path]]:
+def launch_ranks(jobs: list[dict], ranks: int, folder: Path) -> tuple[list[Forked], list[Path]]:
     """Starts the processes of a group; returns them and the files of their outputs."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -59,9 +58,8 @@ def launch_ranks(jobs: list[dict], ranks: int, folder: Path) -> tuple[list[subpr
     processes, logs = [], [folder / f"rank{rank}.log" for rank in range(ranks)]
     for rank, log in enumerate(logs):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
-        command = [sys.executable, str(HERE / "worker.py"), str(folder / "jobs.json")]
-        env = environment(MASTER_ADDR="127.0.0.1", **place)
-        processes.append(subprocess.Popen(command, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT))
+        command = [str(HERE / "worker.py"), str(folder / "jobs.json")]
+        processes.append(Forked(command, environment(MASTER_ADDR="127.0.0.1", **place), log))
     return processes, logs
 
 
