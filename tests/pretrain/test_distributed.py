@@ -126,12 +126,13 @@ def test_save_resume_resize_and_export_at_every_stage(runs):
         assert all(torch.allclose(weights[k].double(), v.double(), rtol=1e-3, atol=1e-3) for k, v in first.items())
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_model_and_strategy_trains_on_two_processes(runs, stage):
-    """Two steps of both stages; the multi and the intermediate head with replay, the others without."""
+def test_every_model_and_strategy_trains_on_two_processes(runs):
+    """Two steps of both stages; the multi and the intermediate head with replay, the others without. ZeRO stages take
+    turns: every model meets each of them, every strategy two."""
     data, jobs, outputs = runs / "data", [], []
-    for model, strategy in itertools.product(sorted(MODELS), get_args(Strategy)):
-        base = runs / f"matrix-{model}-{strategy}-{stage}"
+    pairs = itertools.product(enumerate(sorted(MODELS)), enumerate(get_args(Strategy)))
+    for (row, model), (column, strategy) in pairs:
+        base, stage = runs / f"matrix-{model}-{strategy}", (row + column) % 4
         words = [f"data.url={data}", f"model_name={model}", f"model.strategy={strategy}", "model.dense_layers=1"]
         words += [f"train.zero_stage={stage}", "train.steps=2", "train.batch=2", "eval.scenes=1"]
         then = []
@@ -142,7 +143,7 @@ def test_every_model_and_strategy_trains_on_two_processes(runs, stage):
             then.append(f"replay.url={data}")
         jobs.append({"recipe": RECIPE, "stage": "finetune", "overrides": [*words, *then, f"output={base}"]})
         outputs.append(base)
-    run_jobs(jobs, 2, runs / f"matrix-{stage}")
+    run_jobs(jobs, 2, runs / "matrix")
     for base in outputs:
         assert all(math.isfinite(v) for step in losses(base).values() for v in step.values()), base
         assert sorted(losses(base)) == [1, 2]
