@@ -113,7 +113,9 @@ def predict_checkpoint(
     }
     about = f"{keep} of {config.model_name} {config.model.strategy} {trained.digest}"
     about += f", truth for {len(kept)} scenes" if kept else ""
-    sidecar = Sidecar(base, name, config.voxel_grid, config.taxonomy, config.classes.classes, about, origin)
+    sidecar = Sidecar(
+        base, name, config.voxel_grid, config.taxonomy, config.classes.classes, about, origin, base.convention
+    )
     numbers = {scene.name: number for number, scene in enumerate(base.scenes)}
     reader = ShardReader(base, ("labels",) if labelled else ("cameras",))
     done, began = Predicted(None), time.perf_counter()

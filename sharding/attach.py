@@ -42,13 +42,20 @@ class Sidecar:
         classes: tuple[str, ...],
         labels: str,
         origin: Any,
+        convention: str = "",
     ):
         if not re.fullmatch(r"(labels|pseudo)-[a-z0-9-]{1,40}", group):
             raise ValueError(f"group {group!r}: call it labels-… or pseudo-… with lower-case letters, digits and '-'")
         self.base = base
         self.digest = hashlib.blake2b(canonical_json([base.fingerprint, origin, group]), digest_size=16).hexdigest()
         self.joined = dataclasses.replace(
-            base, grid=grid, taxonomy=taxonomy, classes=classes, labels=labels, label_group=group
+            base,
+            grid=grid,
+            taxonomy=taxonomy,
+            classes=classes,
+            labels=labels,
+            label_group=group,
+            convention=convention,
         )
         self.scenes: dict[int, list[SceneEntry]] = {}
         for scene in base.scenes:
@@ -114,7 +121,9 @@ def attach(url: str, labels_url: str, group: str) -> Manifest:
         ValueError: the name cannot be used, or the labels lack a scene or frames.
     """
     base, other = Manifest.load(url), Manifest.load(labels_url)
-    sidecar = Sidecar(base, group, other.grid, other.taxonomy, other.classes, other.labels, other.fingerprint)
+    sidecar = Sidecar(
+        base, group, other.grid, other.taxonomy, other.classes, other.labels, other.fingerprint, other.convention
+    )
     if "labels" not in other.groups:
         raise ValueError(f"{labels_url}: has no group 'labels', only {', '.join(other.groups)}")
     numbers = {scene.name: number for number, scene in enumerate(other.scenes)}

@@ -1,5 +1,6 @@
 """Each benchmark's own way to average, against its procedure written out slowly, and scores by range."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 
 from occstream.evaluation.metrics import CONVENTIONS, ConfusionMatrix, RangedCounts, ranges_of
 from occstream.pretrain.config import EvalConfig
+from occstream.sharding.attach import attach
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.pack import pack
 from occstream.sharding.schema import CONVENTIONS as NAMES
+from occstream.sharding.schema import Labels
 from occstream.sharding.sources import open_source
 from tests.sharding import layouts
 
@@ -144,6 +147,17 @@ def test_the_labels_say_which_convention_is_theirs(name, number, convention, tmp
     assert how.startswith("inferred from ")
 
 
+class Relabel:
+    """Labels that somebody made: everything occupied."""
+
+    version = "all-1"
+
+    def __call__(self, scene):
+        for frame in scene.frames:
+            frame.labels = Labels(np.ones(get_grid("openscene").shape, bool))
+        return scene
+
+
 def test_the_convention_travels_with_the_manifest(tmp_path):
     source = open_source("openscene", layouts.openscene(tmp_path / "in"))
     url = str(tmp_path / "out")
@@ -151,6 +165,18 @@ def test_the_convention_travels_with_the_manifest(tmp_path):
     manifest = Manifest.load(url)
     assert manifest.metric_convention() == ("openscene", "declared by the labels")
     assert Manifest.from_content(url, manifest.content()).fingerprint == manifest.fingerprint
+    attach(url, url, "labels-again")
+    assert Manifest.load(url).with_sidecar("labels-again").convention == "openscene"
+    # Labels of another kind do not inherit it.
+    pack(
+        dataclasses.replace(source, grid=None),
+        str(tmp_path / "lidar"),
+        groups=("labels",),
+        grid=source.grid,
+        label=Relabel(),
+    )
+    attach(url, str(tmp_path / "lidar"), "labels-lidar")
+    assert Manifest.load(url).with_sidecar("labels-lidar").convention == ""
 
 
 def test_ranges_of_semantickitti_are_the_published_columns():
