@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from occstream.pretrain.config import TrainConfig
 from occstream.pretrain.device import pick_device
+from occstream.pretrain.limits import check_limits
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,9 @@ def init_distributed(timeout_minutes: float = 10.0) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        rank = int(os.environ["RANK"])
+        if warning := check_limits(int(os.environ["WORLD_SIZE"]), rank):
+            print(f"warning: {warning}", flush=True)
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo",
             timeout=datetime.timedelta(minutes=timeout_minutes),
@@ -185,8 +189,11 @@ def clip_gradients(engine, config: TrainConfig, world: World) -> Tensor:
 # --- a step that must not be taken --------------------------------------------------------------
 
 
-def or_nan(loss: Tensor) -> Tensor:
-    """The same loss and gradients if it is finite; else every gradient becomes NaN, which all ranks and stages notice."""
+def or_nan(loss: Tensor, errors: Tensor | None = None) -> Tensor:
+    """The same loss and gradients if it is finite; else every gradient becomes NaN, which all ranks and stages notice. So it
+    does if there are ``errors`` (scalar)."""
+    if errors is not None:
+        loss = torch.where(errors > 0, math.nan, loss)
     value = loss.detach()
     return loss * (1 + (value - value))
 

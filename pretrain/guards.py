@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -91,7 +91,7 @@ class Stopper:
     """Notices that the run is asked to stop: SIGTERM, SIGINT or SIGUSR1 (Slurm's warning), a file ``STOP`` in its folder, or
     the end of the launcher that started it (a launcher that was killed tells nobody).
 
-    A rank's own wish becomes all ranks' at the next batch (``World.agree``), the step is finished and saved.
+    A rank's own wish becomes all ranks' with the next step, that step is finished and saved.
     A second SIGINT interrupts at once.
     """
 
@@ -210,31 +210,36 @@ class FiniteGuard:
     and the host learns of it one step later, or before anything is logged, saved or evaluated (``settle``).
 
     Args:
+        heard: gets the sums over ranks of the flags that go with each step (``TrainData.heard``).
         run: gets the frame keys of a bad step, one file of each rank.
-        limit: steps that may be left out in this start of the run.
 
     Attributes:
         norm: of the gradients of the last step before clipping; a number, or a scalar on the device.
         skipped: steps left out so far.
     """
 
-    def __init__(self, engine, config: TrainConfig, run: Path, world: World):
-        self.engine, self.config, self.run, self.world = engine, config, run, world
+    def __init__(self, engine, config: TrainConfig, run: Path, world: World, heard: Callable[[float, float], None]):
+        self.engine, self.config, self.run, self.world, self.heard = engine, config, run, world, heard
         self.limit, self.skipped = config.skip_nonfinite, 0
         self.norm: Tensor | float = math.nan
         self._late = fuses(world.device) and not config.zero_stage and not self.limit
-        self._held: tuple[_Step, Tensor, torch.cuda.Event | None] | None = None
+        self._held: tuple[_Step, list[Tensor], torch.cuda.Event | None] | None = None
         self._now = _Step(0)
 
     def begin(self, step: int) -> None:
         """Call before the first forward of a step."""
         self._now = _Step(step, buffers=buffers_of(self.engine.module) if self.limit else {})
 
-    def backward(self, loss: Tensor, keys: list[str]) -> None:
-        """Gradients of a micro-batch."""
+    def backward(self, loss: Tensor, keys: list[str], flags: Tensor | None = None) -> None:
+        """Gradients of a micro-batch.
+
+        Args:
+            flags: (2,) float32, sums over ranks: with errors (the first) the step changes nothing.
+        """
         self._now.losses.append(loss.detach())
         self._now.keys += keys
-        self.engine.backward(or_nan(loss))
+        self._now.flags = flags
+        self.engine.backward(or_nan(loss, None if flags is None else flags[0]))
 
     def step(self) -> bool:
         """Ends a micro-batch, and a step where it is the last one.
@@ -244,6 +249,7 @@ class FiniteGuard:
 
         Raises:
             FloatingPointError: it must be, and the limit is reached; names the file.
+            DataError: a rank could not get its data.
         """
         engine = self.engine
         if not engine.is_gradient_accumulation_boundary():
@@ -252,7 +258,7 @@ class FiniteGuard:
         if engine.zero_optimization_stage():
             engine.step()  # with NaN or infinity in any gradient, it changes nothing
             self.norm = math.nan if engine.optimizer.overflow else float(engine.get_global_grad_norm())
-            return self._judge(self._now, self.norm)
+            return self._judge(self._now, self._now.flags, self.norm)
         self.norm = clip_gradients(engine, self.config, self.world)
         if self._late:
             self.settle()
@@ -260,7 +266,7 @@ class FiniteGuard:
             self._hold()
             engine.step()
             return True
-        taken = self._judge(self._now, float(self.norm))
+        taken = self._judge(self._now, self._now.flags, float(self.norm))
         if taken:
             engine.step()
         else:
@@ -271,25 +277,26 @@ class FiniteGuard:
         """Waits for what is not known yet of the last step. Raises as ``step``."""
         if self._held is None:
             return
-        (step, norm, copied), self._held = self._held, None
+        (step, [norm, *flags], copied), self._held = self._held, None
         if copied is not None:
             copied.synchronize()
-        self._judge(step, float(norm))
+        self._judge(step, flags[0] if flags else None, float(norm))
 
     def _hold(self) -> None:
-        """Brings the norm to the host, without waiting for it."""
-        copied = None
+        """Brings the norm and the flags to the host, without waiting for them."""
+        host, copied = [], None
+        for value in (self.norm, self._now.flags):
+            if value is not None:
+                host.append(torch.empty(value.shape, pin_memory=value.is_cuda).copy_(value, non_blocking=True))
         if self.norm.is_cuda:
-            host = torch.empty((), pin_memory=True)
-            host.copy_(self.norm, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        else:
-            host = self.norm.clone()
         self._held = self._now, host, copied
 
-    def _judge(self, step: _Step, norm: float) -> bool:
+    def _judge(self, step: _Step, flags: Tensor | None, norm: float) -> bool:
         """Whether a step counts. If it does not: names its frames; raises, or puts buffers back."""
+        if flags is not None:
+            self.heard(*flags.tolist())
         if math.isfinite(norm):
             return True
         file = self.run / f"nonfinite-step-{step.number:08d}-rank-{self.world.rank}.json"
@@ -316,3 +323,4 @@ class _Step:
     losses: list[Tensor] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    flags: Tensor | None = None

@@ -96,19 +96,26 @@ def occupancy_loss(
     return loss, parts
 
 
-def joint_counts(outputs: OccOutputs, batches: Sequence[OccBatch], config: LossConfig) -> Tensor:
+def joint_counts(
+    outputs: OccOutputs, batches: Sequence[OccBatch], config: LossConfig, flags: Tensor | None = None
+) -> Tensor:
     """What the sums of ``occupancy_loss`` are divided by, over all ranks and micro-batches of a step (collective). With
     each micro-batch's own counts, gradient accumulation would weigh voxels of sparse frames more than one large batch does.
 
     Args:
         outputs: of any of the micro-batches: which parts there are, and their grids.
+        flags: (n,) float32, summed over ranks in place on the way.
 
     Returns:
         (parts,) float32, per micro-batch, at least 1 in all of them together.
     """
     sums = torch.stack([torch.stack(_counts(outputs, batch, config)) for batch in batches]).sum(0)
     if world_size() > 1:
-        dist.all_reduce(sums)
+        joint = sums if flags is None else torch.cat([sums, flags])
+        dist.all_reduce(joint)
+        sums = joint[: len(sums)]
+        if flags is not None:
+            flags.copy_(joint[len(sums) :])
     return sums.clamp_min(1) / len(batches)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from occstream.models import OccBatch, concat
 from occstream.pretrain.augment import FrameFiller
@@ -53,6 +54,9 @@ class TrainData:
 
     def __init__(self, config: Config, world: World):
         self.config, self.world, self.wished, self.rule = config, world, False, BY_SCENES
+        self.flags: Tensor | None = None
+        self._error: Exception | None = None
+        self._spare: OccBatch | None = None
         data, cfg = config.data, config.train
         semantic = config.stage == "finetune"
         manifest = _load(config, data.url, data.labels)
@@ -152,19 +156,46 @@ class TrainData:
         Raises:
             DataError: a rank could not get its part; on every rank, naming the first one and what it said.
         """
-        error, parts = None, []
+        error, batch = None, None
         try:
-            parts = [feed.next() for feed in self._feeds.values()]
+            batch = self._take()
         except Exception as problem:
             error = problem
         self.wished = self.world.agree(error, wish)
-        return functools.reduce(concat, parts)
+        return batch
 
     def micro_batches(self, count: int, wish: bool = False) -> list[OccBatch]:
-        """All micro-batches of a step, valid until the next call; see ``next``."""
-        if count == 1:
-            return [self.next(wish)]
-        return [self.next(wish).clone() for _ in range(count)]
+        """All micro-batches of a step, valid until the next call; see ``next``.
+
+        After the first step of a start no agreement of its own is needed: ``flags`` (errors, wishes) are to be summed over
+        ranks on some way that is gone anyway, and what came of it handed to ``heard``. A rank with an error goes on with its
+        first batch until then, so that nobody waits for it in a forward; no such step may be taken.
+        """
+        batches = []
+        try:
+            if self._error is None:
+                batches = [self._take() if count == 1 else self._take().clone() for _ in range(count)]
+        except Exception as problem:
+            self._error = problem
+        if self.world.size == 1 or self._spare is None:
+            self.wished |= self.world.agree(self._error, wish)
+            self._spare = batches[0].clone() if self.world.size > 1 else None
+        if self.world.size > 1:
+            self.flags = torch.tensor([self._error is not None, wish], dtype=torch.float32, device=self.world.device)
+        return batches if self._error is None else [self._spare] * count
+
+    def heard(self, errors: float, wishes: float) -> None:
+        """Sums of ``flags`` over all ranks (collective where there are errors).
+
+        Raises:
+            DataError: as ``next``.
+        """
+        if errors:
+            self.world.agree(self._error)
+        self.wished |= bool(wishes)
+
+    def _take(self) -> OccBatch:
+        return functools.reduce(concat, [feed.next() for feed in self._feeds.values()])
 
     def state_dict(self) -> dict:
         """Positions after the last batch taken: a handful of integers, the same on every rank."""

@@ -210,7 +210,7 @@ def _train(config: Config, world: World, run: Path) -> Result:
     _say(world, f"numbers go to {run / EVENTS} and to MLflow: {describe_uri(config.track.uri)}")
     if world.is_main:
         write_config(run, config, world.size, saved, tracker)
-    guard = FiniteGuard(engine, cfg, run, world)
+    guard = FiniteGuard(engine, cfg, run, world, data.heard)
     watchdog = Watchdog(run, world, cfg.timeout_minutes)
     meter = Meter(step, total, data, world, cfg.precision == "bf16", not cfg.compile)
     status, last, evaluation, path = "FAILED", {}, None, saved.path if saved else None
@@ -239,9 +239,9 @@ def _train(config: Config, world: World, run: Path) -> Result:
                 with meter.counting():
                     with meter.forward():
                         outputs = engine(batch)
-                    counts = joint_counts(outputs, batches, config.loss) if counts is None else counts
+                    counts = joint_counts(outputs, batches, config.loss, data.flags) if counts is None else counts
                     loss, values = occupancy_loss(outputs, batch, config.loss, counts)
-                    guard.backward(loss, batch.keys)
+                    guard.backward(loss, batch.keys, data.flags)
                 if keys:
                     print(step, *batch.keys, file=keys, flush=True)
                 for name, value in {"loss": loss.detach(), **values}.items():
@@ -254,10 +254,11 @@ def _train(config: Config, world: World, run: Path) -> Result:
             profile.step()
             log_now &= taken
             evaluate_now = config.eval.every and step % config.eval.every == 0 and step < total
-            save_now = bool(cfg.save_every and step % cfg.save_every == 0) or step == total or data.wished
+            save_now = bool(cfg.save_every and step % cfg.save_every == 0) or step == total
             save_now |= bool(evaluate_now and cfg.keep_best)  # the best can only be kept of what is saved
-            if log_now or save_now or evaluate_now:
+            if log_now or save_now or evaluate_now or data.wished:
                 guard.settle()
+            save_now |= data.wished
 
             if log_now:
                 last = {f"train/{name}": value for name, value in _mean_over_ranks(parts, world).items()}

@@ -304,6 +304,33 @@ def test_a_buffer_goes_back_to_the_readers_only_after_its_copy(monkeypatch, read
     assert [(b.values.tolist(), state["batches"]) for b, state in batches] == [([n, n], n) for n in range(1, 8)]
 
 
+def test_a_rank_without_its_data_goes_on_with_its_first_batch_until_all_know(root, monkeypatch):
+    asked = []
+
+    class Half(World):
+        def agree(self, error, wish=False):
+            asked.append(error)
+            if error:
+                raise error
+            return wish
+
+    data = TrainData(load_config(RECIPE, [f"data.url={root}/data"], stage="finetune"), Half(0, 2, torch.device("cpu")))
+    [first] = data.micro_batches(1)
+    keys, images = list(first.keys), first.images.clone()
+    [second] = data.micro_batches(1)
+    assert (asked, data.flags.tolist()) == ([None], [0.0, 0.0])
+    assert second.keys != keys
+    data.close()  # asking for more is an error from here on
+    for batch in data.micro_batches(3, wish=True):
+        assert batch.keys == keys
+        assert torch.equal(batch.images, images)
+    assert (asked, data.flags.tolist(), data.wished) == ([None], [1.0, 1.0], False)
+    with pytest.raises(ValueError, match="closed"):
+        data.heard(1.0, 1.0)
+    data.heard(0.0, 1.0)
+    assert data.wished
+
+
 def test_shares_of_replay_sources_are_exact_and_logged(runs):
     shares = {}
     for event in read_events(runs / "mix-2-1" / "metrics.jsonl"):
@@ -323,8 +350,11 @@ def test_a_missing_shard_ends_all_ranks_and_is_named(tmp_path):
         "stage": "pretrain",
         "overrides": [f"data.url={data}", f"output={tmp_path}/run", "train.steps=200"],
     }
+    late = {**job, "overrides": [*job["overrides"], f"output={tmp_path}/late"], "fused": True, "fails": True}
     began = time.monotonic()
-    codes, logs = start_jobs([job], 2, tmp_path / "logs")
+    codes, logs = start_jobs([late, job], 2, tmp_path / "logs")
+    for rank in (0, 1):
+        assert "labels-000002.tar: shard is missing" in (tmp_path / f"late/error-{rank}.txt").read_text()
     assert time.monotonic() - began < 90
     assert 0 not in codes
     assert all("labels-000002.tar: shard is missing" in log for log in logs)

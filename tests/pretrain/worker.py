@@ -1,7 +1,7 @@
 """Runs training jobs of a JSON file one after the other in one process group: ``worker.py JOBS``, started once per rank.
 
 A job may ask for ``frozen_norms`` (batch norms never see the batch), ``poison`` (rank 0's loss is infinite at that call),
-``fused`` (AdamW and the guard as on CUDA) and ``fails`` (numbers that are not finite end it: the message becomes a file).
+``fused`` (AdamW and the guard as on CUDA) and ``fails`` (it ends with an error: the message becomes a file).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from unittest import mock
 from occstream.models.layers import SyncBatchNorm
 from occstream.pretrain import engine, guards, trainer
 from occstream.pretrain.config import load_config
-from occstream.pretrain.engine import init_distributed
+from occstream.pretrain.engine import DataError, init_distributed
 
 create, loss_of = trainer.create_model, trainer.occupancy_loss
 
@@ -54,7 +54,7 @@ if __name__ == "__main__":
             if "fails" in job:
                 try:
                     trainer.train(config, world)
-                except FloatingPointError as error:
+                except (FloatingPointError, DataError) as error:
                     Path(config.output, f"error-{world.rank}.txt").write_text(str(error))
                     continue
             result = trainer.train(config, world)
