@@ -141,7 +141,14 @@ def _run_job(args, source, groups, grid, label, images, coding, reason) -> int:
     if args.dry_run:
         found = estimate(Job(source, args.out, groups, grid, label, images, coding, args.scenes_per_shard))
         print(f"{source.name} -> {args.out}: {found.scenes} scenes in {found.shards} shard numbers")
-        print(f"from {found.tried} scenes that were tried, all of them will be about:")
+        if found.failed:
+            name, reason = next(iter(found.failed.items()))
+            print(
+                f"{len(found.failed)} of {found.tried + len(found.failed)} scenes that were tried cannot be packed, as {name}: "
+                f"{reason}\n--max-failures N leaves such scenes out"
+            )
+        share = f"about {found.whole:.0f}" if found.failed else "all"
+        print(f"from {found.tried} scenes that were tried, {share} of them will be about:")
         print(f"  frames   {found.frames:,.0f}")
         for group, size in found.bytes.items():
             print(f"  {group:<8} {size / 1e9:,.3f} GB, {size / max(1, found.frames) / 1e3:.1f} kB a frame")

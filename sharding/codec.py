@@ -132,9 +132,11 @@ def check_jpeg(camera: Camera) -> None:
         ValueError: one of them is wrong.
     """
     try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(camera.jpeg)
+        height, width, space, *_ = simplejpeg.decode_jpeg_header(camera.jpeg)
     except ValueError as error:
         raise ValueError(f"not a JPEG ({error})") from None
+    if space in ("CMYK", "YCCK"):
+        raise ValueError(f"JPEG is in {space}, not in color or gray; read it with rawfiles.read_jpeg")
     if (width, height) != (camera.width, camera.height):
         raise ValueError(f"image has {width}x{height} pixels, its record says {camera.width}x{camera.height}")
     if b"\xff\xd9" not in camera.jpeg[-1024:]:

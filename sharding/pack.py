@@ -223,7 +223,7 @@ def pack(
         if len(state.failed) > max_failures:
             reasons = "; ".join(list(state.failed.values())[:5])
             allowed = f" ({len(state.failed)} failures, {max_failures} allowed)" if max_failures else ""
-            raise ValueError(f"{reasons}{allowed}")
+            raise ValueError(f"{reasons}{allowed}. To pack the others all the same: --max-failures N")
     outcome = {
         "job": job.digest([name for names in plan for name in names]),
         "part": part,
@@ -421,7 +421,8 @@ class Estimate:
     """What a job will need, from scenes that were tried.
 
     Attributes:
-        scenes, shards: exact. ``frames``, ``bytes`` by group, ``seconds`` of one worker: extrapolated from ``tried`` scenes.
+        scenes, shards: exact. ``frames``, ``bytes`` by group, ``seconds`` of one worker: extrapolated from ``tried`` scenes
+            that could be packed, to as many as can be if ``failed`` (reasons by name) are as frequent among the others.
     """
 
     scenes: int
@@ -430,21 +431,37 @@ class Estimate:
     frames: float
     bytes: dict[str, float]
     seconds: float
+    failed: dict[str, str]
+
+    @property
+    def whole(self) -> float:
+        """Scenes that can be packed."""
+        return self.scenes * self.tried / (self.tried + len(self.failed))
 
 
 def estimate(job: Job, tries: int = 3) -> Estimate:
-    """Encodes a few scenes, evenly spaced, and extrapolates; writes nothing. Raises ValueError if all of them fail."""
+    """Encodes a few scenes, evenly spaced, and extrapolates; writes nothing.
+
+    Where some fail, as those do whose files are not downloaded yet, others are tried until there are enough.
+
+    Raises:
+        ValueError: all scenes fail.
+    """
     plan = job.plan()
     names = [name for shard in plan for name in shard]
     chosen = sorted({round(i * (len(names) - 1) / max(1, tries - 1)) for i in range(tries)})
-    frames, size, tried, seconds, error = 0, dict.fromkeys(job.groups, 0), 0, [], None
-    for number in chosen:
+    frames, size, tried, seconds, failed = 0, dict.fromkeys(job.groups, 0), 0, [], {}
+    for number in [*chosen, *(i for i in range(len(names)) if i not in chosen)]:
+        if tried == len(chosen):
+            break
         began = time.perf_counter()
         try:
             scene = job.prepared(names[number])
             encoded = {g: [data for f in scene.frames for _, data in job.members(f, g)] for g in job.groups}
         except Exception as problem:
-            error = problem
+            failed[names[number]] = (
+                f"{type(problem).__name__}: {problem}" if not isinstance(problem, ValueError) else str(problem)
+            )
             continue
         for group, members in encoded.items():
             size[group] += sum(1024 + len(data) for data in members)  # a header, and half of two blocks
@@ -452,10 +469,12 @@ def estimate(job: Job, tries: int = 3) -> Estimate:
         tried += 1
         seconds.append(time.perf_counter() - began)
     if not tried:
-        raise ValueError(f"all {len(chosen)} scenes that were tried failed; the last, {names[chosen[-1]]}: {error}")
-    share = len(names) / tried
+        name, reason = next(iter(failed.items()))
+        raise ValueError(f"all {len(names)} scenes failed; the first, {name}: {reason}")
+    whole = len(names) * tried / (tried + len(failed))
+    share = whole / tried
     # The first scene may have compiled code; where there are others, they tell the rate.
     rate = sum(seconds[1:]) / (tried - 1) if tried > 1 else seconds[0]
     return Estimate(
-        len(names), len(plan), tried, frames * share, {g: b * share for g, b in size.items()}, rate * len(names)
+        len(names), len(plan), tried, frames * share, {g: b * share for g, b in size.items()}, rate * whole, failed
     )

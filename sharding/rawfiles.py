@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +13,13 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import simplejpeg
+from PIL import Image
 
 from occstream.sharding.contract import is_rigid
 from occstream.sharding.pickles import loads
+
+_ORIENTATION = 0x112  # EXIF tag
+_LEFT_BEHIND = {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "system volume information", "lost+found"}
 
 
 def read_file(path: Path, why: str = "") -> bytes:
@@ -133,20 +138,61 @@ def read_pcd(path: Path) -> dict[str, np.ndarray]:
     return {name: rows[name].copy() for name in names}
 
 
-def read_jpeg(path: Path, quality: int = 95) -> tuple[bytes, int, int]:
-    """JPEG bytes, width, height of an image file: a JPEG as it is, a PNG encoded once (4:4:4). Raises ValueError."""
-    data = read_file(path)
+def read_jpeg(path: Path, why: str = "", quality: int = 95) -> tuple[bytes, int, int]:
+    """JPEG bytes, width, height of an image file.
+
+    A color or gray JPEG is taken as it is; what else a viewer opens (PNG, WebP, BMP, TIFF, a CMYK JPEG) is encoded once,
+    as 4:4:4.
+
+    Raises:
+        ValueError: missing, not an image, or one that is to be shown turned: its calibration cannot mean both.
+    """
+    data = read_file(path, why)
     try:
-        if not data.startswith(b"\x89PNG"):
-            height, width, *_ = simplejpeg.decode_jpeg_header(data)
-            return data, width, height
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            turn = Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow raises whatever its plug-ins raise; what it does not know, the decoder below may
+        turn = 1
+    if turn not in (0, 1):
+        raise ValueError(
+            f"{path}: is marked as to be shown turned (EXIF orientation {turn}), so width, height and intrinsics may mean the "
+            "stored or the turned image; turn the pixels and remove the mark (jpegtran -rotate, exiftool -Orientation=)"
+        )
+    try:
+        if data.startswith(b"\xff\xd8"):
+            height, width, space, *_ = simplejpeg.decode_jpeg_header(data)
+            if space not in ("CMYK", "YCCK"):
+                return data, width, height
+        image = None
+        if data:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is None:
-            raise ValueError("damaged PNG")
-    except ValueError as error:
+            raise ValueError(f"{len(data)} bytes of no known format, or damaged")
+    except (ValueError, cv2.error) as error:
         raise ValueError(f"{path}: not a readable image ({error}); fetch it again") from None
     jpeg = simplejpeg.encode_jpeg(image, quality, "BGR", "444")
     return jpeg, image.shape[1], image.shape[0]
+
+
+def entries(folder: Path, pattern: str = "*") -> list[Path]:
+    """Paths below a folder that match, sorted, without what operating systems leave there (.DS_Store, ._x, Thumbs.db…)."""
+    return sorted(
+        path
+        for path in folder.glob(pattern)
+        if not any(part.startswith(".") or part.lower() in _LEFT_BEHIND for part in path.relative_to(folder).parts)
+    )
+
+
+def numbered(folder: Path, ending: str) -> list[int]:
+    """Numbers of files that are named ``<number><ending>``, sorted. Raises ValueError for another name."""
+    numbers = []
+    for path in entries(folder, f"*{ending}"):
+        stem = path.name.removesuffix(ending)
+        if not (stem.isascii() and stem.isdigit()):
+            raise ValueError(f"{path}: its name is not a number and {ending}; move it away")
+        numbers.append(int(stem))
+    return sorted(numbers)
 
 
 def pose_of(translation: Sequence[float], rotation: Sequence[float]) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 from occstream.sharding.exactmath import angle_of
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.poses import compose, inverse, rotate
-from occstream.sharding.rawfiles import choose, existing_folder, read_file, read_points
+from occstream.sharding.rawfiles import choose, entries, existing_folder, read_file, read_jpeg, read_points
 from occstream.sharding.rows import Row, Table, read_list
 from occstream.sharding.schema import (
     IGNORE,
@@ -79,7 +79,7 @@ def open_source(
     if labels and taxonomy != "occ3d":
         raise ValueError(f"label set {labels} has the classes of taxonomy occ3d, not {taxonomy}")
     where = existing_folder(labels_root or folder / LABEL_SETS[labels].root, f"the {labels} labels") if labels else None
-    versions = sorted(p.name for p in folder.glob("v1.0-*") if p.is_dir())
+    versions = sorted(p.name for p in entries(folder, "v1.0-*") if p.is_dir())
     if version is None and len(versions) != 1:
         raise ValueError(f"{root}: has {', '.join(versions) or 'no'} v1.0-* table folders; choose one with version=")
     tables = folder / (version or versions[0])
@@ -167,10 +167,11 @@ class Nuscenes:
 
     def _camera(self, row: dict) -> Camera:
         calibration = self._row("calibrated_sensor", row["calibration"])
+        jpeg, width, height = read_jpeg(self.root / row["filename"], "the tables name it")
         return Camera(
-            jpeg=read_file(self.root / row["filename"], "the tables name it"),
-            width=row["width"],
-            height=row["height"],
+            jpeg=jpeg,
+            width=row["width"] or width,
+            height=row["height"] or height,
             intrinsics=calibration.intrinsics("camera_intrinsic"),
             sensor_to_ego=calibration.pose("translation", "rotation"),
             ego_to_global=self._ego(row),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from occstream.sharding.grid import VoxelGrid, get_grid
-from occstream.sharding.rawfiles import choose, existing_folder, listed
+from occstream.sharding.rawfiles import choose, entries, existing_folder, listed
 from occstream.sharding.schema import OCC3D, Findings, Frame, Scene, Taxonomy
 from occstream.sharding.sources.nuscenes_labels import read_occ3d
 
@@ -24,18 +24,18 @@ def open_source(*, root: str, scenes: tuple[str, ...] | None = None) -> Occ3d:
         ValueError: no such folder or scene.
     """
     folder = existing_folder(existing_folder(root, "gts/") / "gts", "scene-0001/, …")
-    there = sorted(p.name for p in folder.iterdir() if any(p.glob("*/labels.npz")))
+    there = [p.name for p in entries(folder) if any(p.glob("*/labels.npz"))]
     if not there:
         raise ValueError(f"{folder}: has no <scene>/<token>/labels.npz; unpack gts.tar.gz")
     chosen = tuple(choose(scenes, there, folder))
     bare = [
         f"{name}/{p.name}"
         for name in chosen
-        for p in sorted((folder / name).iterdir())
+        for p in entries(folder / name)
         if p.is_dir() and not (p / "labels.npz").is_file()
     ]
     left = [f"{listed('frame', bare)} without a labels.npz"] if bare else []
-    empty = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in there)
+    empty = [p.name for p in entries(folder) if p.is_dir() and p.name not in there]
     left += [f"{listed('scene', empty)} without any labels.npz"] if empty and scenes is None else []
     return Occ3d(folder, chosen, Findings("gts/<scene>/<token>/labels.npz", left_out=tuple(left)))
 
@@ -64,7 +64,7 @@ class Occ3d:
 
     def load(self, name: str) -> Scene:
         """One scene. Raises ValueError if a file is missing or damaged."""
-        tokens = sorted(p.parent.name for p in (self.root / name).glob("*/labels.npz"))
+        tokens = [p.parent.name for p in entries(self.root / name, "*/labels.npz")]
         frames = [
             Frame(name, i, token, None, None, labels=read_occ3d(self.root / name / token / "labels.npz", self.grid))
             for i, token in enumerate(tokens)

@@ -13,6 +13,7 @@ from occstream.sharding.lenses import lens_of
 from occstream.sharding.poses import compose, inverse, rotate
 from occstream.sharding.rawfiles import (
     choose,
+    entries,
     existing_folder,
     listed,
     read_jpeg,
@@ -66,7 +67,7 @@ def open_source(
     """
     folder = existing_folder(root, "OpenScene's metadata and sensor folders")
     place = Path(metadata) if metadata else folder
-    files = [place] if place.is_file() else sorted(place.rglob("*.pkl"))
+    files = [place] if place.is_file() else entries(place, "**/*.pkl")
     if not files:
         raise ValueError(
             f"{place}: no metadata pickles (*.pkl) there; unpack openscene_metadata_*.tgz or set metadata="
@@ -86,7 +87,7 @@ def open_source(
     chosen = {name: sorted(records[name], key=lambda info: info["timestamp"]) for name in names}
     chosen, found = _with_occupancy(folder, place, chosen) if labels else (chosen, Findings(labels="labels=false"))
     tops = [folder / name for name in ("sensor_blobs", "occupancy") if (folder / name).is_dir()]
-    bases = (folder, *tops, *(split for top in tops for split in sorted(top.iterdir()) if split.is_dir()))
+    bases = (folder, *tops, *(split for top in tops for split in entries(top) if split.is_dir()))
     native = labels and any(_has(info) for infos in chosen.values() for info in infos)
     return OpenScene(folder, bases, chosen, get_grid("openscene") if native else None, found)
 

@@ -19,8 +19,10 @@ from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.poses import compose, inverse
 from occstream.sharding.rawfiles import (
     choose,
+    entries,
     existing_folder,
     listed,
+    numbered,
     parse_numbers,
     read_file,
     read_jpeg,
@@ -84,9 +86,9 @@ def open_source(
     folder = existing_folder(existing_folder(root, "sequences/") / "sequences", "00/, 01/, …")
     if stride < 1 or frames_per_scene < 1:
         raise ValueError(f"stride ({stride}) and frames_per_scene ({frames_per_scene}) must be at least 1")
-    names = choose(sequences, sorted(p.name for p in folder.iterdir() if p.is_dir()), folder)
+    names = choose(sequences, [p.name for p in entries(folder) if p.is_dir()], folder)
     scenes: dict[str, Piece] = {}
-    with_labels = [name for name in names if labels and any((folder / name / "voxels").glob("*.label"))]
+    with_labels = [name for name in names if labels and entries(folder / name / "voxels", "*.label")]
     lacking = [name for name in names if name not in with_labels]
     if with_labels and lacking:
         raise ValueError(
@@ -95,13 +97,13 @@ def open_source(
         )
     left_out = []
     for name in names:
-        scans = sorted(int(p.stem) for p in (folder / name / "velodyne").glob("*.bin"))
-        marked = sorted(int(p.stem) for p in (folder / name / "voxels").glob("*.label"))
+        scans = numbered(folder / name / "velodyne", ".bin")
+        marked = numbered(folder / name / "voxels", ".label")
         if not scans and not marked:
             raise ValueError(f"{folder / name}: has neither velodyne/*.bin nor voxels/*.label")
         keys = marked if with_labels else scans[::stride]
         scenes |= cut(name, keys, scans if sweeps else [], frames_per_scene)
-        voxels = sorted(int(p.stem) for p in (folder / name / "voxels").glob("*.bin"))
+        voxels = numbered(folder / name / "voxels", ".bin")
         if with_labels and (bare := [f"{scan:06d}" for scan in voxels if scan not in set(marked)]):
             left_out.append(f"{listed('scan', bare)} of sequence {name} with voxels but without a .label")
     grid = get_grid("semantickitti") if with_labels else None

@@ -19,8 +19,10 @@ from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.poses import compose, inverse
 from occstream.sharding.rawfiles import (
     choose,
+    entries,
     existing_folder,
     listed,
+    numbered,
     parse_numbers,
     read_jpeg,
     read_points,
@@ -68,13 +70,13 @@ def open_source(
     """
     folder = existing_folder(root, "data_2d_raw/ and calibration/")
     drive_folder = existing_folder(folder / "data_2d_raw", "2013_05_28_drive_0000_sync/, …")
-    there = sorted(p.name for p in drive_folder.iterdir() if any((p / "voxels").glob("*.label")))
-    bare = sorted(p.name for p in drive_folder.iterdir() if p.is_dir() and p.name not in there)
+    there = [p.name for p in entries(drive_folder) if entries(p / "voxels", "*.label")]
+    bare = [p.name for p in entries(drive_folder) if p.is_dir() and p.name not in there]
     if not there:
         raise ValueError(f"{drive_folder}: no drive has voxels/*.label; unpack the voxel archives of SSCBench")
     scenes: dict[str, Piece] = {}
     for drive in choose(drives, there, drive_folder):
-        keys = sorted(int(p.stem) for p in (drive_folder / drive / "voxels").glob("*.label"))
+        keys = numbered(drive_folder / drive / "voxels", ".label")
         scenes |= cut(drive, keys, [], frames_per_scene, drive.removesuffix("_sync"))
     left = (f"{listed('drive', bare)} without voxels/*.label",) if bare and drives is None else ()
     return SscBench(folder, scenes, cameras, Findings("voxels/*.label", left_out=left))

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from occstream.sharding.grid import VoxelGrid, get_grid
-from occstream.sharding.rawfiles import choose, existing_folder, read_npy, rigid
+from occstream.sharding.rawfiles import choose, entries, existing_folder, read_npy, rigid
 from occstream.sharding.schema import WAYMO, Findings, Frame, Labels, Scene, Taxonomy
 
 # Free is 15 in the data set's documentation and 23 in the released files.
@@ -45,7 +45,7 @@ def open_source(
     folder = existing_folder(root, "training/ or validation/")
     if stride < 1:
         raise ValueError(f"stride ({stride}) must be at least 1")
-    there = [f"{split}-{p.name}" for split in splits for p in sorted((folder / split).glob("*")) if p.is_dir()]
+    there = [f"{split}-{p.name}" for split in splits for p in entries(folder / split) if p.is_dir()]
     if not there:
         raise ValueError(f"{folder}: has no scenes in {' or '.join(splits)}; unpack the voxel archives of Occ3D-Waymo")
     chosen = tuple(choose(scenes, there, folder))
@@ -86,9 +86,11 @@ class WaymoOcc3d:
         split, number = name.split("-", 1)
         folder = self.root / split / number
         ending = "_04" if self.voxel == "0.4" else ""
-        files = {
-            int(p.stem.removesuffix("_04")): p for p in folder.glob("*.npz") if p.stem.endswith("_04") == bool(ending)
-        }
+        paths = [p for p in entries(folder, "*.npz") if p.stem.endswith("_04") == bool(ending)]
+        for path in paths:
+            if not path.stem.removesuffix("_04").isdecimal():
+                raise ValueError(f"{path}: its name is not a frame's number; move it away")
+        files = {int(p.stem.removesuffix("_04")): p for p in paths}
         if not files:
             raise ValueError(f"{folder}: has no {'*' + ending}.npz; choose the other voxel size or unpack the archive")
         frames = [self._frame(name, i, n, files[n]) for i, n in enumerate(sorted(files)[:: self.stride])]
