@@ -67,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--quality", action="store_true", help="write nothing: leave sweeps out and test the labels with them"
     )
-    p.add_argument("--every", type=int, default=4, help="with --quality: leave out one of so many (default 4)")
-    p.add_argument("--scenes", type=int, default=10, help="with --quality: at most so many scenes (default 10)")
+    p.add_argument("--every", type=int, default=None, help="with --quality: leave out one of so many (default 4)")
+    p.add_argument("--scenes", type=int, default=None, help="with --quality: at most so many scenes (default 10)")
 
     p = command("merge", data.merge, "publish a data set whose parts are packed (`shard --part`)")
     p.add_argument("url")
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     p = command("evaluate", _evaluate, "evaluate a checkpoint on a packed data set")
     p.add_argument("checkpoint", help="a run's folder or one of its step-… folders")
     p.add_argument("--data", default="", help="data set to evaluate on (default: as in training)")
-    p.add_argument("--picture", default="", help="also write a picture of the first frame here")
+    p.add_argument("--picture", default="", help="also write pictures to this folder (eval.pictures scenes)")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. eval.mask=camera")
 
     p = command("export", _export, "write a checkpoint's weights as one .safetensors file, with a model card beside it")

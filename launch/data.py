@@ -113,16 +113,18 @@ def label(args) -> int:
     if source is None:
         return 0
     grid, config = get_grid(args.grid or "occ3d"), _label_config(args)
+    if not args.quality and (args.every is not None or args.scenes is not None):
+        raise ValueError("--every and --scenes go with --quality; without it all scenes are labeled")
     if args.quality:
         from occstream.sharding.labelquality import Quality, measure
 
         total = Quality()
-        for name in source.scene_names()[: args.scenes]:
+        for name in source.scene_names()[: 10 if args.scenes is None else args.scenes]:
             scene = source.load(name)
             if len(scene.frames) < 2:
                 print(f"{name}: one frame, nothing to leave out")
                 continue
-            total.add(measure(scene, grid, source.taxonomy, config, args.every))
+            total.add(measure(scene, grid, source.taxonomy, config, 4 if args.every is None else args.every))
         print(total.table())
         return 0
     label = Labeler(grid, source.taxonomy.name, config)

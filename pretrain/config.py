@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -348,10 +349,33 @@ def build_section(cls: type, data: Any, path: str, known: list[str]) -> Any:
             except ValidationError as error:
                 reasons = "; ".join(dict.fromkeys(e["msg"] for e in error.errors()))
                 raise ValueError(f"{full} = {value!r}: {reasons}") from None
+    _check_numbers(cls, values, path)
     try:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}" if path else str(error)) from None
+
+
+def _check_numbers(cls: type, values: Mapping[str, Any], path: str) -> None:
+    """Raises ValueError for a number that is not finite, and for a negative one where the default has none: of all keys
+    whose default is not negative, below 0 means nothing. (Numbers by free names may be anything finite.)"""
+    for f in dataclasses.fields(cls):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        signed = isinstance(default, Mapping) or any(number < 0 for number in _numbers(default))
+        for number in _numbers(values.get(f.name)):
+            full = f"{path}.{f.name}" if path else f.name
+            if not math.isfinite(number):
+                raise ValueError(f"{full} is {number}, must be a finite number")
+            if number < 0 and not signed:
+                raise ValueError(f"{full} is {number}, must not be negative")
+
+
+def _numbers(value: Any) -> Iterable[float]:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(item)
 
 
 def _nearest(full: str, key: str, known: list[str]) -> str:

@@ -47,6 +47,12 @@ class Profile:
 
     def _write(self) -> None:
         if self.trace is None:
+            if self.steps and self.seen < AFTER:
+                print(
+                    f"profile: nothing was traced, as it begins at step {AFTER} of a start and this one had {self.seen}",
+                    flush=True,
+                )
+                self.steps = 0
             return
         trace, self.trace = self.trace, None
         trace.stop()

@@ -334,7 +334,7 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), picture
     Args:
         path: a run's folder or one of its checkpoints.
         overrides: of the recipe, for example ``eval.url=…``.
-        picture: folder for pictures of ``eval.pictures`` scenes.
+        picture: folder for pictures of ``eval.pictures`` scenes, at least one.
 
     Raises:
         ValueError: no complete checkpoint, data that does not fit, or nothing to evaluate on.
@@ -346,8 +346,12 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), picture
         raise ValueError("nothing to evaluate on: the recipe holds no scenes out; give --data or eval.scene_names=[…]")
     for note in frames.notes:
         print(note)
-    drawer = Drawer(config, frames.cameras, config.eval.pictures, picture, trained.step) if picture else None
-    return evaluate_on(config, trained.model, frames, drawer)
+    # Asked for by name: at least one, whatever the recipe was trained with.
+    drawer = Drawer(config, frames.cameras, max(1, config.eval.pictures), picture, trained.step) if picture else None
+    result = evaluate_on(config, trained.model, frames, drawer)
+    for path in drawer.done if drawer else ():
+        print(f"wrote {path}")
+    return result
 
 
 @dataclass

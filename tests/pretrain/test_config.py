@@ -1,15 +1,20 @@
 """Recipes: strict, complete, and the same after a round trip."""
 
+import contextlib
+import dataclasses
 import functools
 import importlib.resources
+import typing
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
 from occstream.launch import recipes
 from occstream.launch.study import load_study
-from occstream.pretrain.config import load_config, merge, parse_config, parse_overrides, read_recipe
+from occstream.models import model_entry
+from occstream.pretrain.config import Config, load_config, merge, parse_config, parse_overrides, read_recipe
 from occstream.pretrain.engine import learning_rate
 
 PACKAGED = sorted(
@@ -35,6 +40,46 @@ def test_packaged_studies_are_valid(name):
 def test_packaged_recipes_are_valid_and_survive_a_round_trip(name):
     config = load_config(name)
     assert parse_config(config.to_dict()).to_dict() == config.to_dict()
+
+
+def _number_keys(cls, prefix=""):
+    """Keys of a config that hold a number, or several."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from _number_keys(hints[f.name], f"{prefix}{f.name}.")
+            continue
+        try:
+            TypeAdapter(hints[f.name]).validate_python(1)
+            yield prefix + f.name, "{}"
+        except ValidationError:
+            for count in (1, 2, 3):
+                with contextlib.suppress(ValidationError):
+                    TypeAdapter(hints[f.name]).validate_python((1,) * count)
+                    if "str" not in str(hints[f.name]):
+                        yield prefix + f.name, f"[{', '.join(['{0}'] * count)}]"
+                        break
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(".inf", "finite"), ("-.inf", "finite"), (".nan", "finite"), ("-1", "negative")]
+)
+def test_numbers_that_mean_nothing_are_refused_in_every_key(value, reason):
+    keys = [*_number_keys(Config), *_number_keys(model_entry("b2s_ls").config, "model.")]
+    assert len(keys) > 60
+    signed = {"augment.resize"}
+    for key, form in keys:
+        if (reason == "negative" and key in signed) or "Literal" in key or key == "train.zero_stage":
+            continue
+        with pytest.raises(ValueError, match=key.rsplit(".", 1)[-1]) as caught:
+            load_config("tiny", [f"{key}={form.format(value)}"])
+        assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_file_may_hold_negative_numbers_where_they_mean_something():
+    config = load_config("r50", ["augment.resize=[-0.1, 0.2]", "track.axes={x: -3}"])
+    assert config.augment.resize == (-0.1, 0.2)
+    assert config.track.axes == {"x": -3}
 
 
 def test_recipe_base_and_overrides_are_merged_in_order(tmp_path):
