@@ -178,6 +178,11 @@ def _run_job(args, source, groups, grid, label, images, coding, reason) -> int:
     )
     for reason in show.failed.values():
         print(f"left out: {reason}", file=sys.stderr)
+    if show.skipped:
+        print(
+            f"{show.skipped} shards were there and are kept; the raw data was not compared with them. If it has changed, pack "
+            f"it to another place, or remove these shards below {args.out} first"
+        )
     if manifest is None:
         print(f"part {args.part} is done; when all are: occstream merge {args.out}")
     else:
@@ -212,7 +217,7 @@ def _progress():
     terminal = sys.stdout.isatty()
 
     def show(state) -> None:
-        show.failed = state.failed
+        show.failed, show.skipped = state.failed, state.skipped
         step = max(1, state.total // 10)
         if not terminal and state.done % step and state.done != state.total:
             return
@@ -233,7 +238,7 @@ def _progress():
             flush=True,
         )
 
-    show.failed = {}
+    show.failed, show.skipped = {}, 0
     return show
 
 

@@ -11,9 +11,11 @@ import errno
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -22,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from occstream.sharding import storage
+from occstream.sharding import lease, storage
 from occstream.sharding.codec import FORMAT_VERSION, GROUPS, Coding, canonical_json, encode
 from occstream.sharding.contract import admit
 from occstream.sharding.grid import VoxelGrid
@@ -197,8 +199,8 @@ def pack(
         The published manifest; None for one part of several.
 
     Raises:
-        ValueError: what ``Job`` finds wrong, or more scenes failed than allowed (by name, with reasons); shards that
-            are done stay and are skipped on a rerun.
+        ValueError: what ``Job`` finds wrong, another packer is at work there, or more scenes failed than allowed (by name,
+            with reasons); shards that are done stay and are skipped on a rerun.
     """
     if workers < 1:
         raise ValueError(f"workers ({workers}) must be at least 1")
@@ -206,6 +208,20 @@ def pack(
         raise ValueError(f"part {part[0]}/{part[1]}: needs i/n with 1 <= i <= n")
     job = Job(source, url, **settings)
     plan = job.plan()
+    with lease.only_writer(url, "pack", part):
+        return _pack(job, plan, workers, part, max_failures, recheck, progress)
+
+
+def _pack(
+    job: Job,
+    plan: list[list[str]],
+    workers: int,
+    part: tuple[int, int],
+    max_failures: int,
+    recheck: bool,
+    progress: Callable[[Progress], None] | None,
+) -> Manifest | None:
+    """``pack``, with nobody else there."""
     mine = range(part[0] - 1, len(plan), part[1])
     state, began = Progress(len(mine)), time.perf_counter()
     shards: dict[int, dict] = {}
@@ -231,9 +247,9 @@ def pack(
         "shards": [{"number": n, **{k: v for k, v in shards[n].items() if k != "skipped"}} for n in mine],
     }
     if part[1] > 1:
-        storage.publish(canonical_json(outcome), storage.join(url, PARTS, f"{part[0]}-of-{part[1]}.json"))
+        storage.publish(canonical_json(outcome), storage.join(job.url, PARTS, f"{part[0]}-of-{part[1]}.json"))
         return None
-    return _publish(url, [outcome])
+    return _publish(job.url, [outcome])
 
 
 def merge(url: str) -> Manifest:
@@ -344,6 +360,13 @@ _adopted: Job  # of a worker process: a source may be large, so it is sent once,
 def _adopt(job: Job) -> None:
     global _adopted
     _adopted = job
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the packer is gone: one that was killed tells nobody."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _build_adopted(number: int, names: Sequence[str], published: dict[str, int], recheck: bool) -> dict:
