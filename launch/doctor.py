@@ -109,8 +109,8 @@ def _tool(name: str, purpose: str) -> Finding:
 
 
 def _store(url: str) -> Finding:
-    from occstream.pretrain.events import redact
     from occstream.sharding.manifest import Manifest
+    from occstream.sharding.secrets import redact
 
     shown = redact(url)
     try:

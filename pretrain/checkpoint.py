@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from occstream.sharding import storage, threads
+from occstream.sharding.secrets import redacted
 
 FORMAT = 1
 COMPLETE, LATEST = "COMPLETE.json", "latest.json"
@@ -376,7 +377,7 @@ def export(path: str | Path, out: str | Path) -> Path:
     partial.chmod(storage.file_mode())
     partial.replace(out)
     scores = read_scores(saved.path.parent).get(str(saved.state["step"]), {})
-    config = saved.state.get("config", {})
+    config = redacted(saved.state.get("config", {}))
     card = {
         "model": config.get("model_name"),
         "stage": config.get("stage"),

@@ -27,6 +27,7 @@ from occstream.pretrain.events import default_uri
 from occstream.pretrain.losses import LossConfig
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.schema import TAXONOMIES, Taxonomy, get_taxonomy
+from occstream.sharding.secrets import refuse_secrets
 
 Mask = Literal["auto", "none", "lidar", "camera"]
 
@@ -350,6 +351,9 @@ def build_section(cls: type, data: Any, path: str, known: list[str]) -> Any:
                 reasons = "; ".join(dict.fromkeys(e["msg"] for e in error.errors()))
                 raise ValueError(f"{full} = {value!r}: {reasons}") from None
     _check_numbers(cls, values, path)
+    for key, value in values.items():
+        for text in _strings(value):
+            refuse_secrets(text, f"{path}.{key}" if path else key)
     try:
         return cls(**values)
     except ValueError as error:
@@ -368,6 +372,15 @@ def _check_numbers(cls: type, values: Mapping[str, Any], path: str) -> None:
                 raise ValueError(f"{full} is {number}, must be a finite number")
             if number < 0 and not signed:
                 raise ValueError(f"{full} is {number}, must not be negative")
+
+
+def _strings(value: Any) -> Iterable[str]:
+    value = _plain(value)
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(item)
 
 
 def _numbers(value: Any) -> Iterable[float]:

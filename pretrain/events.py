@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from occstream.sharding.secrets import redact, refuse_secrets
 
 EVENTS, STATE = "metrics.jsonl", "tracking.json"
 KEY = "run_key"  # tag that names a run at the server
@@ -20,8 +21,9 @@ VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 def default_uri(otherwise: str = "sqlite:///runs/mlflow.db") -> str:
-    """Tracking URI where none is given: that of the environment, else a data base in a folder."""
-    return os.environ.get(VARIABLE) or otherwise
+    """Tracking URI where none is given: that of the environment, else a data base in a folder. Raises ValueError if the
+    environment's has a password in it."""
+    return refuse_secrets(os.environ.get(VARIABLE) or otherwise, VARIABLE)
 
 
 def describe_uri(uri: str) -> str:
@@ -32,11 +34,6 @@ def describe_uri(uri: str) -> str:
             f"{redact(uri) or 'none'} ({VARIABLE}={redact(given)} is not used, as the recipe or command names another)"
         )
     return f"{redact(uri) or 'none'}{f' (from {VARIABLE})' if given else ''}"
-
-
-def redact(uri: str) -> str:
-    """A URI without user name and password, for messages."""
-    return re.sub(r"://[^/@]*@", "://***@", uri)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

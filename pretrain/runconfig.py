@@ -11,6 +11,7 @@ from occstream.pretrain.config import Config, parse_config
 from occstream.pretrain.events import flatten
 from occstream.pretrain.tracking import Tracker
 from occstream.sharding import storage
+from occstream.sharding.secrets import redacted
 
 
 def write_config(run: Path, config: Config, ranks: int, saved: Checkpoint | None, tracker: Tracker) -> None:
@@ -26,7 +27,9 @@ def write_config(run: Path, config: Config, ranks: int, saved: Checkpoint | None
     changed: dict[str, tuple[object, object]] = {}
     if saved:
         # Parsed: settings that did not exist then had their defaults.
-        old = flatten(parse_config(saved.state["config"]).to_dict()) | {"world_size": saved.state.get("world_size")}
+        old = flatten(parse_config(redacted(saved.state["config"])).to_dict()) | {
+            "world_size": saved.state.get("world_size")
+        }
         new = flatten(config.to_dict()) | {"world_size": ranks}
         changed = {k: (old.get(k), new[k]) for k in new if old.get(k) != new[k]}
     if changed or not path.exists():

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from occstream.pretrain.events import EVENTS, KEY, STATE, VARIABLE, describe_uri, parse_event, read_events, redact
+from occstream.pretrain.events import EVENTS, KEY, STATE, VARIABLE, describe_uri, parse_event, read_events
 from occstream.sharding import storage
+from occstream.sharding.secrets import redact, refuse_secrets
 
 
 class Sender:
@@ -297,6 +298,7 @@ def sync(run: Path, uri: str = "", experiment: str = "") -> str:
         raise ValueError(f"{run}: not a run's folder (no {EVENTS})")
     sender = Sender(run)
     uri = uri or os.environ.get(VARIABLE, "")
+    refuse_secrets(uri, "--uri")
     if not uri:
         last = sender.uri or "sqlite:///runs/mlflow.db"
         raise ValueError(f"{run}: say which server: --uri {redact(last)} (or set {VARIABLE})")
@@ -351,6 +353,8 @@ def open_client(uri: str):
     fresh one crash in its migration."""
     import fcntl
     import logging
+
+    refuse_secrets(uri, "the tracking URI")
 
     from mlflow.tracking import MlflowClient
 

@@ -20,9 +20,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from occstream.pretrain.events import EVENTS, flatten, read_events, redact
+from occstream.pretrain.events import EVENTS, flatten, read_events
 from occstream.pretrain.sender import Sender, trouble
 from occstream.sharding import threads
+from occstream.sharding.secrets import redact
 
 
 class Tracker:

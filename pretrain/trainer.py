@@ -45,6 +45,7 @@ from occstream.pretrain.runconfig import write_config
 from occstream.pretrain.tracking import Tracker
 from occstream.sharding import storage
 from occstream.sharding.order import BY_CONTENT
+from occstream.sharding.secrets import redacted
 
 # Settings that a resumed run may change: none of them changes what the same step learns. Data is compared by
 # fingerprint, so it may move.
@@ -388,7 +389,7 @@ def load_trained(path: str | Path, overrides: Sequence[str] = (), number: int = 
     device = pick_device(number, share=True)
     print(f"device: {describe(device)}", flush=True)
     saved = checkpoint.Checkpoint(path)
-    config = parse_config(merge(saved.state["config"], parse_overrides(overrides)))
+    config = parse_config(merge(redacted(saved.state["config"]), parse_overrides(overrides)))
     world, cfg = World(0, 1, device), config.train
     model = create_model(config)
     checkpoint.load_declared(model, saved.weights(), model.state_dict(), str(saved.path))
@@ -462,7 +463,7 @@ def _check_strategy(config: Config, model: nn.Module) -> None:
 def _check_same_run(config: Config, data: TrainData, saved: checkpoint.Checkpoint) -> None:
     """Raises ValueError if the folder holds another run than the one that is asked for."""
     # Parsed: settings that did not exist then had their defaults.
-    old, new = flatten(parse_config(saved.state["config"]).to_dict()), flatten(config.to_dict())
+    old, new = flatten(parse_config(redacted(saved.state["config"])).to_dict()), flatten(config.to_dict())
     # Labels choose the voxels of an offboard model: there the limit changes nothing that is learned.
     free = (*_FREE, "model.cap") if config.model.strategy == "offboard" else _FREE
     changed = [k for k in new if old.get(k) != new[k] and not k.startswith(free)]

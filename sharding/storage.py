@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from occstream.sharding import threads
+from occstream.sharding.secrets import redact, refuse_secrets
 from occstream.sharding.storeerrors import ANONYMOUS, explain, transient
 
 T = TypeVar("T")
@@ -49,6 +50,8 @@ def local_path(url: str) -> Path:
 
 
 def _fs(url: str) -> tuple[Any, str]:
+    if not is_local(url):
+        refuse_secrets(url, "the URL")
     if not is_local(url) and not re.match(r"[a-z0-9]+://", url):
         raise ValueError(f"{url!r}: not a path, file:// or s3:// URL")
     if is_local(url):
@@ -115,7 +118,7 @@ def retry(work: Callable[[], T], what: str) -> T:
                 raise
             pause = min(LONGEST, PAUSE * 2 ** min(attempt, 20)) * random.uniform(0.5, 1.5)
             waited = time.monotonic() - began
-            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            said = redact(f"{type(error).__name__}: {' '.join(str(error).split())}")[:220]
             if waited + pause > patience:
                 raise ConnectionError(
                     f"{what}: still failing after {attempt + 1} tries in {waited:.0f} s ({said}); see whether the store is "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import re
 
+from occstream.sharding.secrets import redact
+
 CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role of the machine"
 ANONYMOUS = "OCCSTREAM_S3_ANONYMOUS"  # 1, or names of buckets with commas between: read and written without credentials
 
@@ -75,8 +77,11 @@ def transient(error: BaseException, local: bool = False) -> bool:
 def explain(error: BaseException, url: str) -> Exception:
     """What a user is told: a FileNotFoundError, PermissionError, ConnectionError, OSError or ValueError of one line with
     the URL and what helps. Secrets in the URL or in the library's words are not in it."""
-    name, said = type(error).__name__, " ".join(str(error).split())[:200]
+    url = redact(url)
+    name, said = type(error).__name__, redact(" ".join(str(error).split()))[:200]
     if isinstance(error, ConnectionError) and said.startswith(url):
+        return error
+    if isinstance(error, ValueError) and "has a password or token in it" in said:
         return error
     meaning = _meaning(error)
     if isinstance(error, FileNotFoundError):

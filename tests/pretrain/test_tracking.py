@@ -13,7 +13,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_
 
 from occstream.launch import cli
 from occstream.pretrain.config import load_config
-from occstream.pretrain.events import EVENTS, STATE, VARIABLE, describe_uri, flatten, read_events, redact
+from occstream.pretrain.events import EVENTS, STATE, VARIABLE, describe_uri, flatten, read_events
 from occstream.pretrain.runconfig import write_config
 from occstream.pretrain.sender import Sender, open_client, sync
 from occstream.pretrain.tracking import Tracker
@@ -317,14 +317,6 @@ def test_inactive_ranks_write_nothing(tmp_path):
     tracker.log(1, {"x": 1.0})
     tracker.close()
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("uri", "shown"),
-    [("https://u:p@host/x", "https://***@host/x"), ("sqlite:///a.db", "sqlite:///a.db"), ("s3://b/k", "s3://b/k")],
-)
-def test_redact(uri, shown):
-    assert redact(uri) == shown
 
 
 def test_flatten():

@@ -121,12 +121,15 @@ def test_training_streams_from_object_storage(s3, tmp_path):
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--recipe", RECIPE]
     run = tmp_path / "run"
     command += [f"data.url={s3}/train", f"output={run}", "train.steps=2", f"track.uri=sqlite:///{tmp_path}/mlflow.db"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    secrets = {"MLFLOW_TRACKING_USERNAME": "somebody", "MLFLOW_TRACKING_PASSWORD": "a-password-of-mlflow"}
+    done = subprocess.run(command, env=environment(**secrets), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [e["step"] for e in read_events(run / "metrics.jsonl") if "train/loss" in e.get("metrics", {})] == [1, 2]
-    written = done.stdout + done.stderr + "".join(p.read_text(errors="ignore") for p in run.rglob("*.json*"))
-    assert objectstore.KEY not in written
-    assert f'"{objectstore.SECRET}"' not in written
+    files = [p for p in tmp_path.rglob("*") if p.is_file() and "cache" not in p.parts]
+    assert {"config.yaml", "metrics.jsonl", "state.json", "mlflow.db"} <= {p.name for p in files}
+    written = (done.stdout + done.stderr).encode() + b"".join(p.read_bytes() for p in files)
+    for secret in (objectstore.KEY, f'"{objectstore.SECRET}"', *secrets.values()):
+        assert secret.encode() not in written
 
 
 def test_wrong_credentials_and_missing_bucket_are_one_line(s3, monkeypatch, capsys):
