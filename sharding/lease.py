@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from occstream.sharding import storage
+from occstream.sharding import storage, threads
 
 RENEWED, EXPIRED = 10.0, 45.0  # seconds between renewals; without one for so long, the holder is dead
 
@@ -95,8 +95,7 @@ def _remote(url: str, name: str, holder: dict) -> Iterator[None]:
             with contextlib.suppress(Exception):  # a store that is away: nobody else can write there either
                 storage.publish(json.dumps({**holder, "renewed": count}).encode(), place)
 
-    thread = threading.Thread(target=renew, name="lease", daemon=True)
-    thread.start()
+    thread = threads.start("lease", renew, lambda error: None)  # unrenewed, the lease expires
     try:
         yield
     finally:

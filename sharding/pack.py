@@ -15,7 +15,6 @@ import multiprocessing.connection
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -24,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from occstream.sharding import lease, storage
+from occstream.sharding import lease, storage, threads
 from occstream.sharding.codec import FORMAT_VERSION, GROUPS, Coding, canonical_json, encode
 from occstream.sharding.contract import admit
 from occstream.sharding.grid import VoxelGrid
@@ -360,7 +359,7 @@ _adopted: Job  # of a worker process: a source may be large, so it is sent once,
 def _adopt(job: Job) -> None:
     global _adopted
     _adopted = job
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    threads.start("parent", _end_with_parent, lambda error: os._exit(1))
 
 
 def _end_with_parent() -> None:
