@@ -32,6 +32,7 @@ from occstream.sharding.grid import VoxelGrid
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 Strategy = Literal["intermediate", "replacing", "multi", "offboard"]
+Selection = Literal["predicted", "gt", "union"]
 
 
 @dataclass
@@ -82,7 +83,7 @@ class B2SConfig:
     query: Literal["sparse", "dense"] = "sparse"
     """What the deformable self-attention samples: B' (sparse), or B' set to zero outside the selection (dense): the two
     readings of the paper's section 3.2 and appendix A.2 (SPEC A.8)."""
-    selection: Literal["predicted", "gt", "union"] = "predicted"
+    selection: Selection = "predicted"
     """Which voxels the sparse transformer refines: predicted occupied, occupied in the pooled labels, or both while
     training (SPEC A.7). Offboard always takes the labels."""
     threshold: float = 0.5
@@ -265,12 +266,13 @@ class SparsePart(nn.Module):
             c.head_rows,
         )
 
-    def select(self, scores: Tensor) -> list[Tensor]:
+    def select(self, scores: Tensor, by: Selection = "predicted") -> list[Tensor]:
         """Voxels to refine: those above the threshold, best first, at least ``floor`` and at most ``cap``. Voxels that the
         labels choose are taken as they are: none is dropped, and where they alone choose, none is added.
 
         Args:
-            scores: (S, N) in 0..1; 2: the labels choose it; -1: the labels alone choose, and not this one.
+            scores: (S, N) in 0..1; 2: the labels choose it.
+            by: who chooses: predictions, labels (gt) or both (union).
 
         Returns:
             Flat voxel index (M,) of each frame, with an M of its own.
@@ -280,16 +282,13 @@ class SparsePart(nn.Module):
         """
         total = scores.shape[1]
         floor, cap = min(self.c.floor, total), min(self.c.cap, total)
-        given = int((scores > 1).sum(1).max())
-        if given > cap:
+        if by != "predicted" and (given := max((scores > 1).sum(1).tolist())) > cap:
             raise ValueError(
                 f"the labels of a frame call {given} voxels of B' occupied, model.cap allows {cap}: set model.cap={total} "
                 "(memory grows with the voxels there are, not with the limit), or a coarser model.binary_factor"
             )
         counts = (scores > self.c.threshold).sum(1)
-        if (scores >= 0).all():
-            counts = counts.clamp(floor, cap)
-        counts = counts.tolist()
+        counts = (counts if by == "gt" else counts.clamp(floor, cap)).tolist()
         index = scores.topk(max(counts), dim=1).indices
         return [i[:count] for i, count in zip(index, counts)]
 
@@ -307,7 +306,7 @@ class SparsePart(nn.Module):
         Returns:
             semantic logits (S, K, X, Y, Z) fp32, and the number of refined voxels (S,).
         """
-        tokens = self.tokens.at(self.select(self.scores(logits, batch)), batch)
+        tokens = self.tokens.at(self.select(*self.scores(logits, batch)), batch)
         flat = volume.flatten(2).mT  # (S, N, C')
         x = self.into(flat.flatten(0, 1)[tokens.place])
         sampled = volume
@@ -322,16 +321,16 @@ class SparsePart(nn.Module):
         selected = torch.tensor(tokens.counts, device=volume.device)
         return self.full(torch.cat([dense, flat.to(dense.dtype)], -1), "semantic"), selected
 
-    def scores(self, logits: Tensor | None, batch: OccBatch) -> Tensor:
-        """(S, N): how much each voxel wants to be refined."""
+    def scores(self, logits: Tensor | None, batch: OccBatch) -> tuple[Tensor, Selection]:
+        """(S, N): how much each voxel is to be refined; and who says so."""
         predicted = logits.detach().float().sigmoid().flatten(1) if logits is not None else None
         selection = "gt" if logits is None else self.c.selection
         if selection == "predicted" or (selection == "union" and not self.training):
-            return predicted
+            return predicted, "predicted"
         frames = slice(0, len(batch.images))
         truth, _ = pool_binary(batch.binary[frames], batch.binary_valid[frames], self.shape)
-        truth = truth.flatten(1).float() * 3 - 1
-        return truth if selection == "gt" else torch.maximum(predicted, truth)
+        truth = truth.flatten(1).float() * 2
+        return (truth if selection == "gt" else torch.maximum(predicted, truth)), selection
 
 
 class B2S(nn.Module):

@@ -176,7 +176,7 @@ def test_voxels_that_labels_choose_are_neither_dropped_nor_added(settings):
     occupied, _ = pool_binary(batch.binary, batch.binary_valid, (8, 8, 4))
     assert outputs.selected.tolist() == occupied.flatten(1).sum(1).tolist()
     assert outputs.selected[1] == 0
-    chosen = model.semantic.select(model.semantic.scores(None, batch))
+    chosen = model.semantic.select(*model.semantic.scores(None, batch))
     assert all(occupied[i].flatten()[c].all() for i, c in enumerate(chosen))
     batch.binary[...] = False
     model.train()
@@ -209,13 +209,13 @@ def test_selection_by_labels_and_by_both():
     logits = torch.full((2, 8, 8, 4), -5.0)
     logits[0, 0, 0, 0] = 5
     truth, _ = pool_binary(batch.binary, batch.binary_valid, (8, 8, 4))
-    gt = build(selection="gt").semantic.scores(logits, batch) > 0.5
+    gt = build(selection="gt").semantic.scores(logits, batch)[0] > 0.5
     torch.testing.assert_close(gt, truth.flatten(1))
     union = build(selection="union").semantic
-    both = union.scores(logits, batch) > 0.5
+    both = union.scores(logits, batch)[0] > 0.5
     assert bool(both[0, 0])
     assert (both[:, 1:] == truth.flatten(1)[:, 1:]).all()
-    assert (union.eval().scores(logits, batch) > 0.5).sum() == 1, "no labels outside training"
+    assert (union.eval().scores(logits, batch)[0] > 0.5).sum() == 1, "no labels outside training"
 
 
 @pytest.mark.parametrize(
