@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import numpy as np
 import simplejpeg
 import zstandard
 
-from occstream.sharding.schema import Boxes, Camera, Frame, Labels, LidarSweep
+from occstream.sharding.schema import Boxes, Camera, Frame, Labels, LidarSweep, check_scene_name
 
 FORMAT_VERSION = 1
 GROUPS = ("cameras", "lidar", "labels")
@@ -20,6 +22,12 @@ LIDAR_LEVEL = 9  # at most: byte planes gain little beyond
 
 _LIDAR_ARRAYS = ("xyz", "intensity", "ring", "time_lag", "classes", "moving")
 _LABEL_ARRAYS = ("binary", "semantic", "mask_lidar", "mask_camera", "flow", "logits", "ranked")
+LARGEST_ARRAY = 1 << 28  # bytes that an array may have when unpacked: more than any grid's or sweep's
+_PLAIN = re.compile(r"[<|]?(b1|[iu][1248]|f[248])")
+# What damaged JSON and arrays raise when they are taken apart.
+_DAMAGED = (
+    KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, zstandard.ZstdError,
+)  # fmt: skip
 _local = threading.local()
 
 
@@ -156,19 +164,26 @@ def decode(groups: Iterable[dict[str, bytes]]) -> Frame:
     for members in groups:
         try:
             head = json.loads(members["frame.json"])
-        except (KeyError, ValueError) as error:
-            raise CorruptSample(f"frame.json is missing or damaged ({error})") from None
-        if frame is None:
-            frame = Frame(
-                head["scene"], head["index"], head["token"], head["timestamp"], _unmatrix(head["ego_to_global"])
-            )
+            if frame is None:
+                frame = _decode_head(head)
+        except _DAMAGED as error:
+            said = " ".join(str(error).split())[:120]
+            raise CorruptSample(f"frame.json is missing or damaged ({type(error).__name__}: {said})") from None
         try:
             _decode_group(frame, head, members)
-        except (KeyError, ValueError, zstandard.ZstdError) as error:
+        except _DAMAGED as error:
             raise CorruptSample(f"frame {frame.key}: {type(error).__name__}: {error}; pack its shard again") from None
     if frame is None:
         raise ValueError("no groups given")
     return frame
+
+
+def _decode_head(head: dict) -> Frame:
+    scene, index, token, timestamp = head["scene"], head["index"], head["token"], head["timestamp"]
+    check_scene_name(scene)
+    if type(index) is not int or not 0 <= index < 10**7 or not isinstance(token, str):
+        raise ValueError(f"index {str(index)[:40]!r} or token {str(token)[:40]!r} is none")
+    return Frame(scene, index, token, _time(timestamp, optional=True), _pose(head["ego_to_global"], optional=True))
 
 
 def _decode_group(frame: Frame, head: dict, members: dict[str, bytes]) -> None:
@@ -177,19 +192,23 @@ def _decode_group(frame: Frame, head: dict, members: dict[str, bytes]) -> None:
             jpeg=members[c["member"]],
             width=c["width"],
             height=c["height"],
-            intrinsics=_unmatrix(c["intrinsics"]),
-            sensor_to_ego=_unmatrix(c["sensor_to_ego"]),
-            ego_to_global=_unmatrix(c["ego_to_global"]),
-            timestamp=c["timestamp"],
-            distortion=tuple(c["distortion"]) if c["distortion"] is not None else None,
+            intrinsics=_numbers(c["intrinsics"], 3, 3),
+            sensor_to_ego=_pose(c["sensor_to_ego"]),
+            ego_to_global=_pose(c["ego_to_global"]),
+            timestamp=_time(c["timestamp"]),
+            distortion=tuple(_numbers(c["distortion"], -1).tolist()) if c["distortion"] is not None else None,
         )
+        size = frame.cameras[name].width, frame.cameras[name].height
+        if not all(type(n) is int and 0 < n < 65536 for n in size):
+            raise ValueError(f"{name} has {size} pixels")
     arrays = {name: _unpack(members[f"{name}.zst"], spec) for name, spec in head.get("arrays", {}).items()}
+    _check_arrays(arrays)
     if "lidar" in head:
         pose = head["lidar"]
         frame.lidar = LidarSweep(
-            sensor_to_ego=_unmatrix(pose["sensor_to_ego"]),
-            ego_to_global=_unmatrix(pose["ego_to_global"]),
-            timestamp=pose["timestamp"],
+            sensor_to_ego=_pose(pose["sensor_to_ego"]),
+            ego_to_global=_pose(pose["ego_to_global"]),
+            timestamp=_time(pose["timestamp"]),
             **{name: arrays.get(name) for name in _LIDAR_ARRAYS},
         )
     if "binary" in arrays:
@@ -197,12 +216,40 @@ def _decode_group(frame: Frame, head: dict, members: dict[str, bytes]) -> None:
     if "boxes" in head:
         b = head["boxes"]
         velocity = b["velocity"]
+        names, tracks = b["names"], b["track_ids"]
+        if (
+            not isinstance(names, list)
+            or not isinstance(tracks, list)
+            or not all(isinstance(word, str) for word in (*names, *tracks))
+        ):
+            raise ValueError("names or tracks of boxes are no lists of texts")
+        if len(names) != len(tracks):
+            raise ValueError(f"boxes have {len(names)} names and {len(tracks)} tracks")
         frame.boxes = Boxes(
-            boxes=np.asarray(b["boxes"], np.float32).reshape(-1, 7),
-            names=b["names"],
-            track_ids=b["track_ids"],
-            velocity=None if velocity is None else np.asarray(velocity, np.float32).reshape(-1, 2),
+            boxes=_numbers(b["boxes"], len(names), 7).astype(np.float32) if names else np.zeros((0, 7), np.float32),
+            names=names,
+            track_ids=tracks,
+            velocity=None if velocity is None else np.array(velocity, np.float32).reshape(len(names), 2),
         )
+
+
+def _check_arrays(arrays: dict[str, np.ndarray]) -> None:
+    """Arrays of one frame must fit each other. Raises ValueError."""
+    xyz, binary = arrays.get("xyz"), arrays.get("binary")
+    if xyz is not None and (xyz.ndim != 2 or xyz.shape[1] != 3 or xyz.dtype != np.float32):
+        raise ValueError(f"xyz has shape {xyz.shape} and type {xyz.dtype}, expected (N, 3) float32")
+    if binary is not None and (binary.ndim != 3 or binary.dtype != bool):
+        raise ValueError(f"binary has shape {binary.shape} and type {binary.dtype}, expected (X, Y, Z) bool")
+    known = {**dict.fromkeys(_LIDAR_ARRAYS, xyz), **dict.fromkeys(_LABEL_ARRAYS, binary)}
+    for name, value in arrays.items():
+        like = known.get(name)
+        if like is None:
+            raise ValueError(f"array {name!r:.40} is unknown, or stands without xyz or binary")
+        if name in ("flow", "logits", "ranked"):
+            if value.ndim != 2:
+                raise ValueError(f"{name} has shape {value.shape}, expected rows")
+        elif value.shape != (like.shape[:1] if like is xyz else like.shape) and name != "xyz":
+            raise ValueError(f"{name} has shape {value.shape} beside {like.shape}")
 
 
 def _pack_arrays(
@@ -236,19 +283,38 @@ def _unpack(data: bytes, spec: dict) -> np.ndarray:
     # A context per thread: making one costs more than decoding a small member.
     if not hasattr(_local, "zstd"):
         _local.zstd = zstandard.ZstdDecompressor()
-    raw = _local.zstd.decompress(data)
-    dtype, shape = np.dtype(spec["dtype"]), tuple(spec["shape"])
-    count = int(np.prod(shape))
-    if spec["coding"] == "bits":
+    dtype, shape, coding = _plain(spec["dtype"]), tuple(spec["shape"]), spec["coding"]
+    if not 1 <= len(shape) <= 5 or not all(type(n) is int and 0 <= n <= LARGEST_ARRAY for n in shape):
+        raise ValueError(f"shape {str(shape)[:40]} is none")
+    count = math.prod(shape)
+    stored = _plain(spec["stored"]) if coding == "steps" else dtype
+    length = -(-count // 8) if coding == "bits" else count * stored.itemsize
+    if max(length, count * dtype.itemsize) > LARGEST_ARRAY:
+        raise ValueError(f"an array of shape {shape} is larger than {LARGEST_ARRAY} bytes")
+    # Before anything is allocated: a few bytes can be made to fill any memory.
+    if (said := zstandard.frame_content_size(data)) not in (-1, length):
+        raise ValueError(f"unpacks to {said} bytes, an array of shape {shape} has {length}")
+    raw = _local.zstd.decompress(data, max_output_size=length) if length else b""
+    if len(raw) != length:
+        raise ValueError(f"unpacks to {len(raw)} bytes, an array of shape {shape} has {length}")
+    if coding == "bits":
         return np.unpackbits(np.frombuffer(raw, np.uint8), count=count).view(bool).reshape(shape)
-    if spec["coding"] == "planes":
+    if coding == "planes":
         return _from_planes(raw, dtype, shape)
-    if spec["coding"] == "steps":
-        steps = _from_planes(raw, np.dtype(spec["stored"]), shape)
-        return (steps * np.float64(spec["step"])).astype(dtype)
-    if spec["coding"] == "raw":
+    if coding == "steps":
+        step = float(spec["step"])
+        if stored.kind != "i" or not 0 < step < 1:
+            raise ValueError(f"steps of {step} stored as {stored}")
+        return (_from_planes(raw, stored, shape) * np.float64(step)).astype(dtype)
+    if coding == "raw":
         return np.frombuffer(raw, dtype).reshape(shape)
-    raise ValueError(f"unknown coding {spec['coding']!r}")
+    raise ValueError(f"unknown coding {str(coding)[:40]!r}")
+
+
+def _plain(name: Any) -> np.dtype:
+    if not isinstance(name, str) or not _PLAIN.fullmatch(name):
+        raise ValueError(f"type {str(name)[:40]!r} is not one of numbers")
+    return np.dtype(name)
 
 
 def _to_planes(value: np.ndarray) -> bytes:
@@ -274,8 +340,26 @@ def _matrix(value: np.ndarray | None) -> list[list[float]] | None:
     return None if value is None else np.asarray(value, np.float64).tolist()
 
 
-def _unmatrix(value: list | None) -> np.ndarray | None:
-    return None if value is None else np.array(value, np.float64)
+def _numbers(value: Any, *shape: int) -> np.ndarray:
+    """float64, finite, of a shape (-1: any length). Raises ValueError."""
+    array = np.array(value)
+    if array.dtype.kind not in "fiu" or array.ndim != len(shape):
+        raise ValueError(f"{str(value)[:40]} is not numbers of shape {shape}")
+    if any(want not in (-1, have) for want, have in zip(shape, array.shape)) or not np.isfinite(array).all():
+        raise ValueError(f"{str(value)[:40]} is not finite or not of shape {shape}")
+    return array.astype(np.float64)
+
+
+def _pose(value: Any, optional: bool = False) -> np.ndarray | None:
+    return None if value is None and optional else _numbers(value, 4, 4)
+
+
+def _time(value: Any, optional: bool = False) -> int | None:
+    if value is None and optional:
+        return None
+    if type(value) is not int or not -(2**63) <= value < 2**63:
+        raise ValueError(f"time stamp {str(value)[:40]!r} is no whole number")
+    return value
 
 
 def _nullable(velocity: np.ndarray | None) -> list | None:

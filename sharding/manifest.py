@@ -15,6 +15,7 @@ import numpy as np
 from occstream.sharding import storage
 from occstream.sharding.codec import FORMAT_VERSION, canonical_json
 from occstream.sharding.grid import GRIDS, VoxelGrid
+from occstream.sharding.received import check_manifest, check_sidecar, load_json
 from occstream.sharding.schema import get_taxonomy
 
 NAME = "manifest.json"
@@ -127,20 +128,22 @@ class Manifest:
             raise ValueError("no data set given: set data.url to the folder or s3:// URL that `occstream shard` wrote")
         where = storage.join(url, NAME)
         try:
-            data = json.loads(storage.read_bytes(where))
+            found = storage.read_bytes(where)
         except FileNotFoundError:
             raise ValueError(
                 f"{where}: no manifest there; pack the data with `occstream shard` or mend the URL"
             ) from None
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where}: damaged ({error}); pack the data again, shards that are intact are kept"
-            ) from None
+        data = load_json(found, where, "pack the data again, shards that are intact are kept")
         if data.get("format") != FORMAT_VERSION:
             raise ValueError(f"{where}: format version {data.get('format')}, this version reads {FORMAT_VERSION}")
+        check_manifest(data, where)
         manifest = cls.from_content(url, data)
         # Of what was read, not of what was made of it: a million scenes need not be taken apart again.
-        if _digest({k: v for k, v in data.items() if k != "fingerprint"}) != data["fingerprint"]:
+        try:
+            digest = _digest({k: v for k, v in data.items() if k != "fingerprint"})
+        except ValueError:  # NaN
+            digest = ""
+        if digest != data["fingerprint"]:
             raise ValueError(f"{where}: its content does not match its fingerprint; it was edited or damaged")
         manifest.__dict__["fingerprint"] = data["fingerprint"]
         if data["labels"] and tuple(get_taxonomy(manifest.taxonomy).classes) != manifest.classes:
@@ -160,12 +163,12 @@ class Manifest:
         """
         where = storage.join(self.url, sidecar_name(group))
         try:
-            data = json.loads(storage.read_bytes(where))
+            found = storage.read_bytes(where)
         except FileNotFoundError:
             there = ", ".join(self.sidecars()) or "none"
             raise ValueError(f"{self.url}: has no sidecar group {group!r}; there are: {there}") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: damaged ({error}); attach the labels again") from None
+        data = load_json(found, where, "attach the labels again")
+        check_sidecar(data, where, group)
         if data["base"] != self.fingerprint:
             raise ValueError(
                 f"{where}: was attached to a data set with fingerprint {data['base']}, this one has {self.fingerprint}; "

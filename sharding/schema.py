@@ -26,6 +26,7 @@ from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.lenses import Lens, View
 from occstream.sharding.poses import compose, inverse
 
+SCENE_NAME = re.compile(r"[A-Za-z0-9_-]{1,60}")
 IGNORE = 255  # semantic id of voxels and points whose class is unknown; never enters a loss or a metric
 
 
@@ -366,7 +367,7 @@ def frame_key(scene: str, index: int) -> str:
 
 def check_scene_name(name: str) -> None:
     """Raises ValueError if the name cannot be a part of tar member names and URLs."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name):
+    if not isinstance(name, str) or not SCENE_NAME.fullmatch(name):
         raise ValueError(f"scene name {name!r}: use 1 to 60 letters, digits, '_' and '-' (it names shard members)")
 
 

@@ -17,9 +17,22 @@ def read_record(url: str) -> dict | None:
     """Record of the shard at a URL; None if there is none that can be used."""
     try:
         record = json.loads(storage.read_bytes(url[:-4] + ".json"))
-        return record if {"digest", "size", "sha256", "scenes", "failed", "group"} <= record.keys() else None
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    return record if _usable(record) else None
+
+
+def _usable(record: object) -> bool:
+    kinds = {"digest": str, "size": int, "sha256": str, "scenes": list, "failed": dict, "group": str}
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
+        return False
+    return all(
+        isinstance(s, dict)
+        and {"name", "frames"} <= s.keys()
+        and isinstance(s["name"], str)
+        and type(s["frames"]) is int
+        for s in record["scenes"]
+    )
 
 
 class ShardWriter:

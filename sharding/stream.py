@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 import time
@@ -18,6 +17,7 @@ from occstream.sharding import threads as guarded
 from occstream.sharding.codec import CorruptSample, decode
 from occstream.sharding.manifest import Manifest, shard_path
 from occstream.sharding.order import Sample
+from occstream.sharding.received import load_json, read_index
 from occstream.sharding.schema import Frame, frame_key
 
 Fill = Callable[[Frame, int, dict[str, np.ndarray]], object]
@@ -167,13 +167,14 @@ class ShardReader:
     def _load_index(self, group: str, number: int, url: str) -> dict[str, tuple[int, int]]:
         where = url[:-4] + ".json"
         try:
-            record = json.loads(storage.read_bytes(where))
+            found = storage.read_bytes(where)
         except FileNotFoundError:
             raise FileNotFoundError(f"{where}: index of a shard is missing; run `occstream verify`") from None
+        record = load_json(found, where, "pack its shard again")
         want = self.manifest.shard(group, number)
-        if (record["size"], record["sha256"]) != (want.size, want.sha256):
+        if (record.get("size"), record.get("sha256")) != (want.size, want.sha256):
             raise ValueError(f"{where}: belongs to another version of the shard than the manifest names; pack it again")
-        return {key: (offset, length) for key, offset, length in record["frames"]}
+        return read_index(record, where, want.size)
 
     def _open_file(self, group: str, number: int, url: str) -> int | None:
         entry = self.manifest.shard(group, number)
@@ -208,6 +209,8 @@ def tar_members(data: bytes, key: str) -> dict[str, bytes]:
             raise CorruptSample(f"frame {key}: damaged tar header") from None
         if sum(header) - sum(header[148:156]) + 8 * 32 != total or not name.startswith(f"{key}."):
             raise CorruptSample(f"frame {key}: damaged tar header")
+        if not 0 <= length <= len(data) - at - 512:
+            raise CorruptSample(f"frame {key}: member {name} of {length} bytes reaches beyond the frame")
         members[name[len(key) + 1 :]] = data[at + 512 : at + 512 + length]
         at += 512 + (length + 511) // 512 * 512
     return members
