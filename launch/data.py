@@ -289,6 +289,8 @@ def card(args) -> int:
 
 def verify(args) -> int:
     from occstream.sharding.check import verify
+    from occstream.sharding.datacard import lacking_line
+    from occstream.sharding.manifest import Manifest
 
     text = args.sample.strip()
     try:
@@ -296,6 +298,8 @@ def verify(args) -> int:
     except ValueError:
         raise ValueError(f"--sample {args.sample}: needs a share like 1% or 0.01") from None
     problems = verify(args.url, share, args.seed, args.group)
+    if line := lacking_line(Manifest.load(args.url).scenes):
+        print(f"{args.url}: {line}")
     for problem in problems:
         print(problem)
     scope = "" if share == 1 else f" (content of {text} of the shards read)"

@@ -87,7 +87,7 @@ def predict_checkpoint(
         raise ValueError(f"{url}: has no labels; an offboard model and --truth need them")
     config.data.url, config.loss.depth_weight = url, 0.0
     kept = {base.scenes[i].name for i in base.subset(truth, config.data.subset_seed, holdout)} if truth else set()
-    cameras = trained.cameras or camera_names(base, 0)
+    cameras = camera_names(base, 0, trained.cameras)
     if offboard and (share := unknown_share(base, range(len(base.scenes)), config.data.mask, config.data.binary_from)):
         print(unknown_line("data.mask", config.data.mask, share))
     filler = FrameFiller(
@@ -143,6 +143,11 @@ def predict_checkpoint(
             for index in range(scene.frames):
                 frame = reader.frame(numbers[scene.name], index)
                 labels = made.get(frame.key)
+                if labels is None and scene.name not in kept:
+                    raise ValueError(
+                        f"{base.url}: frame {frame.key} cannot be predicted: an image is missing or damaged (named above); pack "
+                        "its scene again, or predict on a set without it"
+                    )
                 if labels is not None:
                     own = frame.labels if labelled else None
                     labels.mask_lidar = own.mask_lidar if own else None

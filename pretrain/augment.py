@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from occstream.sharding.codec import CorruptSample, check_jpeg
+from occstream.sharding.codec import CorruptSample, IncompleteSample, check_jpeg
 from occstream.sharding.exactmath import cos_sin
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.order import generator
@@ -265,8 +265,8 @@ class FrameFiller:
         """Fills the views of one sample; returns what is yet to be decoded, by "frame …, camera" for messages.
 
         Raises:
-            CorruptSample: an image cannot be decoded.
-            ValueError: the frame lacks a camera, labels or a mask, or has another grid.
+            CorruptSample: an image cannot be decoded, or one of the cameras is missing.
+            ValueError: the frame lacks all cameras, labels or a mask, or has another grid.
         """
         vary = self.train and self.config.enabled
         rng = generator(self.seed, epoch, frame.key) if vary else None
@@ -286,7 +286,9 @@ class FrameFiller:
                         "cameras into a set of their own (scenes=[…]) to predict"
                     )
                 have = ", ".join(taken.cameras)
-                raise ValueError(f"frame {taken.key}: camera {name} is missing (has {have}); set data.cameras")
+                raise IncompleteSample(
+                    f"frame {taken.key}: camera {name} is missing (has {have}); data.cameras chooses others"
+                )
             affine = image_affine(rng, (camera.width, camera.height), self.config)
             try:
                 if self.decode:

@@ -64,7 +64,7 @@ class TrainData:
             scenes = manifest.named(data.scene_names)
         else:
             scenes = manifest.subset(data.scenes, data.subset_seed, data.holdout)
-        self.cameras = data.cameras or camera_names(manifest, scenes[0])
+        self.cameras = camera_names(manifest, scenes[0], data.cameras)
         order = _order(manifest, scenes, cfg.seed, None, cfg.batch)
         self.epoch_samples = order.epoch(0).size
         samples = cfg.steps * cfg.batch if cfg.steps else round(cfg.epochs * self.epoch_samples)
@@ -377,7 +377,7 @@ class EvalData:
             raise ValueError(
                 f"{self.total} frames to evaluate on, but {world.size} processes: evaluate on more, or use fewer processes"
             )
-        self.cameras = cameras or config.data.cameras or camera_names(manifest, scenes[0])
+        self.cameras = camera_names(manifest, scenes[0], cameras or config.data.cameras)
         self._choose_convention(manifest, ev.convention)
         self.unknown = unknown_share(manifest, scenes, ev.mask, config.data.binary_from)
         if self.unknown:
@@ -517,15 +517,26 @@ def _load(config: Config, url: str, labels: str = "labels") -> Manifest:
     return manifest
 
 
-def camera_names(manifest: Manifest, scene: int) -> tuple[str, ...]:
-    """Camera names of the first frame of a scene."""
+def camera_names(manifest: Manifest, scene: int, wanted: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Names of the cameras to train on, in order: the wanted ones, else all that a scene's first, middle and last frame have.
+
+    Raises:
+        ValueError: these frames have no cameras, or none by a wanted name.
+    """
     reader = ShardReader(manifest, ("cameras",), cache(manifest.url))
+    frames = manifest.scenes[scene].frames
     try:
-        names = tuple(reader.frame(scene, 0).cameras)
+        found = [list(reader.frame(scene, index).cameras) for index in sorted({0, frames // 2, frames - 1})]
     finally:
         reader.close()
+    names = tuple(dict.fromkeys(name for cameras in found for name in cameras))
+    if unknown := [name for name in wanted if names and name not in names]:
+        raise ValueError(
+            f"{manifest.url}: scene {manifest.scenes[scene].name} has no camera {unknown[0]!r}, only {', '.join(names)}; set "
+            "data.cameras"
+        )
     if not names:
         raise ValueError(
             f"{manifest.url}: scene {manifest.scenes[scene].name} has no cameras; this model trains on images"
         )
-    return names
+    return wanted or names

@@ -35,6 +35,11 @@ class CorruptSample(ValueError):
     """A frame that cannot be decoded; says which key and member."""
 
 
+class IncompleteSample(CorruptSample):
+    """A frame that is whole, but lacks what a recipe reads, as one of the rig's cameras: replaced like a corrupt one, and
+    no sign of damage."""
+
+
 @dataclass(frozen=True)
 class Coding:
     """Choices at packing that a reader need not know.

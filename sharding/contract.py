@@ -8,6 +8,7 @@ import numpy as np
 
 from occstream.sharding.schema import Frame, LidarSweep, Scene
 
+LACKING = "lacking"  # attribute of a scene: by camera, how many of its frames have no image of it though others have
 DROPPED = "dropped_returns"  # attribute of a scene: how many LiDAR returns had coordinates that are not finite
 _OF_POINTS = ("intensity", "ring", "time_lag", "classes", "moving")
 
@@ -42,6 +43,14 @@ def admit(scene: Scene) -> Scene:
     if not dropped:
         return scene
     return dataclasses.replace(scene, frames=frames, attributes={**scene.attributes, DROPPED: dropped})
+
+
+def with_lacking(scene: Scene) -> Scene:
+    """The scene with the attribute ``LACKING`` if some of its frames have fewer cameras than others."""
+    rig = dict.fromkeys(name for frame in scene.frames for name in frame.cameras)
+    lacking = {name: sum(name not in frame.cameras for frame in scene.frames) for name in rig}
+    lacking = {name: count for name, count in sorted(lacking.items()) if count}
+    return dataclasses.replace(scene, attributes={**scene.attributes, LACKING: lacking}) if lacking else scene
 
 
 def is_rigid(pose: np.ndarray) -> bool:

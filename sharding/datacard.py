@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from occstream.sharding.contract import LACKING
 from occstream.sharding.manifest import Manifest, SceneEntry
 from occstream.sharding.schema import IGNORE, get_taxonomy
 from occstream.sharding.stream import ShardReader
@@ -18,6 +20,23 @@ def black_shares(scenes: Iterable[SceneEntry]) -> dict[str, float]:
         for name, share in scene.attributes.get("rectified", {}).items():
             found[name] = max(found.get(name, 0.0), share)
     return found
+
+
+def lacking_cameras(scenes: Iterable[SceneEntry]) -> dict[str, int]:
+    """By camera of the rig: how many frames have no image of it, though others of their scene have."""
+    total: Counter = Counter()
+    for scene in scenes:
+        total.update(scene.attributes.get(LACKING, {}))
+    return dict(total)
+
+
+def lacking_line(scenes: Iterable[SceneEntry]) -> str:
+    """Says so for the terminal; "" if no camera is missing."""
+    lacking = lacking_cameras(scenes)
+    if not lacking:
+        return ""
+    listed = ", ".join(f"{name} in {count} frame{'s' if count > 1 else ''}" for name, count in lacking.items())
+    return f"not there: {listed}; training replaces such frames by others of their scene"
 
 
 def data_card(manifest: Manifest, other: str = "", frames: int = 100) -> dict[str, float]:

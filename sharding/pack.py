@@ -25,7 +25,7 @@ from typing import Protocol
 
 from occstream.sharding import lease, storage, threads
 from occstream.sharding.codec import FORMAT_VERSION, GROUPS, Coding, canonical_json, encode
-from occstream.sharding.contract import admit
+from occstream.sharding.contract import admit, with_lacking
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import NAME, Manifest, shard_path
 from occstream.sharding.prepare import Images
@@ -140,6 +140,8 @@ class Job:
         if not scene.frames:
             raise ValueError("it has no frames")
         scene = self.images.aim(scene)
+        if "cameras" in self.groups and not self.images.cameras:
+            scene = with_lacking(scene)
         return self.label(scene) if self.label else scene
 
     def members(self, frame: Frame, group: str) -> list[tuple[str, bytes]]:

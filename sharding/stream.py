@@ -14,7 +14,7 @@ import numpy as np
 
 from occstream.sharding import storage
 from occstream.sharding import threads as guarded
-from occstream.sharding.codec import CorruptSample, decode
+from occstream.sharding.codec import CorruptSample, IncompleteSample, decode
 from occstream.sharding.manifest import Manifest, shard_path
 from occstream.sharding.order import Sample
 from occstream.sharding.received import load_json, read_index
@@ -263,7 +263,8 @@ class Stream:
         ring: batches in flight, including the consumer's.
         allocate: makes a buffer of a shape and dtype (for pinned memory); default numpy.
         max_skipped: a corrupt sample is replaced by the next frame of its scene (the same on every rank and in every
-            replay), counted and named, up to this many; then it is an error.
+            replay), counted and named, up to this many; then it is an error. Incomplete ones are, too, but do not count
+            towards the limit, and each is named once.
         warn: gets one line for each skipped sample.
         lookahead: batches beyond those in the ring whose shards are fetched into the cache ahead of need.
         deadline: seconds that the consumer waits for a batch before it is an error that names what is not there.
@@ -307,6 +308,7 @@ class Stream:
         self._change = threading.Condition()  # its lock is reentrant
         self.waited = 0.0
         self.skipped: list[str] = []
+        self._corrupt = 0
         self._planned: deque[tuple[list[Sample], dict[str, int]]] = deque()
         self._lookahead, self._history = lookahead if reader.cache else 0, history
         self._wanted: deque[int] = deque()  # shard numbers to prefetch, in order of need
@@ -509,8 +511,14 @@ class Stream:
 
     def _skip(self, error: CorruptSample) -> None:
         with self._change:
+            again = isinstance(error, IncompleteSample) and str(error) in self.skipped
             self.skipped.append(str(error))
-            count = len(self.skipped)
+            self._corrupt += not isinstance(error, IncompleteSample)
+            count = self._corrupt
+        if isinstance(error, IncompleteSample):
+            if not again:
+                self._warn(f"replaced incomplete sample: {error}")
+            return
         self._warn(f"skipped corrupt sample {count}: {error}")
         if count > self._max_skipped:
             raise ValueError(

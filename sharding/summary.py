@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from occstream.sharding.datacard import black_shares
+from occstream.sharding.datacard import black_shares, lacking_line
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.rawfiles import listed
@@ -94,6 +94,8 @@ def after(manifest: Manifest, frames: int = 8) -> list[str]:
     if black := black_shares(manifest.scenes):
         worst = ", ".join(f"{name} {100 * share:.1f} %" for name, share in black.items())
         lines.append(f"rectified  to pinholes; black, at most: {worst}")
+    if line := lacking_line(manifest.scenes):
+        lines.append(f"cameras    {line}")
     if manifest.left_out:
         lines.append(f"left out   {listed('scene', manifest.left_out)} that failed")
     return lines

@@ -6,6 +6,7 @@ ego pose is the LiDAR's (the first camera's where a sample has no LiDAR).
 
 from __future__ import annotations
 
+import fnmatch
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from occstream.sharding.schema import (
 )
 from occstream.sharding.sources.nuscenes_labels import LABEL_SETS
 
-LIDAR = "LIDAR_TOP"
+LIDAR, CAMERAS = "LIDAR_TOP", ("CAM*",)
 _TABLES = (
     "scene", "sample", "sample_data", "calibrated_sensor", "sensor", "ego_pose", "sample_annotation", "instance", "category",
     "log",
@@ -60,6 +61,8 @@ def open_source(
     taxonomy: Literal["occ3d", "openscene"] = "occ3d",
     labels: Literal["occ3d", "openoccupancy", "surroundocc"] | None = None,
     labels_root: str | None = None,
+    lidar: str = LIDAR,
+    cameras: tuple[str, ...] = CAMERAS,
 ) -> Nuscenes:
     """A folder in the nuScenes layout.
 
@@ -70,10 +73,12 @@ def open_source(
         sweeps: also read the LiDAR sweeps between key-frames (denser labels).
         taxonomy: of point classes and box names.
         labels: a public label set to read with the frames; None: there are none, make them with ``--labels lidar``.
+        lidar: channel of the LiDAR, in folders of other rigs.
+        cameras: channels of the cameras, ``*`` stands for anything.
         labels_root: its folder; None for ``gts``, ``nuScenes-Occupancy`` or ``nuscenes_occ/samples`` below ``root``.
 
     Raises:
-        ValueError: a table is missing or damaged, or a scene is unknown.
+        ValueError: a table is missing or damaged, a scene is unknown, or there are sensors but none by these names.
     """
     folder = existing_folder(root, "v1.0-*/ and samples/")
     if labels and taxonomy != "occ3d":
@@ -85,9 +90,35 @@ def open_source(
     tables = folder / (version or versions[0])
     if not tables.is_dir():
         raise ValueError(f"{tables}: no such table folder; there are {', '.join(versions) or 'none'}")
-    records = _index(tables, scenes, sweeps)
+    rig = Rig(lidar, tuple(cameras))
+    records = _index(tables, scenes, sweeps, rig)
     found = _findings(folder, labels, where)
-    return Nuscenes(folder, tables.name, sweeps, get_taxonomy(taxonomy), labels, where, records, found)
+    return Nuscenes(folder, tables.name, sweeps, get_taxonomy(taxonomy), labels, where, records, found, rig)
+
+
+@dataclass(frozen=True)
+class Rig:
+    """Channels to read: the LiDAR's name, and patterns of the cameras' names."""
+
+    lidar: str = LIDAR
+    cameras: tuple[str, ...] = CAMERAS
+
+    def is_camera(self, channel: str) -> bool:
+        return any(fnmatch.fnmatchcase(channel, pattern) for pattern in self.cameras)
+
+    def check(self, table: Table) -> None:
+        """Raises ValueError if there are LiDARs or cameras in the table of sensors, but none by the rig's names."""
+        kinds = {row.text("channel"): str(row.values.get("modality", "")) for row in table}
+        lidars = sorted(c for c, kind in kinds.items() if kind == "lidar" or "lidar" in c.lower())
+        cameras = sorted(c for c, kind in kinds.items() if kind == "camera" or "cam" in c.lower())
+        if self.lidar not in kinds and (lidars or self.lidar != LIDAR):
+            there = f"its LiDARs are {', '.join(lidars)}" if lidars else "it has no LiDAR"
+            raise ValueError(f"{table.path}: has no channel {self.lidar}, {there}; set lidar=NAME")
+        if not any(self.is_camera(c) for c in kinds) and (cameras or self.cameras != CAMERAS):
+            there = f"its cameras are {', '.join(cameras)}" if cameras else "it has no camera"
+            raise ValueError(
+                f"{table.path}: no channel is named like {' or '.join(self.cameras)}, {there}; set cameras=[NAME,…] (* for any)"
+            )
 
 
 def _findings(folder: Path, labels: str | None, where: Path | None) -> Findings:
@@ -116,8 +147,14 @@ class Nuscenes:
     labels_root: Path | None = field(repr=False)
     records: dict[str, dict] = field(repr=False)
     findings: Findings = field(repr=False)
+    rig: Rig = Rig()
 
     name = "nuscenes"
+
+    def __repr__(self) -> str:
+        rig = f", rig={self.rig!r}" if self.rig != Rig() else ""  # sets of the usual rig keep their digests
+        about = f"version={self.version!r}, sweeps={self.sweeps!r}, taxonomy={self.taxonomy!r}, labels={self.labels!r}"
+        return f"Nuscenes({about}{rig})"
 
     @property
     def grid(self) -> VoxelGrid | None:
@@ -239,7 +276,7 @@ class Nuscenes:
         return Boxes(boxes, names, [row["track"] for row in rows], velocity)
 
 
-def _index(tables: Path, scenes: tuple[str, ...] | None, with_sweeps: bool) -> dict[str, dict]:
+def _index(tables: Path, scenes: tuple[str, ...] | None, with_sweeps: bool, rig: Rig) -> dict[str, dict]:
     """Joins the tables into one record per scene, and drops the rest (the full tables take gigabytes)."""
     found = {name: Table(tables / f"{name}.json") for name in _TABLES}
     wanted = {row.text("name"): row for row in found["scene"]}
@@ -247,15 +284,16 @@ def _index(tables: Path, scenes: tuple[str, ...] | None, with_sweeps: bool) -> d
         raise ValueError(f"{found['scene'].path}: two scenes have one name; unpack the metadata archive again")
     wanted = {name: wanted[name] for name in choose(scenes, list(wanted), tables)}
     samples = _samples(found["sample"], {row.text("token") for row in wanted.values()})
-    keys, between = _sensor_rows(found, samples, with_sweeps)
+    rig.check(found["sensor"])
+    keys, between = _sensor_rows(found, samples, rig.lidar if with_sweeps else None)
     joined = _joiner(found, tables)
     annotations = _annotations(found, samples)
     records = {}
     for name, scene in wanted.items():
         chain = []
         for token in _chain(scene, samples, found["sample"]):
-            lidar = keys[token].get(LIDAR)
-            cameras = {c: joined(r) for c, r in sorted(keys[token].items()) if c.startswith("CAM")}
+            lidar = keys[token].get(rig.lidar)
+            cameras = {c: joined(r) for c, r in sorted(keys[token].items()) if rig.is_camera(c)}
             extra, at = [], lidar.text("prev", empty=True) if lidar else ""
             while at in between:
                 row = between.pop(at)  # so that links which lead in a circle come to an end
@@ -309,7 +347,7 @@ def _chain(scene: Row, samples: dict[str, Row], table: Table) -> list[str]:
 
 
 def _sensor_rows(
-    found: dict[str, Table], samples: dict[str, Row], with_sweeps: bool
+    found: dict[str, Table], samples: dict[str, Row], sweeps_of: str | None
 ) -> tuple[dict[str, dict[str, Row]], dict[str, Row]]:
     """Rows of key-frames by sample and channel; rows of LiDAR sweeps between them by token."""
     calibrations, table = found["calibrated_sensor"], found["sample_data"]
@@ -325,7 +363,7 @@ def _sensor_rows(
             if channel in keys[sample]:
                 raise row.error("sample_token", f"is {sample!r}, which has another key-frame of {channel}")
             keys[sample][channel] = row
-        elif with_sweeps and channel == LIDAR:
+        elif channel == sweeps_of:
             between[row.text("token")] = row
     return keys, between
 

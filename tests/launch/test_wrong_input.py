@@ -96,7 +96,7 @@ def test_unknown_source_option_grid_and_recipe(tmp_path, said):
         ("data.scene_names=[synthetic-v2-s0-00001]", "did you mean 'synthetic-v2-s0-000001'"),
         ("model.compact_factor=8", "compact_factor is 8"),
         ("train.steps", "write key=value"),
-        ("data.cameras=[CAM_TOP]", "camera CAM_TOP is missing"),
+        ("data.cameras=[CAM_TOP]", "has no camera 'CAM_TOP', only CAM_"),
     ],
 )
 def test_wrong_recipe_values(data, tmp_path, said, override, message):

@@ -11,6 +11,7 @@ import torch
 from occstream.models import OccBatch
 from occstream.models.lift import project
 from occstream.pretrain.augment import AugmentConfig, FrameFiller, flip_matrix, flip_voxels, image_affine, warp_jpeg
+from occstream.sharding.codec import IncompleteSample
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.order import generator
 from occstream.sharding.schema import OCC3D
@@ -108,7 +109,7 @@ def test_binary_target_from_semantic_labels(frame):
 
 def test_missing_parts_are_named(frame):
     filler = FrameFiller(CONFIG, ("CAM_TOP",), get_grid("tiny"), OCC3D, 0, True)
-    with pytest.raises(ValueError, match="camera CAM_TOP is missing"):
+    with pytest.raises(IncompleteSample, match="camera CAM_TOP is missing"):  # replaced by the stream
         filler(frame, 0, views_of(filler))
     lopsided = VoxelGrid("lopsided", (0, -8, -1), (16, 8, 3), (1, 1, 1))
     with pytest.raises(ValueError, match=r"set augment\.flip_x=false"):

@@ -1,6 +1,7 @@
 """What people's folders hold: images of every kind that a viewer opens, files of operating systems, half a download."""
 
 import io
+import json
 
 import cv2
 import numpy as np
@@ -9,12 +10,15 @@ import simplejpeg
 from PIL import Image
 
 from occstream.launch.cli import main
+from occstream.pretrain.replay import camera_names
 from occstream.sharding import rawfiles
 from occstream.sharding.check import verify
 from occstream.sharding.pack import Job, estimate, pack
 from occstream.sharding.sources import open_source
+from occstream.sharding.summary import after
 from tests.sharding import layouts
 from tests.sharding.test_shards import same
+from tests.sharding.toy import ToySource
 
 # A smooth picture, which survives JPEG: by its colors one sees that none were swapped or inverted.
 PICTURE = cv2.resize(np.random.default_rng(3).integers(0, 255, (6, 8, 3)).astype(np.uint8), (64, 48))
@@ -169,3 +173,67 @@ def test_dry_run_says_how_many_are_there_and_packing_how_to_go_on(partial, capsy
     assert "To pack the others all the same: --max-failures N" in capsys.readouterr().err
     assert main([*command, "--max-failures", "3"]) == 0
     assert verify(str(partial / "out")) == []
+
+
+class Gappy(ToySource):
+    """Two cameras; one frame of the first scene lacks one, and so does its first frame of the other."""
+
+    def load(self, name):
+        scene = super().load(name)
+        for frame in scene.frames:
+            camera = frame.cameras["CAM_A"]
+            frame.cameras = {"CAM_A": camera, "CAM_B": camera}
+        if name == "toy-0":
+            del scene.frames[0].cameras["CAM_A"], scene.frames[1].cameras["CAM_B"]
+        return scene
+
+
+def test_a_missing_camera_is_told_at_packing_and_verifying(tmp_path, capsys):
+    manifest = pack(Gappy((3, 2)), str(tmp_path / "out"))
+    assert manifest.scenes[0].attributes["lacking"] == {"CAM_A": 1, "CAM_B": 1}
+    assert "lacking" not in manifest.scenes[1].attributes
+    line = "not there: CAM_A in 1 frame, CAM_B in 1 frame; training replaces such frames by others of their scene"
+    assert f"cameras    {line}" in after(manifest)
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert line in capsys.readouterr().out
+
+
+def test_cameras_to_train_on_are_the_rigs_and_not_the_first_frames(tmp_path):
+    manifest = pack(Gappy((3, 2)), str(tmp_path / "out"))
+    assert sorted(camera_names(manifest, 0)) == ["CAM_A", "CAM_B"]
+    assert camera_names(manifest, 0, ("CAM_B",)) == ("CAM_B",)
+    with pytest.raises(ValueError, match=r"scene toy-0 has no camera 'CAM_TOP', only CAM_B, CAM_A; set data.cameras"):
+        camera_names(manifest, 0, ("CAM_TOP",))
+
+
+def renamed(root, names):
+    """Channels of a nuScenes folder by other names."""
+    path = root / "v1.0-toy" / "sensor.json"
+    rows = json.loads(path.read_text())
+    for row in rows:
+        row["channel"] = names[row["channel"]]
+    path.write_text(json.dumps(rows))
+
+
+def test_rigs_with_other_names_are_told_what_to_set(tmp_path):
+    options = layouts.nuscenes(tmp_path)
+    usual = open_source("nuscenes", options)
+    assert repr(usual) == "Nuscenes(version='v1.0-toy', sweeps=True, taxonomy=Taxonomy(name='occ3d'), labels=None)"
+    renamed(tmp_path, {"CAM_FRONT": "FRONT_CAMERA", "LIDAR_TOP": "LIDAR_LEFT"})
+    with pytest.raises(
+        ValueError, match=r"sensor.json: has no channel LIDAR_TOP, its LiDARs are LIDAR_LEFT; set lidar=NAME"
+    ):
+        open_source("nuscenes", options)
+    with pytest.raises(ValueError, match=r"named like CAM\*, its cameras are FRONT_CAMERA; set cameras=\[NAME,…\]"):
+        open_source("nuscenes", options | {"lidar": "LIDAR_LEFT"})
+    source = open_source("nuscenes", options | {"lidar": "LIDAR_LEFT", "cameras": ["*_CAMERA"]})
+    assert repr(source) != repr(usual)
+    frame, before = source.load("scene-0000").frames[1], usual.load("scene-0000").frames[1]
+    assert list(frame.cameras) == ["FRONT_CAMERA"]
+    assert same([frame.lidar, frame.sweeps], [before.lidar, before.sweeps])
+
+
+def test_sets_without_a_lidar_or_cameras_need_no_setting(tmp_path):
+    options = layouts.nuscenes(tmp_path)
+    renamed(tmp_path, {"CAM_FRONT": "CAM_FRONT", "LIDAR_TOP": "RADAR_FRONT"})
+    assert open_source("nuscenes", options).load("scene-0000").frames[0].lidar is None

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from occstream.sharding import stream as stream_module
-from occstream.sharding.codec import CorruptSample
+from occstream.sharding.codec import CorruptSample, IncompleteSample
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.order import (
     Order,
@@ -295,6 +295,25 @@ def test_corrupt_samples_are_replaced_counted_and_named(data):
         pytest.raises(ValueError, match=r"more than 1.*toy-1-0002"),
     ):
         list(islice(stream, 100))
+
+
+def test_incomplete_samples_are_replaced_in_every_epoch_and_named_once(data):
+    """A frame without one of the cameras is met again and again in a long run: no sign of damage, so no end of it."""
+
+    def picky(frame, epoch, views):
+        if frame.key in ("toy-1-0002", "toy-2-0000"):
+            raise IncompleteSample(f"{frame.key}: camera CAM_BACK is missing")
+        fill(frame, epoch, views)
+
+    said = []
+    with make_stream(data, picky, batch=14, max_skipped=0, warn=said.append) as stream:
+        keys = [key for batch in islice(stream, 5) for key in batch.keys]
+    assert len(keys) == 70
+    assert not {"toy-1-0002", "toy-2-0000"} & set(keys)
+    assert len(stream.skipped) >= 10
+    assert sorted(said) == [
+        f"replaced incomplete sample: {key}: camera CAM_BACK is missing" for key in ("toy-1-0002", "toy-2-0000")
+    ]
 
 
 def test_errors_in_threads_reach_the_consumer_and_threads_end(data):
