@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 from pathlib import Path
 
@@ -87,9 +88,7 @@ class ImageEncoder(nn.Module):
 def _load(body: nn.Module, weights: str) -> None:
     path = Path(weights)
     if not path.exists() and not path.suffix and weights.count("/") == 1:
-        from huggingface_hub import hf_hub_download
-
-        path = Path(hf_hub_download(weights, "model.safetensors"))
+        path = _from_hub(weights)
     if not path.is_file():
         raise ValueError(f"backbone weights {weights!r}: no such file, and not a hub id such as microsoft/resnet-50")
     values = (
@@ -105,6 +104,21 @@ def _load(body: nn.Module, weights: str) -> None:
             f"({', '.join(missing[:4])}…); they belong to another backbone or width"
         )
     body.load_state_dict({k: values[k] for k in own})
+
+
+def _from_hub(name: str) -> Path:
+    """A model's weights in the hub's cache. Of all processes of a machine one asks the hub, and only for what is not there."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / ".occstream.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return Path(huggingface_hub.hf_hub_download(name, "model.safetensors", local_files_only=True))
+        except LocalEntryNotFoundError:
+            return Path(huggingface_hub.hf_hub_download(name, "model.safetensors"))
 
 
 def _by_our_names(values: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
