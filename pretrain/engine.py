@@ -13,7 +13,7 @@ import math
 import os
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,12 +29,13 @@ from occstream.pretrain.limits import check_limits
 @dataclass(frozen=True)
 class World:
     """This process's place. ``device`` is ``cuda:<local rank>`` or ``cpu`` (``pick_device``);
-    ``launched``: a launcher started this process and watches over it."""
+    ``launched``: a launcher started this process and watches over it; ``local``: the rank among those of its node."""
 
     rank: int
     size: int
     device: torch.device
     launched: bool = False
+    local: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -70,10 +71,14 @@ class DataError(ValueError):
     """Some rank could not get its data."""
 
 
+_timeout = datetime.timedelta(minutes=10)
+
+
 @functools.cache
 def control_group() -> dist.ProcessGroup:
-    """A gloo group for small agreements on the CPU, beside NCCL; all ranks must call it first at the same place."""
-    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    """A gloo group for small agreements on the CPU, beside NCCL, with its time-out; all ranks must call it first at the same
+    place."""
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=_timeout)
 
 
 def init_distributed(timeout_minutes: float = 10.0) -> World:
@@ -85,6 +90,8 @@ def init_distributed(timeout_minutes: float = 10.0) -> World:
     Raises:
         ValueError: as ``pick_device``.
     """
+    global _timeout
+    _timeout = datetime.timedelta(minutes=timeout_minutes) if timeout_minutes else datetime.timedelta(days=365)
     device = pick_device(int(os.environ.get("LOCAL_RANK", 0)))
     os.environ["DS_ACCELERATOR"] = device.type  # or DeepSpeed looks for one itself, and warns
     import deepspeed
@@ -107,10 +114,10 @@ def init_distributed(timeout_minutes: float = 10.0) -> World:
             print(f"warning: {warning}", flush=True)
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo",
-            timeout=datetime.timedelta(minutes=timeout_minutes),
+            timeout=_timeout,
             verbose=False,
         )
-    return World(dist.get_rank(), dist.get_world_size(), device, launched)
+    return World(dist.get_rank(), dist.get_world_size(), device, launched, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def seed_everything(*keys: int) -> None:
@@ -271,13 +278,20 @@ def to_local(tensor: Tensor, full: Tensor, world: World) -> Tensor:
     return padded[world.rank * length : (world.rank + 1) * length]
 
 
-def to_full(tensor: Tensor, local: Tensor, world: World) -> Tensor:
-    """Inverse of ``to_local`` (collective for ZeRO-3); on the CPU."""
-    if not is_partitioned(tensor):
-        return local.detach().cpu().clone()
-    parts = [torch.empty_like(local) for _ in range(world.size)]
-    dist.all_gather(parts, local.contiguous())
-    return torch.cat(parts)[: tensor.ds_numel].reshape(tensor.ds_shape).cpu()
+def to_full(tensor: Tensor, local: Tensor, world: World) -> Tensor | None:
+    """Inverse of ``to_local`` (collective for ZeRO-3), for the rank that saves: on its CPU; None on others, which copy
+    nothing."""
+    if is_partitioned(tensor):
+        whole = local.new_empty(world.size * local.numel())
+        dist.all_gather_into_tensor(whole, local.detach().contiguous())
+        local = whole[: tensor.ds_numel].reshape(tensor.ds_shape)
+    return local.detach().to("cpu", copy=True) if world.is_main else None
+
+
+def full_state(module: nn.Module, values: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """``to_full`` of every parameter and floating buffer (collective); {} on ranks that do not save."""
+    state = {name: to_full(t, values[name], world) for name, t in float_state(module)}
+    return state if world.is_main else {}
 
 
 def float_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -331,9 +345,12 @@ class Ema:
 
 
 def module_state(module: nn.Module, world: World) -> dict[str, Tensor]:
-    """Full parameters and buffers on the CPU, by name (collective). fp32 masters: we never train in lower precision."""
+    """Full parameters and buffers on the CPU, by name (collective); {} on ranks that do not save. fp32 masters: we never
+    train in lower precision."""
     state = {name: to_full(p, local_values(p), world) for name, p in module.named_parameters()}
-    state.update({name: b.detach().cpu().clone() for name, b in module.named_buffers()})
+    if not world.is_main:
+        return {}
+    state.update({name: b.detach().to("cpu", copy=True) for name, b in module.named_buffers()})
     persistent = set(module.state_dict().keys())
     return {name: value for name, value in state.items() if name in persistent}
 
@@ -343,7 +360,8 @@ BY_DEVICE = ("fused", "foreach", "capturable", "differentiable")  # how AdamW co
 
 
 def optimizer_state(engine, world: World) -> tuple[dict[str, Tensor], list[dict]]:
-    """AdamW's full moments by ``<moment>/<parameter>`` plus ``step`` (collective), and the hyper-parameters by group."""
+    """AdamW's full moments by ``<moment>/<parameter>`` plus ``step`` (collective; {} on ranks that do not save), and the
+    hyper-parameters by group."""
     from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
 
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
@@ -363,9 +381,11 @@ def optimizer_state(engine, world: World) -> tuple[dict[str, Tensor], list[dict]
                 value = to_full(p, safe_get_local_optimizer_state(p, moment).reshape(-1), world)
             else:
                 value = safe_get_full_optimizer_state(p, moment)
-            tensors[f"{moment}/{name}"] = value.detach().reshape(_shape(p)).cpu().clone()
+            if world.is_main:
+                tensors[f"{moment}/{name}"] = value.detach().reshape(_shape(p)).to("cpu", copy=True)
     steps = {float(s["step"]) for s in base.state.values() if "step" in s}
-    tensors["step"] = torch.tensor(max(steps, default=0.0))
+    if world.is_main:
+        tensors["step"] = torch.tensor(max(steps, default=0.0))
     groups = [
         {k: v for k, v in g.items() if k not in BY_DEVICE and isinstance(v, (int, float, bool, str))}
         for g in base.param_groups

@@ -27,12 +27,12 @@ from occstream.pretrain.engine import (
     World,
     build_engine,
     float_state,
+    full_state,
     learning_rate,
     load_optimizer_state,
     module_state,
     optimizer_state,
     seed_everything,
-    to_full,
     to_local,
 )
 from occstream.pretrain.events import EVENTS, describe_uri, flatten
@@ -521,7 +521,7 @@ class Keeper:
         tensors = {"model": module_state(engine.module, world)}
         tensors["optimizer"], groups = optimizer_state(engine, world)
         if ema:
-            tensors["ema"] = {n: to_full(t, ema.values[n], world) for n, t in float_state(engine.module)}
+            tensors["ema"] = full_state(engine.module, ema.values, world)
         path, error = self.root / f"step-{step:08d}", None
         if world.is_main:
             state = {

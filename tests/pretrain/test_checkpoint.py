@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from occstream.pretrain import checkpoint, resume
 from occstream.pretrain.checkpoint import Checkpoint, load_declared, newest, read_weights
-from occstream.pretrain.engine import World
+from occstream.pretrain.engine import World, float_state, full_state, module_state
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -186,6 +187,19 @@ def test_a_damaged_checkpoint_comes_back_from_where_it_was_uploaded(tmp_path):
     # And if that is gone as well, on a fresh disk.
     _harm(tmp_path / "store/step-00000002")
     assert resume.newest(tmp_path / "other", url, ALONE)[0].state["step"] == 1
+
+
+def test_ranks_that_do_not_save_copy_nothing():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    ema = {name: t.detach().clone() for name, t in float_state(module)}
+    main, other = World(0, 2, torch.device("cpu")), World(1, 2, torch.device("cpu"))
+    with mock.patch.object(torch.Tensor, "to", side_effect=AssertionError("copied")):
+        assert module_state(module, other) == {}
+        assert full_state(module, ema, other) == {}
+    state = module_state(module, main)
+    assert state.keys() == module.state_dict().keys()
+    assert all(torch.equal(state[k], v) and state[k].data_ptr() != v.data_ptr() for k, v in module.state_dict().items())
+    assert full_state(module, ema, main).keys() == ema.keys()
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
