@@ -5,16 +5,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from occstream.pretrain import checkpoint
 from occstream.pretrain.checkpoint import Checkpoint, Damaged
 from occstream.pretrain.engine import World, control_group
+from occstream.pretrain.events import redact
 
 
 def newest(root: Path, url: str, world: World) -> tuple[Checkpoint | None, int]:
-    """The newest checkpoint that is whole, here or uploaded (collective). One that is damaged is named aloud and renamed to
-    ``damaged-…``, and its uploaded copy or the one before is taken.
+    """The newest checkpoint that is whole and that all ranks have, here or uploaded (collective). On nodes with disks of their
+    own, one that only the main rank's node has is uploaded first, if there is a place. One that is damaged is named aloud and
+    renamed to ``damaged-…``, and its uploaded copy or the one before is taken.
 
     Args:
         root: folder of the run's checkpoints.
@@ -24,20 +27,26 @@ def newest(root: Path, url: str, world: World) -> tuple[Checkpoint | None, int]:
         It, or None if there is none at all; and the step of the newest uploaded one, -1 if there is none.
 
     Raises:
-        ValueError: none is whole, or one has another format; nothing is renamed then.
+        ValueError: none is whole, or one has another format; nothing is renamed then. Or there are some, but none that all
+            ranks have.
         OSError: a rank has no access to it.
     """
     here, there = _steps(root, url, world)
     if not here and not there:
         return None, -1
+    here, there = _everywhere(root, url, world, here, there)
     aside: list[Path] = []
     error: Exception | None = None
     for step in sorted({*here, *there}, reverse=True):
         path = root / checkpoint.folder_name(step)
         for _ in range(2 if step in here and step in there else 1):
-            saved, error = _read(path, step, url if step in there else "")
+            # One rank of each node fetches and hashes it.
+            saved, error = _read(path, step, url if step in there else "") if world.local == 0 else (None, None)
             world.agree(None if isinstance(error, Damaged) else error)
             if not world.agree(None, isinstance(error, Damaged)):
+                if world.local:
+                    saved, error = _read(path, step, "", hashed=False)
+                world.agree(error)
                 return saved, max(there, default=-1)
             if error is not None:
                 print(f"WARNING: {error}", file=sys.stderr, flush=True)
@@ -66,11 +75,46 @@ def _steps(root: Path, url: str, world: World) -> tuple[list[int], list[int]]:
     return found[0], found[1]
 
 
-def _read(path: Path, step: int, url: str) -> tuple[Checkpoint | None, Exception | None]:
+def _everywhere(root: Path, url: str, world: World, here: list[int], there: list[int]) -> tuple[list[int], list[int]]:
+    """Those of the main rank's checkpoints that every rank's disk has, and the uploaded ones."""
+    if world.size == 1 or not here:
+        return here, there
+    has = torch.tensor(
+        [(root / checkpoint.folder_name(s) / checkpoint.COMPLETE).is_file() for s in here], dtype=torch.int
+    )
+    dist.all_reduce(has, op=dist.ReduceOp.MIN, group=control_group())
+    common = [step for step, everywhere in zip(here, has.tolist()) if everywhere]
+    newest, error = max(here), None
+    if newest in common or newest in there:
+        return common, there
+    path = root / checkpoint.folder_name(newest)
+    if url and newest > max(there, default=-1):
+        if world.is_main:
+            print(f"{path} is not on every node's disk: uploading it to {redact(url)} first", flush=True)
+            try:
+                checkpoint.upload(path, url)
+            except Exception as problem:
+                error = problem
+        world.agree(error)
+        return common, [*there, newest]
+    if not common and not there:
+        raise ValueError(
+            f"{path} is on the main rank's disk alone, so other ranks cannot go on from it: give an output= that all nodes "
+            "share, or train.upload=, or start on the nodes that have it"
+        )
+    if world.is_main:
+        print(
+            f"WARNING: {path} is not on every node's disk; going on from step {max([*common, *there])}, which all have",
+            file=sys.stderr,
+            flush=True,
+        )
+    return common, there
+
+
+def _read(path: Path, step: int, url: str, hashed: bool = True) -> tuple[Checkpoint | None, Exception | None]:
     try:
         if url:
-            # Ranks of one node may each fetch it; the first that is done wins.
             path = checkpoint.download(url, step, path.parent)
-        return Checkpoint(path, strict=True), None
+        return Checkpoint(path, strict=True, hashed=hashed), None
     except Exception as problem:
         return None, problem

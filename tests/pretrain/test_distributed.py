@@ -15,7 +15,7 @@ import torch
 
 from occstream.models import MODELS
 from occstream.models.b2s import Strategy
-from occstream.pretrain import replay
+from occstream.pretrain import checkpoint, replay
 from occstream.pretrain.checkpoint import Checkpoint, complete_steps, export, read_weights
 from occstream.pretrain.config import load_config
 from occstream.pretrain.engine import World
@@ -330,6 +330,41 @@ def test_a_rank_without_its_data_goes_on_with_its_first_batch_until_all_know(roo
         data.heard(1.0, 1.0)
     data.heard(0.0, 1.0)
     assert data.wished
+
+
+def test_nodes_with_disks_of_their_own_go_on_from_what_all_have(tmp_path):
+    def disk(name, *steps):
+        for step in steps:
+            checkpoint.save(tmp_path / name, step, {"model": {"w": torch.ones(2)}}, {"step": step})
+        return str(tmp_path / name)
+
+    def job(name, first, second, local=(0, 0), url=""):
+        (tmp_path / name).mkdir()
+        return {"disks": [first, second], "local": local, "url": url, "out": str(tmp_path / name)}
+
+    def found(name):
+        return [json.loads((tmp_path / name / f"found-{rank}.json").read_text()) for rank in (0, 1)]
+
+    both = disk("both", 1, 2)
+    store = f"file://{tmp_path}/store"
+    jobs = [
+        job("shared", both, both, local=(0, 1)),
+        job("older", disk("a", 1, 2), disk("b", 1)),
+        job("alone", disk("c", 1, 2), disk("d")),
+        job("upload", disk("e", 3), disk("f"), url=store),
+        job("again", disk("g"), disk("h"), url=store),
+    ]
+    run_jobs(jobs, 2, tmp_path / "log")
+    first, second = found("shared")
+    assert (first["step"], second["step"]) == (2, 2)
+    assert first["hashed"] > 0
+    assert second["hashed"] == 0, "another rank of its node has done it"
+    assert [f["step"] for f in found("older")] == [1, 1]
+    assert all("disk alone" in f["error"] for f in found("alone"))
+    for name in ("upload", "again"):
+        assert [(f["step"], f["uploaded"]) for f in found(name)] == [(3, 3), (3, 3)]
+    assert [p.name for p in complete_steps(tmp_path / "f")] == ["step-00000003"]
+    assert "step-00000002 is not on every node's disk; going on from step 1" in (tmp_path / "log/rank0.log").read_text()
 
 
 def test_shares_of_replay_sources_are_exact_and_logged(runs):

@@ -2,9 +2,11 @@
 
 A job may ask for ``frozen_norms`` (batch norms never see the batch), ``poison`` (rank 0's loss is infinite at that call),
 ``fused`` (AdamW and the guard as on CUDA) and ``fails`` (it ends with an error: the message becomes a file).
+A job with ``disks`` looks for the checkpoint to go on from, one folder and one ``local`` rank for each rank.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 from occstream.models.layers import SyncBatchNorm
-from occstream.pretrain import engine, guards, trainer
+from occstream.pretrain import checkpoint, engine, guards, resume, trainer
 from occstream.pretrain.config import load_config
 from occstream.pretrain.engine import DataError, init_distributed
 
@@ -38,9 +40,25 @@ def poisoned_loss(at, rank):
     return loss
 
 
+def find(job, world):
+    """What a rank with its own disk would go on from, and how many files it has hashed."""
+    disk, place = Path(job["disks"][world.rank]), dataclasses.replace(world, local=job["local"][world.rank])
+    found = {}
+    with mock.patch.object(checkpoint, "_sha256", side_effect=checkpoint._sha256) as hashing:
+        try:
+            saved, found["uploaded"] = resume.newest(disk, job["url"], place)
+            found["step"] = saved.state["step"]
+        except ValueError as error:
+            found["error"] = str(error)
+    Path(job["out"], f"found-{world.rank}.json").write_text(json.dumps({**found, "hashed": hashing.call_count}))
+
+
 if __name__ == "__main__":
     world = init_distributed(2.0)
     for job in json.loads(Path(sys.argv[1]).read_text()):
+        if "disks" in job:
+            find(job, world)
+            continue
         config = load_config(job["recipe"], job["overrides"], stage=job["stage"])
         with contextlib.ExitStack() as stack:
             if job.get("frozen_norms"):
