@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from occstream.pretrain.config import Config, load_config
-from tests.pretrain.small import RECIPE, pack_small
+    from occstream.pretrain.config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = str(ROOT / "tests/pretrain/small.yaml")  # the smallest that has every part of a network
 
 
 class Failed(Exception):
@@ -43,10 +47,14 @@ class Check:
 
     @property
     def device(self) -> torch.device:
+        import torch
+
         return torch.device("cpu" if self.dry else "cuda")
 
     def data(self) -> str:
         """Scenes of three frames with six small images, packed once for all sections."""
+        from tests.pretrain.small import pack_small
+
         url = self.out / "small"
         if not (url / "manifest.json").exists():
             pack_small(str(url), scenes=3)
@@ -54,16 +62,21 @@ class Check:
 
     def small(self, stage: str, *words: str) -> Config:
         """The smallest recipe that has every part of a network."""
+        from occstream.pretrain.config import load_config
+
         words = (f"data.url={self.data()}", f"replay.url={self.data()}", "model.dropout=0.0", *words)
         return load_config(RECIPE, words, stage=stage)
 
     def sized(self, recipe: str, stage: str, *words: str) -> Config:
         """A packaged recipe without data, as it is; dry, the smallest one with its kind of network."""
+        from occstream.pretrain.config import load_config
+
         if not self.dry:
             return load_config(recipe, words, stage=stage)
         kind = load_config(recipe, words, stage=stage)
         keep = [w for w in words if not w.startswith(("data.", "replay.", "augment."))]
         keep += ["model.dropout=0.0", f"model_name={kind.model_name}", f"model.strategy={kind.model.strategy}"]
+        keep += ["model.cap=4000"]  # all that labels call occupied must fit
         keep += [f"model.dense_layers={min(1, kind.model.dense_layers)}", f"data.binary_from={kind.data.binary_from}"]
         return load_config(RECIPE, keep, stage=stage)
 
@@ -91,6 +104,8 @@ def section(name: str, expected: str) -> Callable:
 @contextmanager
 def peak(device: torch.device) -> Iterator[Callable[[], float]]:
     """GiB allocated at most so far; 0 on the CPU, which does not count."""
+    import torch
+
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -99,6 +114,8 @@ def peak(device: torch.device) -> Iterator[Callable[[], float]]:
 
 def timed(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Seconds of one call, the best of some."""
+    import torch
+
     best = float("inf")
     for _ in range(repeats + 1):
         if device.type == "cuda":

@@ -173,7 +173,8 @@ def _bench(check: Check, recipe: str, stage: str, batch: int, faster: float, mem
         c = check.sized(recipe, stage)
         recipe = str(ROOT / "tests/pretrain/small.yaml")
         words = (f"model_name={c.model_name}", f"model.strategy={c.model.strategy}", "replay.url=")
-        words += (f"model.dense_layers={c.model.dense_layers}", f"data.binary_from={c.data.binary_from}")
+        words += (f"model.dense_layers={c.model.dense_layers}", f"model.cap={c.model.cap}")
+        words += (f"data.binary_from={c.data.binary_from}",)
     with peak(check.device):
         found = bench_step(recipe, words, stage, batch, 1 if check.dry else 5)
     (check.out / f"step-{stage}-{Path(recipe).stem}.json").write_text(json.dumps(found, indent=1))
