@@ -14,6 +14,7 @@ written beside its final name and renamed when whole. No pickle anywhere.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -159,7 +160,9 @@ def remote_steps(url: str) -> list[int]:
     last = latest_remote(url)
     if last is None:
         return []
-    found = {int(m[1]) for name in storage.folders(url) if (m := re.fullmatch(r"step-(\d{8})", name))}
+    found: set[int] = set()
+    with contextlib.suppress(PermissionError):  # without the right to list, the newest is all that is known
+        found = {int(m[1]) for name in storage.folders(url) if (m := re.fullmatch(r"step-(\d{8})", name))}
     return sorted({step for step in found if step <= last} | {last})
 
 

@@ -27,6 +27,7 @@ class Faults:
         seen: counts by what was done.
         sent: bytes of answers to GET by path.
         pace: seconds that an answer takes to arrive, in ten pieces; 0: at once.
+        away: nothing is answered, connections are cut.
     """
 
     errors: float = 0.0
@@ -39,6 +40,7 @@ class Faults:
     seen: Counter = field(default_factory=Counter)
     sent: Counter = field(default_factory=Counter)
     pace: float = 0.0
+    away: bool = False
 
     def __post_init__(self):
         self.random, self.lock = random.Random(self.seed), threading.Lock()
@@ -48,7 +50,9 @@ class Faults:
         with self.lock:
             self.seen["requests"] += 1
             kind = "pass"
-            if self.forbid_after is not None and self.seen["requests"] > self.forbid_after:
+            if self.away:
+                kind = "away"
+            elif self.forbid_after is not None and self.seen["requests"] > self.forbid_after:
                 kind = "forbid"
             elif self.stalls:
                 self.stalls -= 1
@@ -77,6 +81,9 @@ def before(endpoint: str, faults: Faults) -> Iterator[str]:
         def handle_one(self):
             kind = faults.draw(self.command)
             length = int(self.headers.get("Content-Length") or 0)
+            if kind == "away":
+                self.close_connection = True
+                return
             if kind == "reset":
                 self.rfile.read(length // 2)
                 self.close_connection = True
