@@ -517,7 +517,7 @@ def _load(config: Config, url: str, labels: str = "labels") -> Manifest:
     return manifest
 
 
-def camera_names(manifest: Manifest, scene: int, wanted: tuple[str, ...] = ()) -> tuple[str, ...]:
+def camera_names(manifest: Manifest, scene: int, wanted: tuple[str, ...] | None = ()) -> tuple[str, ...]:
     """Names of the cameras to train on, in order: the wanted ones, else all that a scene's first, middle and last frame have.
 
     Raises:
@@ -530,7 +530,7 @@ def camera_names(manifest: Manifest, scene: int, wanted: tuple[str, ...] = ()) -
     finally:
         reader.close()
     names = tuple(dict.fromkeys(name for cameras in found for name in cameras))
-    if unknown := [name for name in wanted if names and name not in names]:
+    if unknown := [name for name in wanted or () if names and name not in names]:
         raise ValueError(
             f"{manifest.url}: scene {manifest.scenes[scene].name} has no camera {unknown[0]!r}, only {', '.join(names)}; set "
             "data.cameras"
