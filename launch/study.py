@@ -113,6 +113,10 @@ class Study:
         if self.reference not in self.strategies:
             raise ValueError(f"reference is {self.reference!r}, must be one of {', '.join(self.strategies)}")
         self.output = self.output or f"runs/{self.name}"
+        if not self.output.isprintable():
+            raise ValueError(
+                f"output is {self.output!r}: a folder's name of one line, for it is written into job files"
+            )
         self.uri = self.uri or default_uri(f"sqlite:///{self.output}/mlflow.db")
 
 

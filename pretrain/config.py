@@ -18,13 +18,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from occstream.models import model_entry
 from occstream.pretrain.augment import AugmentConfig
 from occstream.pretrain.events import default_uri
 from occstream.pretrain.losses import LossConfig
+from occstream.pretrain.yamlfile import NotYaml, read_yaml
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.schema import TAXONOMIES, Taxonomy, get_taxonomy
 from occstream.sharding.secrets import refuse_secrets
@@ -409,13 +409,16 @@ def parse_config(data: Mapping[str, Any]) -> Config:
     return build_section(Config, {**data, "model": model}, "", known)
 
 
-def read_recipe(name: str) -> dict:
+def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict:
     """Values of a recipe: a file path, or the name of one that comes with the package; ``base`` is merged below it."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ValueError(f"recipe {name!r}: no such file")
-        text, folder = path.read_text(), path.parent
+        try:
+            text, folder = path.read_text(), path.parent
+        except UnicodeDecodeError as error:
+            raise ValueError(f"recipe {name}: is not text ({error.reason} at byte {error.start})") from None
     else:
         folder = Path(str(resources.files("occstream.launch.recipes")))
         if not (folder / f"{name}.yaml").is_file():
@@ -426,16 +429,17 @@ def read_recipe(name: str) -> dict:
                 f"Recipes: {', '.join(names)}, or a path to a .yaml file"
             )
         text = (folder / f"{name}.yaml").read_text()
-    try:
-        data = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {name!r} is not valid YAML: {str(error).splitlines()[-1]}") from None
+    data = read_yaml(text, f"recipe {name}") or {}
     if not isinstance(data, dict):
         raise ValueError(f"recipe {name!r}: expected sections of keys at the top level")
     base = data.pop("base", None)
     if base:
+        if not isinstance(base, str):
+            raise ValueError(f"recipe {name!r}: base is {str(base)[:40]!r}, not the name of a recipe or file")
+        if len(above) > 20:
+            raise ValueError(f"recipe {above[0]!r}: its bases go in a circle: {' -> '.join([*above[:3], name])}")
         below = folder / base
-        data = merge(read_recipe(str(below) if below.suffix else base), data)
+        data = merge(read_recipe(str(below) if below.suffix else base, (*above, name)), data)
     return data
 
 
@@ -456,8 +460,8 @@ def parse_overrides(words: Iterable[str]) -> dict:
         if not sign or not key:
             raise ValueError(f"override {word!r}: write key=value, for example train.lr=1e-4")
         try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
+            value = read_yaml(text, f"setting {word!r}") if text else ""
+        except NotYaml:
             value = text
         if isinstance(value, str):
             # YAML 1.1 reads 1e-4 as a string.
