@@ -108,6 +108,7 @@ def label(args) -> int:
     from occstream.sharding.grid import get_grid
     from occstream.sharding.labels import Labeler
     from occstream.sharding.prepare import Images
+    from occstream.sharding.summary import choose_labels
 
     source = _opened(args)
     if source is None:
@@ -128,7 +129,7 @@ def label(args) -> int:
         print(total.table())
         return 0
     label = Labeler(grid, source.taxonomy.name, config)
-    reason = "made from LiDAR, as asked"
+    _, reason = choose_labels(source, "lidar", grid)
     return _run_job(args, source, ("labels",), grid, label, Images(), Coding(args.zstd_level), reason)
 
 

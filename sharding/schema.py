@@ -323,11 +323,15 @@ class Findings:
     Attributes:
         labels: why it brings labels, or why not.
         unused: ground truth that is there and is not read, and how to read it; "": none.
+        points: what gives the points classes, where labels may be made from them; "": nothing, such labels are binary.
+        mixture: where some scenes would get labels with classes and some without, which, and how to choose; "": none.
         left_out: a line for each kind of thing that it leaves out, with names.
     """
 
     labels: str = ""
     unused: str = ""
+    points: str = ""
+    mixture: str = ""
     left_out: tuple[str, ...] = ()
 
 

@@ -32,20 +32,21 @@ def choose_labels(source: Source, wanted: str, grid: VoxelGrid | None) -> tuple[
         grid: that was asked for; None: the labels' own.
 
     Raises:
-        ValueError: labels that the source does not have are asked for; or, without being asked, ground truth would not be
-            used.
+        ValueError: labels that the source does not have are asked for; they would be of two kinds; or, without being asked,
+            ground truth would not be used.
     """
     found, native = findings(source), source.grid
     if wanted == "none":
         return "none", "none, as asked"
-    if wanted == "lidar":
-        return "lidar", "made from LiDAR, as asked"
-    if native is None:
-        if wanted == "native":
-            raise ValueError(f"source {source.name!r} brings no labels of its own; use --labels lidar")
-        if found.unused:
+    if wanted == "native" and native is None:
+        raise ValueError(f"source {source.name!r} brings no labels of its own; use --labels lidar")
+    if wanted == "lidar" or native is None:
+        if wanted != "lidar" and found.unused:
             raise ValueError(f"{found.unused}; or say --labels lidar to make them from LiDAR all the same")
-        return "lidar", f"made from LiDAR: {found.labels or 'the source brings none'}"
+        if found.mixture:
+            raise ValueError(found.mixture)
+        why = ", as asked" if wanted == "lidar" else f": {found.labels or 'the source brings none'}"
+        return "lidar", f"made from LiDAR{why}"
     if grid is not None and not native.same_voxels(grid):
         raise ValueError(
             f"source {source.name!r} brings labels on grid {native.name!r}, not {grid.name!r}: leave --grid out to take "
@@ -63,12 +64,16 @@ def before(source: Source, reason: str, grid: VoxelGrid | None) -> list[str]:
     """
     scenes = len(source.scene_names())
     lines = [f"labels     {reason or 'none'}; the same for all {scenes} scenes"]
+    if reason.startswith("made from LiDAR"):
+        points = findings(source).points
+        lines.append(f"points     classes from {points}" if points else "points     without classes: labels are binary")
     lines.append(f"grid       {_grid(grid) if grid and reason else 'none'}")
     return [*lines, *(f"left out   {line}" for line in findings(source).left_out or ("nothing",))]
 
 
 def after(manifest: Manifest, frames: int = 8) -> list[str]:
-    """What only the packed frames tell: share of unknown voxels, views, what rectifying left black, scenes that failed.
+    """What only the packed frames tell: whether labels have classes, share of unknown
+    voxels, views, what rectifying left black, scenes that failed.
 
     Args:
         frames: at most so many are read, evenly spread.
@@ -76,7 +81,7 @@ def after(manifest: Manifest, frames: int = 8) -> list[str]:
     groups = [g for g in manifest.groups if g in ("cameras", manifest.label_group)]
     places = [(s, i) for s, scene in enumerate(manifest.scenes) for i in range(scene.frames)]
     chosen = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(frames, len(places))).astype(int))]
-    views, known, voxels, labelled = Counter(), 0, 0, 0
+    views, known, voxels, labelled, semantic = Counter(), 0, 0, 0, 0
     if groups:
         reader = ShardReader(manifest, groups)
         try:
@@ -85,12 +90,15 @@ def after(manifest: Manifest, frames: int = 8) -> list[str]:
                 views.update(list(frame.cameras))
                 if frame.labels is not None:
                     labelled += 1
+                    semantic += frame.labels.semantic is not None
                     known += int(frame.labels.known().sum())
                     voxels += frame.labels.binary.size
         finally:
             reader.close()
     share = f"{100 * (1 - known / voxels):.1f} % of the voxels of {labelled} frames" if voxels else "no labels"
-    lines = [f"unknown    {share}", f"views      {_views(views, len(chosen)) if views else 'none'}"]
+    classes = f"semantic in {semantic} of {labelled} frames" if semantic else "none: labels are binary"
+    lines = [f"classes    {classes}"] if labelled else []
+    lines += [f"unknown    {share}", f"views      {_views(views, len(chosen)) if views else 'none'}"]
     if black := black_shares(manifest.scenes):
         worst = ", ".join(f"{name} {100 * share:.1f} %" for name, share in black.items())
         lines.append(f"rectified  to pinholes; black, at most: {worst}")

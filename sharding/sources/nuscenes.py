@@ -18,7 +18,7 @@ import numpy as np
 from occstream.sharding.exactmath import angle_of
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.poses import compose, inverse, rotate
-from occstream.sharding.rawfiles import choose, entries, existing_folder, read_file, read_jpeg, read_points
+from occstream.sharding.rawfiles import choose, entries, existing_folder, listed, read_file, read_jpeg, read_points
 from occstream.sharding.rows import Row, Table, read_list
 from occstream.sharding.schema import (
     IGNORE,
@@ -92,7 +92,7 @@ def open_source(
         raise ValueError(f"{tables}: no such table folder; there are {', '.join(versions) or 'none'}")
     rig = Rig(lidar, tuple(cameras))
     records = _index(tables, scenes, sweeps, rig)
-    found = _findings(folder, labels, where)
+    found = _findings(folder, labels, where, records)
     return Nuscenes(folder, tables.name, sweeps, get_taxonomy(taxonomy), labels, where, records, found, rig)
 
 
@@ -121,14 +121,22 @@ class Rig:
             )
 
 
-def _findings(folder: Path, labels: str | None, where: Path | None) -> Findings:
+def _findings(folder: Path, labels: str | None, where: Path | None, records: dict[str, dict]) -> Findings:
     if labels:
         return Findings(f"{labels}, below {where}")
-    there = [name for name, kind in LABEL_SETS.items() if (folder / kind.root).is_dir()]
-    if not there:
-        return Findings("no label set was asked for with labels=, and none lies below the root")
-    folders = ", ".join(f"{name} ({LABEL_SETS[name].root}/)" for name in there)
-    return Findings("", f"{folder}: holds public labels, {folders}; read them with labels={there[0]}")
+    with_classes = [n for n, r in records.items() if any((s["lidar"] or {}).get("lidarseg") for s in r["samples"])]
+    bare = [name for name in records if name not in set(with_classes)]
+    mixture = ""
+    if with_classes and bare:
+        mixture = (
+            f"{folder}: {listed('scene', bare)} without lidarseg, but {with_classes[0]} has it; choose scenes=, so that all "
+            "labels have classes or none"
+        )
+    why, unused = "no label set was asked for with labels=, and none lies below the root", ""
+    if there := [name for name, kind in LABEL_SETS.items() if (folder / kind.root).is_dir()]:
+        folders = ", ".join(f"{name} ({LABEL_SETS[name].root}/)" for name in there)
+        why, unused = "", f"{folder}: holds public labels, {folders}; read them with labels={there[0]}"
+    return Findings(why, unused, "lidarseg" if with_classes else "", mixture)
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,17 @@ def open_source(
         if with_labels and (bare := [f"{scan:06d}" for scan in voxels if scan not in set(marked)]):
             left_out.append(f"{listed('scan', bare)} of sequence {name} with voxels but without a .label")
     grid = get_grid("semantickitti") if with_labels else None
+    points = [name for name in names if entries(folder / name / "labels", "*.label")]
+    mixture = ""
+    if 0 < len(points) < len(names):
+        mixture = (
+            f"{folder}: {listed('sequence', [n for n in names if n not in points])} without labels of points, but {points[0]} "
+            "has them; choose sequences=, so that all labels have classes or none"
+        )
     why = "labels=false" if not labels else "voxels/*.label" if with_labels else "no sequence has voxels/*.label"
-    return SemanticKitti(folder, scenes, grid, cameras, Findings(why, left_out=tuple(left_out)))
+    return SemanticKitti(
+        folder, scenes, grid, cameras, Findings(why, "", "labels/*.label" if points else "", mixture, tuple(left_out))
+    )
 
 
 @dataclass(frozen=True)

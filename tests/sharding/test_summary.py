@@ -57,7 +57,7 @@ def command(name: str, options: dict, out, *more: str) -> list[str]:
 def lines_of(said: str) -> dict[str, list[str]]:
     found = {}
     for line in said.splitlines():
-        for key in ("labels", "grid", "unknown", "views", "left out"):
+        for key in ("labels", "points", "grid", "classes", "unknown", "views", "left out"):
             if line.startswith(f"{key} ".ljust(11)):
                 found.setdefault(key, []).append(line[11:])
     return found
@@ -79,6 +79,9 @@ def test_what_every_source_says(name, number, tmp_path, capsys):
     assert said.startswith(labels)
     assert said.endswith(f"; the same for all {scenes} scenes")
     assert found["grid"] == [grid]
+    made = labels.startswith("made")
+    assert found.get("points") == (["without classes: labels are binary"] if made else None)
+    assert found["classes"][0].startswith("none: labels are binary" if made else "semantic in ")
     [said] = found["unknown"]
     assert said == unknown if unknown else said.endswith("frames")
     [said] = found["views"]
@@ -124,8 +127,24 @@ def test_mixed_label_sources_are_refused(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "1 sequence (11) without voxel labels, but 00 has them; choose sequences= or labels=false" in said
     assert not (tmp_path / "out").exists()
+    (tmp_path / "b/sequences/11/labels").rename(tmp_path / "b/sequences/11/others")
+    assert main(command("semantickitti", options, tmp_path / "out", "--labels", "lidar")) == 2
+    said = capsys.readouterr().err
+    assert "1 sequence (11) without labels of points, but 00 has them; choose sequences=" in said
+    (tmp_path / "b/sequences/11/others").rename(tmp_path / "b/sequences/11/labels")
     assert open_source("semantickitti", options | {"labels": False}).grid is None
     assert open_source("semantickitti", options | {"sequences": ("00",)}).grid is not None
+
+
+def test_labels_of_two_kinds_from_lidar_are_refused_by_scene(tmp_path, capsys, shared_data):
+    """The real sample has lidarseg for one of its scenes."""
+    root = str(shared_data / "nuscenes")
+    for command in ("shard", "label"):
+        assert main([command, "nuscenes", "--root", root, "--out", str(tmp_path / "out"), "--dry-run"]) == 2
+        said = capsys.readouterr().err
+        assert "without lidarseg, but scene-9001 has it; choose scenes=" in said
+    source = open_source("nuscenes", {"root": root, "scenes": ("scene-9001",)})
+    assert (source.findings.points, source.findings.mixture) == ("lidarseg", "")
 
 
 def test_scans_without_a_label_and_drives_without_voxels_are_named(tmp_path):
