@@ -41,6 +41,10 @@ class LossConfig:
     """Weight of positives in the sigmoid focal loss (negatives get 1 - alpha)."""
     normaliser: Literal["occupied", "valid"] = "occupied"
     """The focal loss is divided by the number of occupied voxels, or of all valid ones."""
+    replay_normaliser: Literal["own", "joint"] = "own"
+    """What the binary and depth losses of replayed frames are divided by: their own number of valid voxels or points, so that
+    replay leaves the weight of the semantic frames' losses as it is; or joint: one mean over both kinds of frames, in which
+    replaying as many frames halves it."""
     class_weights: tuple[float, ...] | None = None
     """One weight per class: of its sigmoid, or of the voxels that are labelled so (softmax; then free comes last). None:
     all 1."""
@@ -74,23 +78,28 @@ def occupancy_loss(
     """
     if counts is None:
         counts = joint_counts(outputs, [batch], config)
-    totals: dict[str, tuple[Tensor, float | None]] = {}  # name -> sum, weight (None: only reported)
+    totals: list[
+        tuple[str, Tensor, float | None]
+    ] = []  # name, sum, weight (None: only reported), in the order of counts
+    roles = _roles(outputs, batch, config)
     with full_precision(batch.images.device):
         if outputs.binary_logits is not None:
             logits = outputs.binary_logits.float()
             target, valid = pool_binary(batch.binary, batch.binary_valid, tuple(logits.shape[1:]))
             errors = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
-            totals["binary"] = (torch.where(valid, errors, 0.0).sum(), config.binary_weight)
+            errors = torch.where(valid, errors, 0.0)
+            totals += [("binary", errors[frames].sum(), config.binary_weight) for frames in roles]
         if outputs.semantic_logits is not None:
-            totals["semantic"] = (_semantic(outputs.semantic_logits.float(), batch, config), config.semantic_weight)
+            total = _semantic(outputs.semantic_logits.float(), batch, config)
+            totals.append(("semantic", total, config.semantic_weight))
         if config.depth_weight:
-            totals["depth"] = (_depth(outputs, batch), config.depth_weight)
+            totals += [("depth", _depth(outputs, batch, frames), config.depth_weight) for frames in roles]
         if outputs.selected is not None:
-            totals["selected"] = (outputs.selected.sum(), None)
+            totals.append(("selected", outputs.selected.sum(), None))
         loss, parts = 0.0, {}
-        for (name, (total, weight)), count in zip(totals.items(), counts):
+        for (name, total, weight), count in zip(totals, counts, strict=True):
             value = total * world_size() / count
-            parts[name] = value.detach()
+            parts[name] = parts.get(name, 0.0) + value.detach()
             if weight is not None:
                 loss = loss + weight * value
     return loss, parts
@@ -121,18 +130,28 @@ def joint_counts(
 
 def _counts(outputs: OccOutputs, batch: OccBatch, config: LossConfig) -> list[Tensor]:
     """By the labels alone, in the order of the parts, float32."""
-    device, found = batch.images.device, []
+    device, found, roles = batch.images.device, [], _roles(outputs, batch, config)
     if outputs.binary_logits is not None:
-        found.append(pool_binary(batch.binary, batch.binary_valid, tuple(outputs.binary_logits.shape[1:]))[1].sum())
+        valid = pool_binary(batch.binary, batch.binary_valid, tuple(outputs.binary_logits.shape[1:]))[1]
+        found += [valid[frames].sum() for frames in roles]
     if outputs.semantic_logits is not None:
         valid = batch.semantic != IGNORE
         occupied = batch.semantic < outputs.semantic_logits.shape[1]
         found.append((valid & occupied if config.normaliser == "occupied" else valid).sum())
     if config.depth_weight:
-        found.append(_known_depth(outputs, batch)[1].sum())
+        known = _known_depth(outputs, batch)[1]
+        found += [known[frames].sum() for frames in roles]
     if outputs.selected is not None:
         found.append(torch.tensor(batch.num_semantic, device=device))
     return [count.float() for count in found]
+
+
+def _roles(outputs: OccOutputs, batch: OccBatch, config: LossConfig) -> list[slice]:
+    """Frames whose losses have a normaliser of their own: in fine-tuning the semantic frames and the replayed ones, either of
+    which a rank may lack; else all. The same number on every rank."""
+    if outputs.semantic_logits is None or config.replay_normaliser == "joint":
+        return [slice(None)]
+    return [slice(0, batch.num_semantic), slice(batch.num_semantic, None)]
 
 
 def _semantic(logits: Tensor, batch: OccBatch, config: LossConfig) -> Tensor:
@@ -177,10 +196,11 @@ def _known_depth(outputs: OccOutputs, batch: OccBatch) -> tuple[Tensor, Tensor]:
     return index, (distances > 0) & (index >= 0) & (index < len(bins))
 
 
-def _depth(outputs: OccOutputs, batch: OccBatch) -> Tensor:
-    """Binary cross-entropy of the depth distribution against one-hot LiDAR depth, where there is any (SPEC A.9)."""
-    index, known = _known_depth(outputs, batch)
-    predicted = outputs.depth.movedim(2, -1)[known]  # (N, D)
+def _depth(outputs: OccOutputs, batch: OccBatch, frames: slice) -> Tensor:
+    """Sum over frames of the binary cross-entropy of the depth distribution against one-hot LiDAR depth, where there is any
+    (SPEC A.9)."""
+    index, known = (part[frames] for part in _known_depth(outputs, batch))
+    predicted = outputs.depth[frames].movedim(2, -1)[known]  # (N, D)
     target = F.one_hot(index[known], len(outputs.depth_bins)).float()
     # Clamped: a softmax may round to exactly 0 or 1.
     total = F.binary_cross_entropy(predicted.clamp(1e-7, 1 - 1e-7), target, reduction="sum")

@@ -464,6 +464,8 @@ def _check_same_run(config: Config, data: TrainData, saved: checkpoint.Checkpoin
     """Raises ValueError if the folder holds another run than the one that is asked for."""
     # Parsed: settings that did not exist then had their defaults.
     old, new = flatten(parse_config(redacted(saved.state["config"])).to_dict()), flatten(config.to_dict())
+    if config.replay.url and "replay_normaliser" not in saved.state["config"].get("loss", {}):
+        old["loss.replay_normaliser"] = "joint"  # what was done before there was a choice
     # Labels choose the voxels of an offboard model: there the limit changes nothing that is learned.
     free = (*_FREE, "model.cap") if config.model.strategy == "offboard" else _FREE
     changed = [k for k in new if old.get(k) != new[k] and not k.startswith(free)]

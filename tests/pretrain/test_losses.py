@@ -1,14 +1,28 @@
 """Check values of SPEC A.9, and losses whose mean over ranks is that of the joint batch."""
 
+import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from occstream.models import OccOutputs
-from occstream.pretrain.losses import LossConfig, occupancy_loss, sigmoid_focal, sigmoid_focal_sum, softmax_focal
+from occstream.models import OccBatch, OccOutputs
+from occstream.models.batch import concat
+from occstream.pretrain.config import load_config
+from occstream.pretrain.losses import (
+    LossConfig,
+    _counts,
+    joint_counts,
+    occupancy_loss,
+    sigmoid_focal,
+    sigmoid_focal_sum,
+    softmax_focal,
+)
+from occstream.pretrain.trainer import _check_same_run
 from tests.models.helpers import make_batch
+from tests.pretrain.small import RECIPE
 
 
 def test_sigmoid_focal_check_values():
@@ -132,3 +146,98 @@ def test_weights():
     outputs = outputs_for(batch)
     loss, parts = occupancy_loss(outputs, batch, LossConfig(binary_weight=2.0, semantic_weight=3.0))
     assert loss.item() == pytest.approx(2 * parts["binary"].item() + 3 * parts["semantic"].item(), rel=1e-6)
+
+
+def slope_of_semantic_frames(batch, config, counts=None):
+    """Sum of the absolute gradients of the S frames' binary logits, all 0: 0.5 if they are one mean of a weight of 1."""
+    shape = (batch.size, *batch.binary.shape[1:])
+    outputs = OccOutputs(
+        torch.zeros(shape, requires_grad=True), torch.zeros(batch.num_semantic, 17, *batch.binary.shape[1:])
+    )
+    counts = joint_counts(outputs, [batch], config) if counts is None else counts
+    loss, _ = occupancy_loss(outputs, batch, config, counts)
+    loss.backward()
+    return outputs.binary_logits.grad[: batch.num_semantic].abs().sum().item()
+
+
+@pytest.mark.parametrize(("normaliser", "all_valid", "a_quarter"), [("own", 0.5, 0.5), ("joint", 0.25, 0.1)])
+def test_replay_leaves_the_weight_of_semantic_frames(normaliser, all_valid, a_quarter):
+    config = LossConfig(replay_normaliser=normaliser)
+    s, b = make_batch(1, 1, seed=1), make_batch(1, 0, seed=2)
+    s.binary_valid[...], b.binary_valid[...] = True, True
+    assert slope_of_semantic_frames(s, config) == pytest.approx(0.5)
+    assert slope_of_semantic_frames(concat(s, b), config) == pytest.approx(all_valid)
+    s.binary_valid[:, 4:] = False  # 4 of 16 rows
+    assert slope_of_semantic_frames(s, config) == pytest.approx(0.5)
+    assert slope_of_semantic_frames(concat(s, b), config) == pytest.approx(a_quarter)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_normalisers_of_roles_are_joint_over_ranks_and_micro_batches(ranks, monkeypatch):
+    """Four parts of one batch, S frames, B frames or both in each, as micro-batches of one process and of two."""
+    config, both = (
+        LossConfig(depth_weight=0.5),
+        [(make_batch(1, 1, seed=i), make_batch(1, 0, seed=9 - i)) for i in (1, 2)],
+    )
+    for s, b in both:
+        s.depth, b.depth = (torch.rand(1, 3, 4, 8) * 9 for _ in range(2))
+        s.binary_valid[:, 5:] = False
+    parts = [concat(*both[0]), both[1][0], both[1][1], concat(*both[1])]
+    whole = functools.reduce(concat_both, parts)
+    outputs = [lifted(outputs_for(p), p) for p in parts]
+    order = sorted(range(whole.size), key=lambda i: (kinds(parts)[i], i))  # S first
+    joined = OccOutputs(
+        torch.cat([o.binary_logits for o in outputs])[order],
+        torch.cat([o.semantic_logits for o in outputs]),
+        depth=torch.cat([o.depth for o in outputs])[order],
+        depth_bins=outputs[0].depth_bins,
+    )
+    for o in outputs:
+        o.selected = None
+    expected, _ = occupancy_loss(joined, whole, config)
+    share = [list(range(4))[r::ranks] for r in range(ranks)]
+    sums = sum(torch.stack([torch.stack(_counts(outputs[i], parts[i], config)) for i in range(4)]))
+    monkeypatch.setattr("occstream.pretrain.losses.world_size", lambda: ranks)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.copy_(sums))
+    found = []
+    for mine in share:
+        counts = joint_counts(outputs[mine[0]], [parts[i] for i in mine], config)
+        found.append(sum(occupancy_loss(outputs[i], parts[i], config, counts)[0] for i in mine) / len(mine))
+    torch.testing.assert_close(sum(found) / ranks, expected)
+
+
+def lifted(outputs, batch):
+    g = torch.Generator().manual_seed(batch.size)
+    outputs.depth = torch.rand(batch.size, 3, 5, 4, 8, generator=g).softmax(2)
+    outputs.depth_bins = torch.arange(1.0, 10.0, 2.0)
+    return outputs
+
+
+def kinds(parts):
+    return [int(i >= p.num_semantic) for p in parts for i in range(p.size)]
+
+
+def concat_both(first, second):
+    """S frames of both, then B frames of both."""
+    order = [
+        *range(first.num_semantic),
+        *range(first.size, first.size + second.num_semantic),
+        *range(first.num_semantic, first.size),
+        *range(first.size + second.num_semantic, first.size + second.size),
+    ]
+    names = ("images", "intrinsics", "camera_to_ego", "post_rot", "post_tran", "bda", "binary", "binary_valid", "depth")
+    joined = {n: torch.cat([getattr(first, n), getattr(second, n)])[order] for n in names}
+    semantic = torch.cat([first.semantic, second.semantic])
+    return OccBatch(**joined, semantic=semantic, num_semantic=len(semantic))
+
+
+def test_a_run_with_replay_that_began_before_the_choice_says_which_to_set(tmp_path):
+    words = [f"output={tmp_path}", "replay.url=b"]
+    config = load_config(RECIPE, words, stage="finetune")
+    before = config.to_dict()
+    del before["loss"]["replay_normaliser"]
+    saved = SimpleNamespace(path="step", state={"config": before, "fingerprints": {}})
+    data = SimpleNamespace(fingerprints={})
+    with pytest.raises(ValueError, match=r"trained with loss\.replay_normaliser=joint, this run has .*=own"):
+        _check_same_run(config, data, saved)
+    _check_same_run(load_config(RECIPE, [*words, "loss.replay_normaliser=joint"], stage="finetune"), data, saved)
