@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from occstream.models import kernels
-from occstream.models.layers import full_precision
+from occstream.models.layers import full_precision, row
 
 
 def sample(values: Tensor, locations: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
@@ -92,7 +92,7 @@ class VolumeAttention(nn.Module):
     def forward(self, queries: Tensor, references: Tensor, volume: Tensor, counts: list[int]) -> Tensor:
         """queries (T, C), references (T, 3) in 0..1, volume (B, C, X, Y, Z), queries of each of the B -> (T, C)."""
         offsets, weights = self.sampling(queries)
-        cells = offsets.new_tensor(volume.shape[2:])
+        cells = row(offsets, volume.shape[2:])
         locations = references[:, None, None] + offsets / cells
         return self.dropout(self.output(sample(self.value(volume), locations, weights, counts)))
 
@@ -139,7 +139,7 @@ class ImageAttention(nn.Module):
         """
         offsets, weights = self.sampling(queries)
         values = self.value(features.transpose(0, 1).flatten(0, 1))
-        cells = offsets.new_tensor([features.shape[-1], features.shape[-2]])
+        cells = row(offsets, [features.shape[-1], features.shape[-2]])
         locations = seen.pixel[:, None, None] + offsets[seen.token] / cells
         sampled = sample(values, locations, weights[seen.token], seen.counts)
         total = sampled.new_zeros(len(queries), sampled.shape[-1]).index_add(0, seen.token, sampled)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from occstream.models.backbones import ImageEncoder
 from occstream.models.batch import OccBatch, OccOutputs, pool_binary
-from occstream.models.layers import SyncBatchNorm, VolumeEncoder, checkpointed, conv_bn
+from occstream.models.layers import SyncBatchNorm, VolumeEncoder, checkpointed, conv_bn, row
 from occstream.models.lift import LiftSplat
 from occstream.models.registry import register
 from occstream.models.transformer import DenseTransformer, TransformerLayer, VoxelTokens
@@ -282,13 +282,15 @@ class SparsePart(nn.Module):
         """
         total = scores.shape[1]
         floor, cap = min(self.c.floor, total), min(self.c.cap, total)
-        if by != "predicted" and (given := max((scores > 1).sum(1).tolist())) > cap:
+        # Read back together: the host waits once.
+        counts, chosen = torch.stack([(scores > self.c.threshold).sum(1), (scores > 1).sum(1)]).tolist()
+        if by != "predicted" and (given := max(chosen)) > cap:
             raise ValueError(
                 f"the labels of a frame call {given} voxels of B' occupied, model.cap allows {cap}: set model.cap={total} "
                 "(memory grows with the voxels there are, not with the limit), or a coarser model.binary_factor"
             )
-        counts = (scores > self.c.threshold).sum(1)
-        counts = (counts if by == "gt" else counts.clamp(floor, cap)).tolist()
+        if by != "gt":
+            counts = [min(max(count, floor), cap) for count in counts]
         index = scores.topk(max(counts), dim=1).indices
         return [i[:count] for i, count in zip(index, counts)]
 
@@ -318,7 +320,7 @@ class SparsePart(nn.Module):
             x = layer(x, tokens, sampled, features)
         refined = self.out(x)
         dense = refined.new_zeros(flat.flatten(0, 1).shape).index_copy(0, tokens.place, refined).view(flat.shape)
-        selected = torch.tensor(tokens.counts, device=volume.device)
+        selected = row(tokens.place, tokens.counts)
         return self.full(torch.cat([dense, flat.to(dense.dtype)], -1), "semantic"), selected
 
     def scores(self, logits: Tensor | None, batch: OccBatch) -> tuple[Tensor, Selection]:

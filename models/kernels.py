@@ -267,7 +267,8 @@ def sample(values: Tensor, locations: Tensor, weights: Tensor, counts: list[int]
     heads = weights.shape[1]
     spatial = values.shape[2:] if values.dim() == 5 else (1, *values.shape[2:])
     last = values.reshape(len(values), heads, -1, *spatial).permute(0, 3, 4, 5, 1, 2).contiguous()
-    each = torch.tensor(counts, device=values.device)
+    # From pinned memory, or the host would wait for the copy.
+    each = torch.tensor(counts, pin_memory=values.is_cuda).to(values.device, non_blocking=True)
     owner = torch.arange(len(counts), device=values.device).repeat_interleave(each, output_size=len(weights))
     found = _Sample.apply(last, locations.contiguous(), weights.contiguous(), owner)
     return found.flatten(1)

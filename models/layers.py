@@ -19,6 +19,12 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
 
+def row(like: Tensor, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
+    """A few numbers as (n,) on the device of ``like`` (and in its dtype, if none is given), by fills: the host would wait for
+    a copy of its own memory."""
+    return torch.cat([like.new_full((1,), value, dtype=dtype) for value in values])
+
+
 def checkpointed(work: Callable, *args, when: bool = True):
     """``work(*args)``; where gradients are kept and ``when`` holds, its activations are computed again in the backward
     pass instead of kept. Batch norms below it count a batch once."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from occstream.models import kernels
 from occstream.models.batch import OccBatch
-from occstream.models.layers import ResidualBlock, SyncBatchNorm, conv_bn, full_precision
+from occstream.models.layers import ResidualBlock, SyncBatchNorm, conv_bn, full_precision, row
 from occstream.sharding.grid import VoxelGrid
 
 CHUNK = 1 << 18  # points at a time: bounds the memory of pooling
@@ -40,10 +40,10 @@ def unproject(points: Tensor, batch: OccBatch) -> Tensor:
     _fp32(points, batch.post_tran, batch.post_rot, batch.bda, batch.camera_to_ego, batch.intrinsics)
     with full_precision(points.device):
         p = points.reshape(-1, 3) - batch.post_tran.unsqueeze(2)
-        p = p @ torch.linalg.inv(batch.post_rot).mT
+        p = p @ inverse(batch.post_rot).mT
         rays = torch.cat([p[..., :2] * p[..., 2:], p[..., 2:]], -1)
         bda, to_ego = batch.bda.unsqueeze(1), batch.camera_to_ego
-        matrix = bda @ to_ego[..., :3, :3] @ torch.linalg.inv(batch.intrinsics)
+        matrix = bda @ to_ego[..., :3, :3] @ inverse(batch.intrinsics)
         found = rays @ matrix.mT + (bda @ to_ego[..., :3, 3:]).mT
     return found.view(*found.shape[:2], *points.shape)
 
@@ -61,16 +61,26 @@ def project(points: Iterable[Tensor], batch: OccBatch) -> list[tuple[Tensor, Ten
     _fp32(batch.post_tran, batch.post_rot, batch.bda, batch.camera_to_ego, batch.intrinsics)
     found = []
     with full_precision(batch.bda.device):
-        undo, to_camera = torch.linalg.inv(batch.bda).mT, torch.linalg.inv(batch.camera_to_ego)
+        undo, turn = inverse(batch.bda).mT, inverse(batch.camera_to_ego[..., :3, :3]).mT
+        origin = batch.camera_to_ego[..., :3, 3].unsqueeze(2)
         for i, mine in enumerate(points):
             _fp32(mine)
-            camera = mine @ undo[i] @ to_camera[i, :, :3, :3].mT + to_camera[i, :, None, :3, 3]
+            camera = (mine @ undo[i] - origin[i]) @ turn[i]
             image = camera @ batch.intrinsics[i].mT
             depth = image[..., 2]
             pixel = torch.cat([image[..., :2] / depth.clamp_min(1e-5).unsqueeze(-1), depth.unsqueeze(-1)], -1)
             pixel = pixel @ batch.post_rot[i].mT + batch.post_tran[i].unsqueeze(1)
             found.append((pixel[..., :2], depth))
     return found
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """Inverse of (…, 3, 3) by cross products, computed in fp64: LAPACK's checks whether there is one, for which the host would
+    wait."""
+    first, second, third = matrix.double().unbind(-2)
+    columns = [torch.linalg.cross(second, third), torch.linalg.cross(third, first), torch.linalg.cross(first, second)]
+    determinant = (first * columns[0]).sum(-1)
+    return (torch.stack(columns, -1) / determinant[..., None, None]).to(matrix.dtype)
 
 
 def _fp32(*tensors: Tensor) -> None:
@@ -119,9 +129,8 @@ def voxel_pool(depth: Tensor, context: Tensor, points: Tensor, grid: VoxelGrid) 
     _fp32(points)
     batch, views, bins, h, w = depth.shape
     x, y, z = grid.shape
-    lower, size = points.new_tensor(grid.lower), points.new_tensor(grid.voxel)
-    index = ((points - lower) / size).floor().long()
-    inside = ((index >= 0) & (index < index.new_tensor(grid.shape))).all(-1)
+    index = ((points - row(points, grid.lower)) / row(points, grid.voxel)).floor().long()
+    inside = ((index >= 0) & (index < row(index, grid.shape))).all(-1)
     voxel = (index[..., 0] * y + index[..., 1]) * z + index[..., 2]
     voxel = voxel + torch.arange(batch, device=voxel.device).view(-1, 1, 1, 1, 1) * (x * y * z)
     if kernels.wanted_for(depth):

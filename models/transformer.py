@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from occstream.models.attention import ImageAttention, Sightings, VolumeAttention
 from occstream.models.batch import OccBatch
-from occstream.models.layers import AxialEmbedding, checkpointed
+from occstream.models.layers import AxialEmbedding, checkpointed, row
 from occstream.models.lift import project
 from occstream.sharding.grid import VoxelGrid
 
@@ -90,18 +90,19 @@ class VoxelTokens(nn.Module):
         counts = [len(i) for i in index]
         flat = torch.cat(index)
         frame = torch.cat([torch.full_like(voxels, i) for i, voxels in enumerate(index)])
-        steps = torch.stack(torch.unravel_index(flat, self.shape), -1)
+        _, y, z = self.shape
+        steps = torch.stack([flat // (y * z), flat // z % y, flat % z], -1)
         return Tokens(
             place=frame * len(self.centers) + flat,
             counts=counts,
             position=self.embedding(steps),
-            references=(steps + 0.5) / steps.new_tensor(self.shape),
+            references=(steps + 0.5) / row(self.centers, self.shape),
             seen=self._sightings(index, batch),
         )
 
     def _sightings(self, index: list[Tensor], batch: OccBatch) -> Sightings:
         """Cameras see what is in front of them and in their image (SPEC A.5)."""
-        size = torch.tensor(self.image_size[::-1], device=batch.images.device)
+        size = row(self.centers, self.image_size[::-1])
         projected = project((self.centers[i] for i in index), batch)
         pixels, depth = (torch.cat(part, 1) for part in zip(*projected))
         pixels = pixels / size  # (V, T, 2)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from occstream.models import kernels
 from occstream.models.batch import OccBatch, OccOutputs, pool_binary
-from occstream.models.layers import full_precision
+from occstream.models.layers import full_precision, row
 from occstream.models.syncnorm import world_size
 from occstream.sharding.schema import IGNORE
 
@@ -142,7 +142,7 @@ def _counts(outputs: OccOutputs, batch: OccBatch, config: LossConfig) -> list[Te
         known = _known_depth(outputs, batch)[1]
         found += [known[frames].sum() for frames in roles]
     if outputs.selected is not None:
-        found.append(torch.tensor(batch.num_semantic, device=device))
+        found.append(torch.full((), batch.num_semantic, device=device))
     return [count.float() for count in found]
 
 
@@ -159,23 +159,30 @@ def _semantic(logits: Tensor, batch: OccBatch, config: LossConfig) -> Tensor:
     classes = logits.shape[1]
     if not batch.num_semantic:
         return torch.nan_to_num(logits, 0.0, 0.0, 0.0).sum() * 0.0
-    valid = batch.semantic != IGNORE
-    labels = batch.semantic[valid].long()  # (N,)
-    known = logits.movedim(1, -1)[valid]  # (N, K): masks leave a third of the voxels or less
-    targets = [(labels, None)]
+    semantic, second = batch.semantic.flatten(), None
     if batch.second is not None:
+        second = torch.where(batch.second.flatten() == IGNORE, semantic, batch.second.flatten())
+    valid = semantic != IGNORE
+    sets = [semantic] if second is None else [semantic, second]
+    # The one place where the host waits: how many voxels are known, and how many have a class.
+    size, *occupied = torch.stack([valid.sum(), *(((s < classes) & valid).sum() for s in sets)]).tolist()
+    index = torch.nonzero_static(valid, size=size).squeeze(1)
+    labels = semantic[index].long()  # (N,)
+    known = logits.movedim(1, -1).flatten(0, -2)[index]  # (N, K): masks leave a third of the voxels or less
+    targets = [(labels, None)]
+    if second is not None:
         # Two candidates with their probabilities: the loss is linear in the target, so it is that of each, weighted
         # (SPEC A.13, J.10).
-        first, second = batch.confidence[valid], batch.second[valid].long()
-        targets = [(labels, first), (torch.where(second == IGNORE, labels, second), 1 - first)]
+        first = batch.confidence.flatten()[index]
+        targets = [(labels, first), (second[index].long(), 1 - first)]
     columns = None
     if config.class_weights:
         expected = classes + (config.kind == "softmax_focal")
         if len(config.class_weights) != expected:
             raise ValueError(f"loss.class_weights has {len(config.class_weights)} values, must have {expected}")
-        columns = known.new_tensor(config.class_weights)
+        columns = row(known, config.class_weights)
     if config.kind == "sigmoid_focal":
-        return sigmoid_focal_sum(known, targets, config.gamma, config.alpha, columns)
+        return sigmoid_focal_sum(known, targets, config.gamma, config.alpha, columns, occupied)
     wide = torch.cat([known, known.new_zeros(len(known), 1)], 1)
     total = known.new_zeros(())
     for index, weight in targets:
@@ -213,6 +220,7 @@ def sigmoid_focal_sum(
     gamma: float,
     alpha: float,
     columns: Tensor | None = None,
+    occupied: Sequence[int] | None = None,
 ) -> Tensor:
     """Sum of ``sigmoid_focal`` over voxels and classes, in one pass that keeps one tensor: nearly all targets are 0, so
     all are taken as 0, with a gradient in closed form, and the few that are not are corrected.
@@ -221,13 +229,16 @@ def sigmoid_focal_sum(
         logits: (N, K) float32.
         targets: pairs of labels (N,) int64 (K and above: no class) and their share (N,) of the target, None for all.
         columns: (K,) weight of each class, or None.
+        occupied: how many labels of each pair are below K; None: they are counted, for which the host waits.
 
     Returns:
         Scalar.
     """
     total = (1 - alpha) * _NegativeFocal.apply(logits, gamma, columns)
-    for labels, share in targets:
-        rows = (labels < logits.shape[1]).nonzero().squeeze(1)
+    for number, (labels, share) in enumerate(targets):
+        found = labels < logits.shape[1]
+        size = int(found.sum()) if occupied is None else occupied[number]
+        rows = torch.nonzero_static(found, size=size).squeeze(1)
         index = labels[rows]
         z = logits[rows, index]
         positive = alpha * (1 - z.sigmoid()) ** gamma * F.softplus(-z)

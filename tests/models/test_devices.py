@@ -42,7 +42,8 @@ def step(name, semantic, strategy, device, frames=2):
 def test_all_tensors_are_made_where_the_batch_is(name, semantic, strategy, monkeypatch):
     """The device "meta" computes shapes alone, and raises where it meets a tensor of another device. What depends on data
     (how many voxels are occupied, points inside, pixels seen) has fixed sizes."""
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: [8] * len(tensor))
+    read = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: read(torch.full(tensor.shape, 8, device="cpu")))
     with fake.patch(meta_nonzero_assume_all_nonzero=True):
         model, outputs = step(name, semantic, strategy, "meta")
     for parameter in model.parameters():

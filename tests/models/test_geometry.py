@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from occstream.models.lift import camera_vector, frustum, project, unproject, voxel_pool
+from occstream.models.lift import camera_vector, frustum, inverse, project, unproject, voxel_pool
 from occstream.sharding.grid import VoxelGrid
 from tests.models.helpers import make_batch
 
@@ -30,6 +30,11 @@ def test_frustum_spreads_over_the_whole_image_ends_included():
     points = frustum((32, 64), (2, 3), torch.tensor([4.0]))
     assert points[0, :, :, 0].tolist() == [[0, 31.5, 63], [0, 31.5, 63]]
     assert points[0, :, :, 1].tolist() == [[0, 0, 0], [31, 31, 31]]
+
+
+def test_inverse_is_that_of_float64():
+    matrices = torch.randn(50, 3, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1000.0, 1, 1])
+    torch.testing.assert_close(inverse(matrices), torch.linalg.inv(matrices.double()).float(), atol=0, rtol=1e-6)
 
 
 def test_camera_vector_has_27_numbers():
