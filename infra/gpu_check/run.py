@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -106,14 +107,18 @@ def _apart(section, args) -> tuple[str, str]:
     result = args.out / f"{section.name}.json"
     result.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--out", str(args.out), "--section", section.name]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        done = subprocess.run(command, cwd=ROOT, timeout=60 * MINUTES, capture_output=True, text=True, check=False)
+        _, said = process.communicate(timeout=60 * MINUTES)
     except subprocess.TimeoutExpired:
         return "FAILED", f"not done after {MINUTES:.0f} minutes (see {section.name}.log)"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
     if result.exists():
         return tuple(json.loads(result.read_text()))
-    said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return "FAILED", f"ended with code {done.returncode}: {said[:200]}"
+    last = (said.strip().splitlines() or ["no message"])[-1]
+    return "FAILED", f"ended with code {process.returncode}: {last[:200]}"
 
 
 def _table(sections, found) -> str:

@@ -1,5 +1,6 @@
 """The GPU check, dry: every section on the CPU at the smallest size, in one process."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -66,3 +67,20 @@ def test_a_section_that_fails_is_in_the_table(tmp_path, monkeypatch, capsys):
     assert "| three | nothing | 5 | ok |" in out
     assert driver.main(["--dry", "--only", "four"]) == 2
     assert "no section four; there are one, two, three" in capsys.readouterr().err
+
+
+def test_a_section_that_hangs_or_dies_ends_alone(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "infra/gpu_check"))
+    import checks
+    import run as driver
+
+    script = tmp_path / "section.py"
+    monkeypatch.setattr(driver, "__file__", str(script))
+    section, args = checks.Section("one", "nothing", lambda check: ""), argparse.Namespace(out=tmp_path)
+    script.write_text("import sys; sys.exit('CUDA error: an illegal memory access')")
+    assert driver._apart(section, args) == ("FAILED", "ended with code 1: CUDA error: an illegal memory access")
+    script.write_text(f"open({str(tmp_path / 'one.json')!r}, 'w').write('[\"ok\", \"5\"]')")
+    assert driver._apart(section, args) == ("ok", "5")
+    script.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(driver, "MINUTES", 0.002)
+    assert driver._apart(section, args)[1].startswith("not done after")
