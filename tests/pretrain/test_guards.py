@@ -4,8 +4,6 @@ import gzip
 import itertools
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -127,14 +125,15 @@ def test_a_watchdog_that_saw_no_hang_leaves_nothing(tmp_path):
 
 
 def test_a_hang_that_holds_pythons_lock_ends_too(tmp_path):
-    script = (
+    script = tmp_path / "hang.py"
+    script.write_text(
         "import ctypes, torch\nfrom pathlib import Path\nfrom occstream.pretrain import guards\n"
         "from occstream.pretrain.engine import World\nguards.UNSAID = 0.1\n"
         f"dog = guards.Watchdog(Path({str(tmp_path)!r}), World(0, 1, torch.device('cpu')), 1 / 120)\n"
         "dog.alive()\ndef stuck():\n    ctypes.PyDLL(None).sleep(60)\nstuck()\n"
     )
     began = time.monotonic()
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 1
+    assert Forked([script], environment(), tmp_path / "log").wait(50) == 1
     assert time.monotonic() - began < 40
     assert "in stuck" in (tmp_path / "stacks-rank-0.txt").read_text()
 
@@ -142,18 +141,19 @@ def test_a_hang_that_holds_pythons_lock_ends_too(tmp_path):
 def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(data, tmp_path):
     words = [f"data.url={data}", "train.steps=6"]
     assert start(tmp_path / "run", *words[:1], "train.steps=2").wait(100) == 0
-    script = (
+    script = tmp_path / "full.py"
+    script.write_text(
         "import resource, sys\nfrom occstream.pretrain import checkpoint\nreal = checkpoint.save\n"
         "def full(*args):\n    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n    return real(*args)\n"
         "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "checkpoint.save = full\nfrom occstream.launch.run import main\n"
         f"sys.exit(main('pretrain', ['--recipe', {RECIPE!r}, 'output={tmp_path}/run', *{words!r}]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == 2, done.stdout + done.stderr
-    [line] = [x for x in done.stderr.splitlines() if x.startswith("error:")]
+    # Its log is beside the run's folder and small.
+    process = Forked([script], environment(), tmp_path / "full.log")
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 2, said
+    [line] = [x for x in said.splitlines() if x.startswith("error:")]
     assert "cannot be written" in line
     assert "goes on from the checkpoint before" in line
     assert Checkpoint(tmp_path / "run").state["step"] == 2
