@@ -130,11 +130,9 @@ def test_a_hang_that_holds_pythons_lock_ends_too(tmp_path):
         "import ctypes, torch\nfrom pathlib import Path\nfrom occstream.pretrain import guards\n"
         "from occstream.pretrain.engine import World\nguards.UNSAID = 0.1\n"
         f"dog = guards.Watchdog(Path({str(tmp_path)!r}), World(0, 1, torch.device('cpu')), 1 / 120)\n"
-        "dog.alive()\ndef stuck():\n    ctypes.PyDLL(None).sleep(60)\nstuck()\n"
+        "dog.alive()\ndef stuck():\n    ctypes.PyDLL(None).sleep(300)\nstuck()\n"
     )
-    began = time.monotonic()
-    assert Forked([script], environment(), tmp_path / "log").wait(50) == 1
-    assert time.monotonic() - began < 40
+    assert Forked([script], environment(), tmp_path / "log").wait(200) == 1
     assert "in stuck" in (tmp_path / "stacks-rank-0.txt").read_text()
 
 
