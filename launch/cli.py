@@ -226,6 +226,8 @@ def _export(args) -> int:
 
 
 def _predict(args) -> int:
+    if args.holdout and not args.truth:
+        raise ValueError("--holdout goes with --truth; without it every scene is predicted")
     from occstream.launch.predict import predict_checkpoint
 
     found = predict_checkpoint(

@@ -19,7 +19,7 @@ def main(stage: str, argv: Sequence[str] | None = None) -> int:
         words = (args.world_size, args.memory_gb, args.rate, args.price)
         return guarded(lambda: dry_run(stage, args.recipe, args.overrides, *words))
     if args.world_size != 1 or args.memory_gb or args.rate or args.price:
-        parser.error("--world-size, --memory-gb, --rate and --price go with --dry-run")
+        parser(stage).error("--world-size, --memory-gb, --rate and --price go with --dry-run")
     overrides = [*args.overrides, *([f"train.profile={args.profile}"] if args.profile else [])]
     return guarded(lambda: _run(stage, args.recipe, overrides))
 

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from occstream.pretrain.events import EVENTS, flatten, read_events
-from occstream.pretrain.sender import Sender, trouble
+from occstream.pretrain.sender import Sender, open_client, trouble
 from occstream.sharding import threads
 from occstream.sharding.secrets import redact
+
+__all__ = ["Sender", "Tracker", "open_client"]
 
 
 class Tracker:

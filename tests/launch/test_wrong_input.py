@@ -104,6 +104,16 @@ def test_wrong_recipe_values(data, tmp_path, said, override, message):
     assert message in said()
 
 
+def test_options_that_need_another_say_so(tmp_path, said, capsys):
+    assert cli.main(["predict", "run", "data", "--name", "pseudo-a", "--holdout", "2"]) == 2
+    assert "--holdout goes with --truth" in said()
+    assert cli.main(["label", "synthetic", "--out", str(tmp_path / "out"), "--scenes", "2"]) == 2
+    assert "--every and --scenes go with --quality" in said()
+    with pytest.raises(SystemExit):
+        main("pretrain", ["--recipe", "demo", "--price", "2"])
+    assert "go with --dry-run" in capsys.readouterr().err
+
+
 def test_manifest_of_another_grid_or_taxonomy(data, tmp_path, said):
     assert pretrain(data, tmp_path / "run", "grid=occ3d") == 2
     assert "its labels are on grid 'tiny' (48, 48, 8)" in said()
