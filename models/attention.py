@@ -103,7 +103,7 @@ class Sightings:
 
     Attributes:
         token: (P,) its number.
-        pixel: (P, 2) of (u / W, v / H) in 0..1.
+        pixel: (P, 2) of (u, v) over the pixels that the image features cover, in 0..1: feature i of n at (i + 0.5) / n.
         counts: pairs of each image, of all frames' first cameras, then all frames' second ones, ...
         cameras: (T,) how many see each token.
     """

@@ -254,7 +254,7 @@ class SparsePart(nn.Module):
         self.c, self.shape = c, binary.shape
         self.into = nn.Linear(c.binary_channels, c.attention_channels)
         self.volume = nn.Conv3d(c.binary_channels, c.attention_channels, 1)
-        self.tokens = VoxelTokens(binary, c.attention_channels, image_size)
+        self.tokens = VoxelTokens(binary, c.attention_channels, image_size, c.feature_stride)
         self.layers = nn.ModuleList(TransformerLayer(c) for _ in range(c.sparse_layers))
         self.out = nn.Linear(c.attention_channels, c.binary_channels)
         self.full = FullHead(

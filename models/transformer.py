@@ -76,11 +76,13 @@ class VoxelTokens(nn.Module):
         grid: whose voxels are the tokens, ego frame.
         channels: of the embedding.
         image_size: (H, W) of the network's input.
+        stride: pixels between image features; where the image does not divide by it, the last ones reach beyond its end.
     """
 
-    def __init__(self, grid: VoxelGrid, channels: int, image_size: tuple[int, int]):
+    def __init__(self, grid: VoxelGrid, channels: int, image_size: tuple[int, int], stride: int = 1):
         super().__init__()
         self.shape, self.image_size = grid.shape, image_size
+        self.covered = [-(-n // stride) * stride for n in image_size]
         centers = torch.tensor(grid.centers().reshape(-1, 3), dtype=torch.float32)
         self.register_buffer("centers", centers, persistent=False)
         self.embedding = AxialEmbedding(grid.shape, channels)
@@ -102,15 +104,14 @@ class VoxelTokens(nn.Module):
 
     def _sightings(self, index: list[Tensor], batch: OccBatch) -> Sightings:
         """Cameras see what is in front of them and in their image (SPEC A.5)."""
-        size = row(self.centers, self.image_size[::-1])
+        size, covered = row(self.centers, self.image_size[::-1]), row(self.centers, self.covered[::-1])
         projected = project((self.centers[i] for i in index), batch)
         pixels, depth = (torch.cat(part, 1) for part in zip(*projected))
-        pixels = pixels / size  # (V, T, 2)
-        visible = (depth > 1e-5) & ((pixels > 0) & (pixels < 1)).all(-1)
+        visible = (depth > 1e-5) & ((pixels > 0) & (pixels < size)).all(-1)  # of (V, T, 2)
         each = [v.sum(1) for v in visible.split([len(i) for i in index], 1)]
         counts = torch.stack(each, 1).flatten().tolist()
         camera, token = torch.nonzero_static(visible, size=sum(counts)).unbind(1)
-        return Sightings(token, pixels[camera, token], counts, visible.sum(0))
+        return Sightings(token, pixels[camera, token] / covered, counts, visible.sum(0))
 
 
 class DenseTransformer(nn.Module):
@@ -126,7 +127,7 @@ class DenseTransformer(nn.Module):
     def __init__(self, c: B2SConfig, grid: VoxelGrid, image_size: tuple[int, int], layers: int):
         super().__init__()
         self.checkpointing = c.checkpointing
-        self.tokens = VoxelTokens(grid, c.attention_channels, image_size)
+        self.tokens = VoxelTokens(grid, c.attention_channels, image_size, c.feature_stride)
         self.into = nn.Linear(c.compact_channels, c.attention_channels)
         self.layers = nn.ModuleList(TransformerLayer(c) for _ in range(layers))
         self.out = nn.Linear(c.attention_channels, c.compact_channels)

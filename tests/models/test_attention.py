@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from occstream.models.attention import ImageAttention, Sightings, VolumeAttention, sample
+from occstream.models.lift import project
 from occstream.models.transformer import VoxelTokens
 from occstream.sharding.grid import VoxelGrid
 from tests.models.helpers import make_batch
@@ -126,3 +127,20 @@ def test_tokens_of_a_batch_are_those_of_its_frames():
 
 def _repeat(counts):
     return [k for k, count in enumerate(counts) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("height", "stride"), [(450, 32), (448, 32), (450, 16)])
+def test_a_pixel_samples_the_feature_whose_rows_it_lies_in(height, stride):
+    """Also where the image does not divide by the stride: row i of the features covers pixels 32 i to 32 (i + 1)."""
+    batch, rows = make_batch(1, 1, views=1, augment=False, image_size=(height, 800)), -(-height // stride)
+    tokens = VoxelTokens(VoxelGrid("g", (2, -2, 0), (10, 2, 3), (0.5, 0.5, 0.5)), 12, (height, 800), stride)
+    index = torch.arange(len(tokens.centers))
+    seen = tokens.at([index], batch).seen
+    [(pixels, _)] = project([tokens.centers], batch)
+    wanted = pixels[0, seen.token]
+    assert len(wanted) > 100
+    features = (torch.arange(rows) + 0.5).view(1, 1, rows, 1).expand(1, 1, rows, 25) * stride  # pixel of each row
+    found = sample(features, seen.pixel[:, None, None], torch.ones(len(wanted), 1, 1), [len(wanted)])[:, 0]
+    inside = (wanted[:, 1] > stride / 2) & (wanted[:, 1] < (rows - 0.5) * stride) & (wanted[:, 0] > 16)
+    inside &= wanted[:, 0] < 784
+    torch.testing.assert_close(found[inside], wanted[inside, 1], atol=0.01, rtol=0)
