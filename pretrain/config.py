@@ -176,6 +176,9 @@ class TrainConfig:
     """DeepSpeed ZeRO stage 0 to 3."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: torch autocast over fp32 parameters (DESIGN "Precision")."""
+    tf32: bool = False
+    """On CUDA, matrix products and convolutions of fp32 tensors round their inputs to TF32 (10 bits of mantissa): faster on
+    A100 and later. False: fp32 means fp32."""
     kernels: bool = False
     """Triton kernels for voxel pooling, deformable sampling and the focal loss on CUDA (``occstream bench step`` and
     ``infra/gpu_check.sh`` compare them with the reference)."""

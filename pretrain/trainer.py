@@ -100,13 +100,16 @@ def create_model(config: Config) -> nn.Module:
     )
 
 
-def accelerate(model: nn.Module, device: torch.device, with_kernels: bool, compiled: bool) -> None:
-    """Turns on what makes steps faster on CUDA; nothing changes on the CPU, and no name of a parameter anywhere.
+def accelerate(model: nn.Module, device: torch.device, with_kernels: bool, compiled: bool, tf32: bool = False) -> None:
+    """Turns on what makes steps faster on CUDA; nothing changes on the CPU, and no name of a parameter anywhere. Torch itself
+    lets convolutions take TF32 where nobody says otherwise: here they do what ``tf32`` says, as matrix products do.
 
     Raises:
         ImportError: kernels are wanted and Triton is missing.
     """
     kernels.use(with_kernels and device.type == "cuda")
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if compiled and device.type == "cuda":
         compile_encoder(model)
 
@@ -169,7 +172,7 @@ def _train(config: Config, world: World, run: Path) -> Result:
         )
 
     parameters = sum(p.numel() for p in model.parameters())
-    accelerate(model, world.device, cfg.kernels, cfg.compile)
+    accelerate(model, world.device, cfg.kernels, cfg.compile, cfg.tf32)
     engine = build_engine(model, cfg, world)
     ema = Ema(engine.module, cfg) if cfg.ema else None
     step, run_state = 0, {}
@@ -393,7 +396,7 @@ def load_trained(path: str | Path, overrides: Sequence[str] = (), number: int = 
     world, cfg = World(0, 1, device), config.train
     model = create_model(config)
     checkpoint.load_declared(model, saved.weights(), model.state_dict(), str(saved.path))
-    accelerate(model.to(device), device, cfg.kernels, False)
+    accelerate(model.to(device), device, cfg.kernels, False, cfg.tf32)
     used = "with Triton kernels" if cfg.kernels and device.type == "cuda" else "without Triton kernels"
     print(f"computes in {cfg.precision}, {used} (train.precision, train.kernels)", flush=True)
     return Trained(

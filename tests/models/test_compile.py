@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from occstream.models import backbones
-from occstream.pretrain.trainer import compile_encoder
+from occstream.pretrain.config import load_config
+from occstream.pretrain.trainer import accelerate, compile_encoder
 from tests.models.helpers import two_equal_ranks
 from tests.models.test_b2s import build
+from tests.pretrain.small import RECIPE
 
 IMAGES = torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(0))
 
@@ -39,3 +41,19 @@ def test_the_compiled_backbone_learns_the_same_in_one_graph(backend, checkpointi
     *compiled, graphs = trained(backend, checkpointing, ranks)
     assert (none, graphs) == (0, 1)
     torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_fp32_is_fp32_unless_tf32_is_asked_for(tf32):
+    """Torch's own default lets convolutions take it."""
+    config = load_config(RECIPE, [f"train.tf32={tf32}"] if tf32 else [])
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    try:
+        products.allow_tf32 = convolutions.allow_tf32 = not tf32
+        accelerate(torch.nn.Identity(), torch.device("cuda"), False, False, config.train.tf32)
+        assert products.allow_tf32 == convolutions.allow_tf32 == tf32
+        accelerate(torch.nn.Identity(), torch.device("cpu"), False, False, not tf32)
+        assert products.allow_tf32 == convolutions.allow_tf32 == tf32, "nothing changes on the CPU"
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
