@@ -8,6 +8,7 @@ from pathlib import Path
 
 from occstream.launch import data
 from occstream.launch.run import guarded
+from occstream.sharding.places import place
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +21,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         words += rest
-    return guarded(lambda: args.work(args))
+    return guarded(lambda: args.work(_placed(args)))
+
+
+def _placed(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with paths and URLs in one form. Raises ValueError."""
+    for name in ("url", "out", "root", "checkpoint", "run", "picture", "json", "data", "labels", "study"):
+        if isinstance(value := getattr(args, name, None), str):
+            setattr(args, name, place(value))
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,6 +23,7 @@ from occstream.pretrain.engine import World
 from occstream.pretrain.events import default_uri
 from occstream.pretrain.replay import EvalData, TrainData
 from occstream.sharding.codec import canonical_json
+from occstream.sharding.places import place
 
 Control = Literal["longer", "more-s"]
 LABELS = "labels"  # the control of cells of the label curve
@@ -112,7 +113,7 @@ class Study:
         self.reference = self.reference or next(iter(self.strategies))
         if self.reference not in self.strategies:
             raise ValueError(f"reference is {self.reference!r}, must be one of {', '.join(self.strategies)}")
-        self.output = self.output or f"runs/{self.name}"
+        self.output = place(self.output) or f"runs/{self.name}"
         if not self.output.isprintable():
             raise ValueError(
                 f"output is {self.output!r}: a folder's name of one line, for it is written into job files"

@@ -26,6 +26,7 @@ from occstream.pretrain.events import default_uri
 from occstream.pretrain.losses import LossConfig
 from occstream.pretrain.yamlfile import NotYaml, read_yaml
 from occstream.sharding.grid import VoxelGrid, get_grid
+from occstream.sharding.places import place
 from occstream.sharding.schema import TAXONOMIES, Taxonomy, get_taxonomy
 from occstream.sharding.secrets import refuse_secrets
 
@@ -402,6 +403,10 @@ def _nearest(full: str, key: str, known: list[str]) -> str:
     return f"; did you mean {' or '.join(repr(k) for k in near[:3])}?" if near else ""
 
 
+# Paths and URLs among the settings, by section.
+_PLACES = (("", "output"), ("data", "url"), ("replay", "url"), ("eval", "url"), ("train", "init"), ("train", "upload"))
+
+
 def parse_config(data: Mapping[str, Any]) -> Config:
     """A ``Config`` from nested plain values. Raises ValueError with the dotted key, the value and what would be right."""
     data = dict(data)
@@ -409,12 +414,20 @@ def parse_config(data: Mapping[str, Any]) -> Config:
     known = [*dotted_keys(Config), *dotted_keys(entry.config, "model.")]
     model = data.pop("model", None)
     model = model if isinstance(model, entry.config) else build_section(entry.config, model or {}, "model", known)
-    return build_section(Config, {**data, "model": model}, "", known)
+    config = build_section(Config, {**data, "model": model}, "", known)
+    for section, name in _PLACES:
+        owner = getattr(config, section) if section else config
+        setattr(owner, name, place(getattr(owner, name)))
+    if "://" in config.output:
+        raise ValueError(
+            f"output is {config.output!r}: must be a local folder; checkpoints can go to train.upload as well"
+        )
+    return config
 
 
 def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict:
     """Values of a recipe: a file path, or the name of one that comes with the package; ``base`` is merged below it."""
-    path = Path(name)
+    path = Path(place(name))
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ValueError(f"recipe {name!r}: no such file")

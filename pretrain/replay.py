@@ -33,6 +33,7 @@ from occstream.sharding.order import (
     evaluation_batches,
     training_batches,
 )
+from occstream.sharding.places import place
 from occstream.sharding.schema import IGNORE
 from occstream.sharding.stream import Field, ShardReader, Stream, StreamBatch
 
@@ -475,7 +476,7 @@ def cache(url: str) -> storage.ShardCache | None:
     ``OCCSTREAM_CACHE_GB``."""
     if storage.is_local(url):
         return None
-    folder = os.environ.get("OCCSTREAM_CACHE") or Path.home() / ".cache" / "occstream"
+    folder = place(os.environ.get("OCCSTREAM_CACHE", "")) or Path.home() / ".cache" / "occstream"
     return storage.ShardCache(folder, int(float(os.environ.get("OCCSTREAM_CACHE_GB", "64")) * 2**30))
 
 

@@ -10,7 +10,6 @@ import math
 import os
 import queue
 import random
-import re
 import shutil
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from occstream.sharding import threads
+from occstream.sharding.places import place
 from occstream.sharding.secrets import redact, refuse_secrets
 from occstream.sharding.storeerrors import ANONYMOUS, explain, transient
 
@@ -42,20 +42,19 @@ def join(url: str, *parts: str) -> str:
 
 
 def is_local(url: str) -> bool:
-    return "://" not in url or url.startswith("file://")
+    return "://" not in place(url)
 
 
 def local_path(url: str) -> Path:
-    return Path(url.removeprefix("file://"))
+    return Path(place(url))
 
 
 def _fs(url: str) -> tuple[Any, str]:
     if not is_local(url):
         refuse_secrets(url, "the URL")
-    if not is_local(url) and not re.match(r"[a-z0-9]+://", url):
-        raise ValueError(f"{url!r}: not a path, file:// or s3:// URL")
     if is_local(url):
-        return fsspec.core.url_to_fs(str(local_path(url)))
+        # Not by fsspec's own rules, by which "::" chains, "~" is the home folder and "local:" a protocol.
+        return fsspec.filesystem("file"), os.path.abspath(local_path(url))
     if not url.startswith("s3://"):
         return fsspec.core.url_to_fs(url)
     # Three layers would each retry, and a dead store would take minutes to notice: ``retry`` is the one that waits.

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from occstream.sharding.places import place
 from occstream.sharding.schema import Source
 
 
@@ -60,4 +61,6 @@ def open_source(name: str, options: Mapping[str, Any]) -> Source:
     missing = [k for k, p in known.items() if p.default is p.empty and k not in values]
     if missing:
         raise ValueError(f"source {name!r} needs {' and '.join(missing)}")
+    for key in values.keys() & {"root", "labels_root", "metadata"}:
+        values[key] = place(values[key]) if isinstance(values[key], str) else values[key]
     return module.open_source(**values)
