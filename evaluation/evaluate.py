@@ -160,16 +160,7 @@ def evaluate(
     finally:
         model.train(training)
     seen, voxels = sum_over_ranks(frames, device).tolist()
-    if not seen or (expected is not None and seen != expected):
-        planned = "some" if expected is None else expected
-        raise ValueError(
-            f"evaluated {seen} frames where {planned} were to be: its data ended early, and there is no score"
-        )
-    if not voxels:
-        raise ValueError(
-            f"evaluated {seen} frames without a single valid voxel (mask {mask}): there is no score; choose other scenes or "
-            "another eval.mask"
-        )
+    _check_seen(seen, voxels, expected, mask)
     confusion.all_reduce(device)
     if binary:
         binary.all_reduce(device)
@@ -184,6 +175,19 @@ def evaluate(
     )
     _add_scores(result, taxonomy, confusion if semantic else None, binary)
     return result
+
+
+def _check_seen(seen: int, voxels: int, expected: int | None, mask: str) -> None:
+    if not seen or (expected is not None and seen != expected):
+        planned = "some" if expected is None else expected
+        raise ValueError(
+            f"evaluated {seen} frames where {planned} were to be: its data ended early, and there is no score"
+        )
+    if not voxels:
+        raise ValueError(
+            f"evaluated {seen} frames without a single valid voxel (mask {mask}): there is no score; choose other scenes or "
+            "another eval.mask"
+        )
 
 
 def _add_scores(
