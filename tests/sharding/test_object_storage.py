@@ -1,6 +1,8 @@
 """Packing to and streaming from a real S3 server."""
 
+import fnmatch
 import hashlib
+import json
 import random
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import s3fs
+from botocore.exceptions import ClientError
 
 from occstream.launch import cli
 from occstream.pretrain.events import read_events
@@ -142,3 +145,56 @@ def test_wrong_credentials_and_missing_bucket_are_one_line(s3, monkeypatch, caps
     assert "access denied" in error
     assert "wrong-secret" not in error
     assert error.count("\n") == 1
+
+
+RIGHTS = {
+    "s3:ListBucket": {"ListObjectsV2", "HeadBucket"},
+    "s3:GetObject": {"GetObject", "HeadObject"},
+    "s3:PutObject": {"PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"},
+    "s3:DeleteObject": {"DeleteObject", "DeleteObjects"},
+    "s3:AbortMultipartUpload": {"AbortMultipartUpload"},
+    "s3:ListMultipartUploadParts": {"ListParts"},
+}
+
+
+def allows(policy: dict, call: str, arguments: dict, bucket: str, prefix: str) -> bool:
+    """Whether a policy of infra/iam, written for the prefix ``openscene`` of ``bucket``, allows a call for another prefix."""
+    for statement in policy["Statement"]:
+        if not any(call in RIGHTS[action] for action in statement["Action"]):
+            continue
+        names = statement.get("Condition", {}).get("StringLikeIfExists", {}).get("s3:prefix", [])
+        names = [name.replace("openscene", prefix) for name in names]
+        asked = arguments.get("Prefix")
+        if names:
+            return asked is None or any(fnmatch.fnmatchcase(asked, name) for name in names)
+        return arguments["Bucket"] == bucket and str(arguments.get("Key", f"{prefix}/")).startswith(f"{prefix}/")
+    return False
+
+
+def test_packing_and_reading_work_with_the_least_rights(s3, monkeypatch):
+    """What a policy does not allow is denied, as S3 would."""
+    from aiobotocore.client import AioBaseClient
+
+    storage.publish(b"", f"{s3}/first")  # creates the bucket, which no policy allows
+    call, policies, denied = AioBaseClient._make_api_call, [], []
+
+    async def guarded(self, name, arguments):
+        if allows(policies[-1], name, arguments, *s3.removeprefix("s3://").split("/"), "rights"):
+            return await call(self, name, arguments)
+        denied.append((name, arguments.get("Key", arguments.get("Prefix"))))
+        raise ClientError({"Error": {"Code": "AccessDenied"}, "ResponseMetadata": {"HTTPStatusCode": 403}}, name)
+
+    monkeypatch.setattr(AioBaseClient, "_make_api_call", guarded)
+    url = f"{s3}/rights"
+    policies += [json.loads((ROOT / f"infra/iam/{name}.json").read_text()) for name in ("reader", "writer")]
+    pack(ToySource(COUNTS[:2]), url, grid=GRID, scenes_per_shard=2)
+    storage.remove(f"{url}/manifest.json")  # as when shards are replaced
+    pack(ToySource(COUNTS[:2]), url, grid=GRID, scenes_per_shard=2)
+    # s3fs looks one level higher where a prefix is empty, and takes a refusal for "nothing there".
+    assert set(denied) <= {("ListObjectsV2", "")}
+    policies.pop()
+    assert verify(url) == []
+    assert storage.size(f"{url}/no-such-object") is None
+    assert set(denied) <= {("ListObjectsV2", "")}
+    with pytest.raises(PermissionError):
+        storage.publish(b"", f"{url}/of-a-reader")
