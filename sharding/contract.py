@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -45,9 +46,9 @@ def admit(scene: Scene) -> Scene:
     return dataclasses.replace(scene, frames=frames, attributes={**scene.attributes, DROPPED: dropped})
 
 
-def with_lacking(scene: Scene) -> Scene:
-    """The scene with the attribute ``LACKING`` if some of its frames have fewer cameras than others."""
-    rig = dict.fromkeys(name for frame in scene.frames for name in frame.cameras)
+def with_lacking(scene: Scene, chosen: Sequence[str] = ()) -> Scene:
+    """The scene with the attribute ``LACKING`` if some of its frames have fewer cameras, or of the chosen ones, than others."""
+    rig = dict.fromkeys(n for f in scene.frames for n in f.cameras if not chosen or n in chosen)
     lacking = {name: sum(name not in frame.cameras for frame in scene.frames) for name in rig}
     lacking = {name: count for name, count in sorted(lacking.items()) if count}
     return dataclasses.replace(scene, attributes={**scene.attributes, LACKING: lacking}) if lacking else scene

@@ -67,7 +67,7 @@ def _ground(sweep: LidarSweep, fix: np.ndarray) -> dict[tuple[int, int], float]:
     close = ego[far < 10, 2]
     if len(close) < 20:
         return {}
-    # Where the ground is: of the vehicle's frame some have their origin on it, some at the LiDAR.
+    # Where the ground is: near zero, but for slopes, curbs and tilted LiDARs.
     ego = ego[np.abs(ego[:, 2] - np.percentile(close, 10)) < 0.1 * far + 0.3]
     points = apply(compose(fix, sweep.ego_to_global), ego)
     cell = np.floor(points[:, :2] / CELL).astype(np.int64)

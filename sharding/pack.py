@@ -140,8 +140,8 @@ class Job:
         if not scene.frames:
             raise ValueError("it has no frames")
         scene = self.images.aim(scene)
-        if "cameras" in self.groups and not self.images.cameras:
-            scene = with_lacking(scene)
+        if "cameras" in self.groups:
+            scene = with_lacking(scene, self.images.cameras)
         return self.label(scene) if self.label else scene
 
     def members(self, frame: Frame, group: str) -> list[tuple[str, bytes]]:

@@ -62,10 +62,13 @@ class Images:
         share of black pixels by camera.
 
         Raises:
-            ValueError: more of an image than ``max_black`` would be black.
+            ValueError: no frame has a chosen camera, or more of an image than ``max_black`` would be black.
         """
         black: dict[str, float] = {}
         frames = []
+        rig = dict.fromkeys(n for f in scene.frames for name, c in f.cameras.items() for n, _ in _aimed(name, c))
+        if rig and (missing := [name for name in self.cameras if name not in rig]):
+            raise ValueError(f"scene {scene.name} has no camera {missing[0]!r}, only {', '.join(rig)}")
         for frame in scene.frames:
             cameras = {}
             for name, camera in frame.cameras.items():
@@ -87,17 +90,14 @@ class Images:
         return dataclasses.replace(scene, frames=frames, attributes={**scene.attributes, "rectified": shares})
 
     def __call__(self, frame: Frame) -> Frame:
-        """The frame with the chosen cameras and sizes, all of them pinholes with a JPEG.
+        """The frame with those of the chosen cameras that it has, all of them pinholes with a JPEG.
 
         Raises:
-            ValueError: it lacks a chosen camera, or an image is broken.
+            ValueError: an image is broken.
         """
         cameras = dict(pair for name, camera in frame.cameras.items() for pair in _aimed(name, camera))
         if self.cameras and cameras:
-            missing = [name for name in self.cameras if name not in cameras]
-            if missing:
-                raise ValueError(f"frame {frame.key} has no camera {missing[0]!r}, only {', '.join(cameras)}")
-            cameras = {name: cameras[name] for name in self.cameras}
+            cameras = {name: cameras[name] for name in self.cameras if name in cameras}
         return dataclasses.replace(frame, cameras={name: self._made(camera) for name, camera in cameras.items()})
 
     def _made(self, camera: Camera) -> Camera:

@@ -14,6 +14,7 @@ from occstream.pretrain.replay import camera_names
 from occstream.sharding import rawfiles
 from occstream.sharding.check import verify
 from occstream.sharding.pack import Job, estimate, pack
+from occstream.sharding.prepare import Images
 from occstream.sharding.sources import open_source
 from occstream.sharding.summary import after
 from tests.sharding import layouts
@@ -196,6 +197,14 @@ def test_a_missing_camera_is_told_at_packing_and_verifying(tmp_path, capsys):
     assert f"cameras    {line}" in after(manifest)
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert line in capsys.readouterr().out
+
+
+def test_a_chosen_camera_may_be_missing_in_a_frame_but_not_in_a_scene(tmp_path):
+    manifest = pack(Gappy((3, 2)), str(tmp_path / "out"), images=Images(cameras=("CAM_B",)))
+    assert manifest.scenes[0].attributes["lacking"] == {"CAM_B": 1}
+    assert verify(str(tmp_path / "out")) == []
+    with pytest.raises(ValueError, match="scene toy-0 has no camera 'CAM_C', only CAM_B, CAM_A"):
+        pack(Gappy((3, 2)), str(tmp_path / "other"), images=Images(cameras=("CAM_C",)))
 
 
 def test_cameras_to_train_on_are_the_rigs_and_not_the_first_frames(tmp_path):
