@@ -111,6 +111,7 @@ def prediction_picture(
     taxonomy: Taxonomy,
     cameras: tuple[str, ...],
     kind: str = "sigmoid_focal",
+    threshold: float = 0.25,
     title: str = "",
 ) -> None:
     """One composed PNG for a frame: all cameras with the labels projected, labels, binary and semantic prediction.
@@ -120,7 +121,7 @@ def prediction_picture(
         batch, outputs: with at least ``index`` + 1 frames.
         grid: of the labels. taxonomy: of the classes.
         cameras: names, for captions.
-        kind: how semantic logits become classes.
+        kind, threshold: how semantic logits become classes.
     """
     has_semantic = index < batch.num_semantic
     binary, valid = _numpy(batch.binary[index]), _numpy(batch.binary_valid[index])
@@ -138,7 +139,7 @@ def prediction_picture(
         found = _numpy(logits > 0).repeat(factors[0], 0).repeat(factors[1], 1).repeat(factors[2], 2)
         panels.append(("binary prediction (colour: height)", render(found & valid, height_colors(grid.shape))))
     if has_semantic and outputs.semantic_logits is not None:
-        classes = _numpy(classify(outputs.semantic_logits[index : index + 1], kind)[0])
+        classes = _numpy(classify(outputs.semantic_logits[index : index + 1], kind, threshold)[0])
         shown = (classes != taxonomy.free_id) & valid & (truth != IGNORE)
         panels.append(("semantic prediction", render(shown, class_colors(classes, taxonomy))))
 

@@ -135,6 +135,7 @@ def predict_checkpoint(
                         batches,
                         keep=keep,
                         kind=config.loss.kind,
+                        threshold=config.eval.threshold,
                         flips=flips,
                         occupied="labels" if offboard else "predicted",
                     )

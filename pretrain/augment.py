@@ -30,8 +30,11 @@ class AugmentConfig:
 
     image_size: tuple[int, int] = (256, 704)
     """(H, W) of the network's input, pixels."""
-    resize: tuple[float, float] = (-0.136, 0.25)
-    """Range of the change of the resize factor, relative to W / W_source (BEVDet: -0.06..0.11 at factor 0.44)."""
+    resize: tuple[float, float] = (-0.06, 0.11)
+    """Range of what is added to the resize factor, the input's width by the stored image's, as BEVDet does."""
+    resize_relative: bool = False
+    """``resize`` is a share of that factor instead: -0.136..0.25 is BEVDet's range at its factor of 0.44, whatever size the
+    images were packed at."""
     rotate: float = 5.4
     """Largest image rotation, degrees."""
     flip: bool = True
@@ -46,7 +49,7 @@ class AugmentConfig:
     def __post_init__(self):
         if min(self.image_size) < 16:
             raise ValueError(f"image_size is {self.image_size}, must be at least 16 x 16 (H, W)")
-        if self.resize[0] > self.resize[1] or self.resize[0] <= -1:
+        if not -1 < self.resize[0] <= self.resize[1]:
             raise ValueError(f"resize is {self.resize}, must be a range above -1, low end first")
 
 
@@ -64,7 +67,12 @@ def image_affine(rng: np.random.Generator | None, source: tuple[int, int], confi
     (height, width), (w, h) = config.image_size, source
     factor = width / w
     if rng is not None:
-        factor *= 1 + rng.uniform(*config.resize)
+        change = rng.uniform(*config.resize)
+        factor = factor * (1 + change) if config.resize_relative else factor + change
+        if factor <= 0:
+            raise ValueError(
+                f"augment.resize {config.resize} leaves nothing of an image {w} pixels wide; raise its low end"
+            )
     new_w, new_h = round(w * factor), round(h * factor)
     spare = max(0, new_w - width)
     left = rng.uniform(0, spare) if rng is not None else spare / 2
@@ -277,6 +285,7 @@ class FrameFiller:
             if self.grid.frame == "lidar":
                 to_grid = inverse(frame.lidar.sensor_to_ego)
         shown = [(taken, name) for taken in [frame, *frame.past[: self.history]] for name in self.cameras]
+        affines: dict[tuple[str, int, int], np.ndarray] = {}  # frames before are augmented as their camera is now
         for i, (taken, name) in enumerate(shown):
             camera = taken.cameras.get(name)
             if camera is None:
@@ -289,7 +298,10 @@ class FrameFiller:
                 raise IncompleteSample(
                     f"frame {taken.key}: camera {name} is missing (has {have}); data.cameras chooses others"
                 )
-            affine = image_affine(rng, (camera.width, camera.height), self.config)
+            view = (name, camera.width, camera.height)
+            if view not in affines:
+                affines[view] = image_affine(rng, view[1:], self.config)
+            affine = affines[view]
             try:
                 if self.decode:
                     warp_jpeg(camera.jpeg, (camera.width, camera.height), affine, views["images"][i])

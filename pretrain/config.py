@@ -131,12 +131,16 @@ class EvalConfig:
     """How classes are averaged: as the benchmark of the labels does (auto), or by name."""
     mask: Mask = "auto"
     """As ``data.mask``, for the metric; declared with the result."""
+    threshold: float = 0.25
+    """Probability that the best class must have, or a voxel is called free: in evaluations, predictions and pictures (with
+    ``loss.kind`` softmax_focal free is a class of its own)."""
     pictures: int = 1
     """Pictures of predictions to draw at the end."""
 
     def __post_init__(self):
         _need(self.batch >= 1, f"batch is {self.batch}, must be at least 1")
         _need(self.scenes is None or self.scenes >= 1, f"scenes is {self.scenes}, must be at least 1 (or null for all)")
+        _need(0 < self.threshold < 1, f"threshold is {self.threshold}, must be between 0 and 1")
         for name in ("holdout", "every", "pictures"):
             _need(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, must not be negative")
 

@@ -327,6 +327,7 @@ def evaluate_on(config: Config, model: nn.Module, frames: EvalData, drawer: Draw
         mask=config.eval.mask,
         unknown=frames.unknown,
         kind=config.loss.kind,
+        threshold=config.eval.threshold,
         expected=frames.total,
         watch=drawer,
     )
@@ -438,6 +439,7 @@ class Drawer:
                 taxonomy=self.config.classes,
                 cameras=self.cameras,
                 kind=self.config.loss.kind,
+                threshold=self.config.eval.threshold,
                 title=f"{key}, {self.config.stage} step {self.step}",
             )
             self.done.append(path)
@@ -466,7 +468,8 @@ def _check_strategy(config: Config, model: nn.Module) -> None:
 def _check_same_run(config: Config, data: TrainData, saved: checkpoint.Checkpoint) -> None:
     """Raises ValueError if the folder holds another run than the one that is asked for."""
     # Parsed: settings that did not exist then had their defaults.
-    old, new = flatten(parse_config(redacted(saved.state["config"])).to_dict()), flatten(config.to_dict())
+    was = redacted(_as_meant(saved.state["config"]))
+    old, new = flatten(parse_config(was).to_dict()), flatten(config.to_dict())
     if config.replay.url and "replay_normaliser" not in saved.state["config"].get("loss", {}):
         old["loss.replay_normaliser"] = "joint"  # what was done before there was a choice
     # Labels choose the voxels of an offboard model: there the limit changes nothing that is learned.
@@ -484,6 +487,13 @@ def _check_same_run(config: Config, data: TrainData, saved: checkpoint.Checkpoin
             f"{saved.path} was trained on other data ({saved.state['fingerprints']}, now {data.fingerprints}); "
             "choose another output= for a new run"
         )
+
+
+def _as_meant(config: dict) -> dict:
+    """A checkpoint's settings, with what those of earlier versions, which have fewer, meant."""
+    if "resize_relative" not in config.get("augment", {}):
+        return merge(config, {"augment": {"resize_relative": True}})
+    return config
 
 
 def _code_version() -> str:

@@ -184,3 +184,21 @@ def test_frames_before_are_further_views_of_what_stands_still():
         expected = np.linalg.inv(alone["camera_to_ego"][i]) @ before
         np.testing.assert_allclose(seen, expected, atol=1e-3)
         np.testing.assert_array_equal(still["images"][len(cameras) + i], alone["images"][i])
+
+
+def test_frames_before_are_augmented_as_their_camera_is_now():
+    """One draw for each camera and sample, as if there were no frames before."""
+    source = open_source(
+        "synthetic", {"scenes": 1, "frames": 3, "image_size": [64, 176], "grid": "tiny", "lidar": False}
+    )
+    first, second, frame = source.load(source.scene_names()[0]).frames
+    frame.past = [second, first]
+    alone, wide = filler_for(frame, mask="none"), filler_for(frame, mask="none", history=2)
+    now, all_views = views_of(alone), views_of(wide)
+    alone(frame, 1, now)
+    wide(frame, 1, all_views)
+    for name in ("post_rot", "post_tran"):
+        for past in range(3):
+            np.testing.assert_array_equal(all_views[name].reshape(3, -1, *now[name].shape[1:])[past], now[name])
+    assert len(np.unique(now["post_tran"], axis=0)) == len(frame.cameras), "each camera has its own"
+    np.testing.assert_array_equal(all_views["bda"], now["bda"])

@@ -79,8 +79,13 @@ def test_a_checkpoint_of_the_old_rule_goes_on_in_its_order(data, tmp_path, capsy
     rewrite(order="by moonlight")
     with pytest.raises(ValueError, match="'by moonlight', which this version does not know"):
         train(world, "pretrain", data, run, "train.steps=3", "train.log_keys=true")
-    rewrite(order=None)
-    train(world, "pretrain", data, run, "train.steps=3", "train.log_keys=true")
+    old = json.loads(json.dumps(state["config"]))
+    del old["augment"]["resize_relative"]  # jitter was a share then
+    rewrite(order=None, config=old)
+    with pytest.raises(ValueError, match=r"augment\.resize_relative=True, this run has .*=False"):
+        train(world, "pretrain", data, run, "train.steps=3", "train.log_keys=true")
+    words = ["train.steps=3", "train.log_keys=true", "augment.resize_relative=true"]
+    train(world, "pretrain", data, run, *words)
     assert "goes on in the order by content" in capsys.readouterr().out
     manifest = Manifest.load(data)
     scenes = manifest.subset(None, 0, 1)
@@ -94,8 +99,8 @@ def test_a_checkpoint_of_the_old_rule_goes_on_in_its_order(data, tmp_path, capsy
         [e.shard for e in entries],
         4,
     )
-    old = [frame_key(manifest.scenes[s.scene].name, s.frame) for s in itertools.islice(order.samples(0, 4), 8)]
-    assert keys(run)[4:] == old
+    frames = [frame_key(manifest.scenes[s.scene].name, s.frame) for s in itertools.islice(order.samples(0, 4), 8)]
+    assert keys(run)[4:] == frames
     assert json.loads((run / "checkpoints/step-00000003/state.json").read_text())["order"] == "content"
     assert sorted(losses(run)) == [1, 2, 3]
 
