@@ -8,17 +8,20 @@ import torch
 
 from occstream.evaluation.evaluate import EvalResult, evaluate
 from occstream.models import OccBatch, OccOutputs
+from occstream.pretrain import checkpoint
 from occstream.pretrain.augment import AugmentConfig, FrameFiller
 from occstream.pretrain.config import Config, load_config
 from occstream.pretrain.engine import World
 from occstream.pretrain.losses import LossConfig, occupancy_loss
 from occstream.pretrain.replay import EvalData, TrainData, unknown_share
+from occstream.pretrain.tracking import read_events
 from occstream.sharding.grid import get_grid
 from occstream.sharding.labels import LabelConfig, Labeler
 from occstream.sharding.pack import pack
 from occstream.sharding.schema import IGNORE, Scene
 from occstream.sharding.sources import open_source
-from tests.pretrain.small import RECIPE
+from tests.pretrain.inprocess import train, world  # noqa: F401
+from tests.pretrain.small import RECIPE, pack_small
 from tests.sharding import layouts
 from tests.sharding.toy import ToySource
 
@@ -138,8 +141,8 @@ def test_what_a_setting_counts_is_measured_and_said(tmp_path):
     assert unknown_share(manifest, scenes, "none") == 0.75
     words = [f"data.url={url}", "grid=-4,-4,-1,4,4,1,1", "data.mask=none", "eval.mask=none", "train.batch=1"]
     config = load_config(RECIPE, words, stage="finetune")
-    world = World(0, 1, torch.device("cpu"))
-    data, held_out = TrainData(config, world), EvalData(config, world)
+    alone = World(0, 1, torch.device("cpu"))
+    data, held_out = TrainData(config, alone), EvalData(config, alone)
     assert data.unknown == {"data.mask": 0.75}
     assert data.notes == [
         "data.mask=none: 75.0 % of the voxels that count are unknown to the labels; data.mask=auto leaves them out"
@@ -147,10 +150,33 @@ def test_what_a_setting_counts_is_measured_and_said(tmp_path):
     assert held_out.unknown == 0.75
     assert held_out.notes[0] == "eval.convention=auto: occ3d, inferred from taxonomy occ3d"
     assert held_out.notes[1].startswith("eval.mask=none: 75.0 %")
-    other = EvalData(load_config(RECIPE, [*words, "eval.convention=openscene"], stage="finetune"), world)
+    other = EvalData(load_config(RECIPE, [*words, "eval.convention=openscene"], stage="finetune"), alone)
     assert (other.convention, held_out.convention) == ("openscene", "occ3d")
     assert other.notes[0].startswith("eval.convention=openscene: the labels' own is occ3d")
     result = EvalResult(1, 50.0, mask="none", unknown=held_out.unknown)
     assert result.summary() == "binary IoU 50.00 (convention occ3d, mask none, 75.0 % unknown voxels counted)"
     assert result.metrics()["eval/unknown_share"] == 75
     assert "eval/unknown_share" not in EvalResult(1, 50.0).metrics()
+
+
+def test_a_run_says_it_once_and_keeps_it(tmp_path, world, capsys):  # noqa: F811
+    pack_small(str(tmp_path / "data"), scenes=2, lidar=True)
+    words = [
+        "data.mask=none",
+        "eval.mask=none",
+        "train.steps=2",
+        "train.batch=2",
+        "model.strategy=offboard",
+        "model.cap=4608",
+    ]
+    result = train(world, "finetune", tmp_path / "data", tmp_path / "run", *words)
+    said = capsys.readouterr().out
+    assert said.count("data.mask=none: ") == said.count("eval.mask=none: ") == 1
+    share = checkpoint.Checkpoint(tmp_path / "run").state["unknown_share"]["data.mask"]
+    assert 0.05 < share < 0.95
+    events = read_events(tmp_path / "run" / "metrics.jsonl")
+    [run] = [e["run"] for e in events if "run" in e]
+    assert float(run["params"]["unknown_share.data.mask"]) == share
+    scores = {k: v for e in events for k, v in e.get("metrics", {}).items()}
+    assert scores["eval/unknown_share"] == 100 * result.evaluation.unknown > 0
+    assert result.evaluation.convention == "occ3d"
