@@ -6,7 +6,7 @@ import os
 import re
 import urllib.parse
 
-_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://[^/]")
+_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://.")
 
 
 def place(text: str) -> str:
