@@ -200,7 +200,7 @@ def or_nan(loss: Tensor, errors: Tensor | None = None) -> Tensor:
     """The same loss and gradients if it is finite; else every gradient becomes NaN, which all ranks and stages notice. So it
     does if there are ``errors`` (scalar)."""
     if errors is not None:
-        loss = loss * torch.where(errors > 0, math.nan, 1.0)
+        loss = loss * torch.ones_like(errors).masked_fill(errors > 0, math.nan)
     value = loss.detach()
     return loss * (1 + (value - value))
 

@@ -182,7 +182,10 @@ class TrainData:
             self.wished |= self.world.agree(self._error, wish)
             self._spare = batches[0].clone() if self.world.size > 1 else None
         if self.world.size > 1:
-            self.flags = torch.tensor([self._error is not None, wish], dtype=torch.float32, device=self.world.device)
+            # Filled there: a copy from the host would wait for all that the device has to do.
+            self.flags = torch.zeros(2, device=self.world.device)
+            for flag, said in zip(self.flags, (self._error is not None, wish)):
+                flag.fill_(float(said))
         return batches if self._error is None else [self._spare] * count
 
     def heard(self, errors: float, wishes: float) -> None:

@@ -132,3 +132,19 @@ def test_a_fused_optimizer_goes_on_where_it_was_and_where_another_was(tmp_path, 
         for step, parts in plain.items():
             assert other[step]["train/loss"] == pytest.approx(parts["train/loss"], abs=1e-5), (name, step)
             assert other[step]["opt/grad_norm"] == pytest.approx(parts["opt/grad_norm"], rel=1e-3), (name, step)
+
+
+def test_ending_a_step_reads_nothing_back_before_the_next(monkeypatch):
+    """The guard of a fused optimizer: one read-back of numbers that were copied a step before."""
+    made = with_gradients(3)
+    made.is_gradient_accumulation_boundary, made.zero_optimization_stage = (lambda: True), (lambda: 0)
+    made.backward, made.step = (lambda loss: None), mock.Mock()
+    with mock.patch.object(guards, "fuses", return_value=True):
+        guard = FiniteGuard(made, TrainConfig(), None, ALONE, lambda *flags: None)
+    for step in range(2):
+        with Ops() as ops:
+            guard.begin(step)
+            guard.backward(torch.tensor(1.0, requires_grad=True), ["a-0"], torch.zeros(2))
+            guard.step()
+        assert ops.names.count("aten::_local_scalar_dense") == step, "the norm of the step before, on the host already"
+        assert not {"aten::nonzero", "aten::is_nonzero", "aten::equal"} & set(ops.names)
