@@ -283,7 +283,7 @@ def to_full(tensor: Tensor, local: Tensor, world: World) -> Tensor | None:
     nothing."""
     if is_partitioned(tensor):
         whole = local.new_empty(world.size * local.numel())
-        dist.all_gather_into_tensor(whole, local.detach().contiguous())
+        dist.all_gather_single(whole, local.detach().contiguous())
         local = whole[: tensor.ds_numel].reshape(tensor.ds_shape)
     return local.detach().to("cpu", copy=True) if world.is_main else None
 
