@@ -12,6 +12,7 @@ from occstream.pretrain import engine, guards
 from occstream.pretrain.config import TrainConfig
 from occstream.pretrain.engine import Ema, World, clip_gradients, or_nan
 from occstream.pretrain.guards import FiniteGuard
+from occstream.pretrain.meter import WARM, Meter
 from tests.pretrain.inprocess import train, world  # noqa: F401  a fixture
 from tests.pretrain.small import losses, pack_small
 
@@ -148,3 +149,31 @@ def test_ending_a_step_reads_nothing_back_before_the_next(monkeypatch):
             guard.step()
         assert ops.names.count("aten::_local_scalar_dense") == step, "the norm of the step before, on the host already"
         assert not {"aten::nonzero", "aten::is_nonzero", "aten::equal"} & set(ops.names)
+
+
+def test_the_forward_of_a_step_is_timed_when_the_device_has_done_it(monkeypatch):
+    """The host is a step ahead of the device: events are read one step later, not waited for."""
+    clock, asked = iter(range(1000)), []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = next(clock)
+
+        def synchronize(self):
+            asked.append(self.at)
+
+        def elapsed_time(self, end):
+            return 1000.0 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    meter = Meter(0, 9, SimpleNamespace(waited=0.0), World(0, 1, torch.device("cuda", 0)))
+    for step in range(6):
+        with meter.forward():
+            next(clock)
+        meter.step()
+        assert len(asked) == max(0, step - WARM), "those of the step before, after the warm ones"
+    assert list(meter.own) == [2.0] * 3
+    assert len(meter.times) == len(meter.waits) == 4
