@@ -27,7 +27,7 @@ class EvalResult:
 
     Attributes:
         frames: evaluated over all ranks.
-        binary_iou: on the binary head's own grid, labels pooled (SPEC A.7).
+        binary_iou: on the binary head's own grid, labels pooled.
         iou: geometric, of the semantic output. miou: by the convention.
         per_class: IoU by class name; for classes that do not occur NaN, or 0 by the convention.
         ranges: ``binary_iou``, ``iou`` and ``miou`` by range (``metrics.ranges_of``).
@@ -82,7 +82,7 @@ def classify(logits: Tensor, kind: Head = "sigmoid_focal", threshold: float = 0.
 
     Args:
         logits: (S, K, X, Y, Z).
-        kind: sigmoid_focal: the best class if its probability is above ``threshold``, else free (SPEC A.9);
+        kind: sigmoid_focal: the best class if its probability is above ``threshold``, else free;
             softmax_focal: free is a class with logit 0.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Predictions as labels: what a network says about frames, in the form that shards hold (SPEC A.13)."""
+"""Predictions as labels: what a network says about frames, in the form that shards hold (B2S, App. D)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Scaling laws: fits with intervals, predictions that can fail, and what pre-training is worth in labels (OPERATIONS
-"Scaling studies").
+"""Scaling laws: fits with intervals, predictions that can fail, and what pre-training is worth in labels.
 
 Two laws in the number of scenes n: ``log`` a + b log(1 + n / n0), and ``power`` a - b (1 + n / n0)^-c. Given n0 (and c) both
 are linear, so a grid over these with least squares for the rest finds the best fit for certain. Intervals are those of the

@@ -22,7 +22,7 @@ from occstream.pretrain.replay import EvalData, TrainData
 from occstream.pretrain.trainer import create_model
 from occstream.sharding.manifest import Manifest
 
-SLACK = 0.2  # measured on the CPU, see README
+SLACK = 0.2  # measured on the CPU
 KNOBS = (
     "train.accumulate (more micro-steps)",
     "model.checkpointing=true",

@@ -1,4 +1,4 @@
-"""Studies: a YAML file with axes -> cells -> training runs, deduplicated and in order (SPEC A.12, H; DESIGN "Tracking").
+"""Studies: a YAML file with axes -> cells -> training runs, deduplicated and in order.
 
 A *cell* is one point of the study: family, strategy, pre-training scenes, fine-tuning scenes, control, seed. A *run* is one
 training; cells share pre-training runs, and two cells whose fine-tuning is the same share that too.

@@ -1,4 +1,4 @@
-"""Deformable attention in a volume and in images (SPEC A.5, J.3, J.4), plain PyTorch."""
+"""Deformable attention in a volume and in images (B2S, Sec. 3.2), plain PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from occstream.models.layers import full_precision, row
 
 
 def sample(values: Tensor, locations: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
-    """Weighted linear samples of volumes (SPEC J.3) or maps, as many of each as it has queries: nothing is padded.
+    """Weighted linear samples of volumes or maps, as many of each as it has queries: nothing is padded.
 
     Args:
         values: (N, C, X, Y, Z) or (N, C, h, w), C divisible by the heads.
@@ -81,7 +81,7 @@ class _Sampling(nn.Module):
 
 
 class VolumeAttention(nn.Module):
-    """Deformable attention of tokens to a dense volume (J.3); residual not included."""
+    """Deformable attention of tokens to a dense volume; residual not included."""
 
     def __init__(self, channels: int, heads: int = 8, points: int = 4, dropout: float = 0.1):
         super().__init__()
@@ -115,7 +115,7 @@ class Sightings:
 
 
 class ImageAttention(nn.Module):
-    """Deformable attention of tokens to the images that see them (J.4); residual not included.
+    """Deformable attention of tokens to the images that see them; residual not included.
 
     Only pairs of a token and an image that sees it are computed; the result is averaged over the cameras that do.
     """

@@ -1,4 +1,4 @@
-"""B2S: binary first, semantic second (seed paper 001; SPEC section A), in both families and with every head strategy.
+"""B2S: binary first, semantic second (Noguchi and Yamamoto), in both families and with every head strategy.
 
 Images -> features -> compact volume B (Lift-Splat, or learned voxel queries) -> dense transformer layers -> binary decoder
 -> B'. Then, by strategy (the paper's Fig. 4):
@@ -37,7 +37,7 @@ Selection = Literal["predicted", "gt", "union"]
 
 @dataclass
 class B2SConfig:
-    """Sizes and open points of both families. Defaults are the paper's onboard LS model, or SPEC's where the paper is
+    """Sizes and open points of both families. Defaults are the paper's onboard LS model, or ours where the paper is
     silent."""
 
     strategy: Strategy = "intermediate"
@@ -47,7 +47,7 @@ class B2SConfig:
     backbone_width: int = 64
     """Channels of its stem; 64 is the published network. A multiple of 16."""
     backbone_weights: str = ""
-    """Initial weights: a path or a hub id (SPEC A.3: ImageNet; the paper gives none)."""
+    """Initial weights: a path or a hub id (ImageNet's, for example; the paper names none)."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: backbone, volumes, dense layers, heads."""
     feature_channels: int = 256
@@ -59,7 +59,7 @@ class B2SConfig:
     compact_factor: int = 4
     """Grid voxels per voxel of B in x and y (50x50x16 of 200x200x16)."""
     binary_channels: int = 128
-    """C' of B'. Not stated; the paper calls 32 too few (SPEC A.2)."""
+    """C' of B'. Not stated; the paper calls 32 too few (App. A.1)."""
     binary_factor: int = 2
     """Grid voxels per voxel of B' in x and y. Equal to ``compact_factor``: no up-sampling (offboard)."""
     semantic_channels: int = 64
@@ -82,10 +82,10 @@ class B2SConfig:
     """Sparse transformer layers (intermediate and offboard)."""
     query: Literal["sparse", "dense"] = "sparse"
     """What the deformable self-attention samples: B' (sparse), or B' set to zero outside the selection (dense): the two
-    readings of the paper's section 3.2 and appendix A.2 (SPEC A.8)."""
+    readings of the paper (Sec. 3.2, App. A.2)."""
     selection: Selection = "predicted"
     """Which voxels the sparse transformer refines: predicted occupied, occupied in the pooled labels, or both while
-    training (SPEC A.7). Offboard always takes the labels."""
+    training. Offboard always takes the labels."""
     threshold: float = 0.5
     """Probability from which a voxel counts as occupied."""
     floor: int = 1024
@@ -96,7 +96,7 @@ class B2SConfig:
     """Rows of B' (along x) that the full-resolution heads take at a time; their activations are computed again in the
     backward pass. 0: all at once."""
     depth: tuple[float, float, float] = (1.0, 45.0, 0.5)
-    """Lift-Splat: depth bins: first, end, step, in metres (SPEC A.4: 88 bins; OpenScene 1, 60, 0.5)."""
+    """Lift-Splat: depth bins: first, end, step, in meters (88 bins; OpenScene 1, 60, 0.5)."""
     depth_blocks: int = 3
     """Lift-Splat: residual blocks of the depth net."""
     depth_aspp: bool = True
@@ -104,7 +104,7 @@ class B2SConfig:
     lift_channels: int = 32
     """Lift-Splat: channels that are lifted into the volume."""
     volume_block: bool = True
-    """Lift-Splat: a residual block on the full-resolution volume before it is reduced (SPEC A.4)."""
+    """Lift-Splat: a residual block on the full-resolution volume before it is reduced."""
     encoder_channels: tuple[int, ...] = (32, 64, 128)
     """Lift-Splat: volume encoder: channels of its levels."""
     encoder_blocks: tuple[int, ...] = (1, 2, 4)
@@ -141,7 +141,7 @@ class B2SConfig:
 
 
 class LiftVolume(nn.Module):
-    """Image features -> compact volume by predicted depth (SPEC A.4)."""
+    """Image features -> compact volume by predicted depth."""
 
     def __init__(self, c: B2SConfig, grid: VoxelGrid, compact: VoxelGrid, image_size: tuple[int, int]):
         super().__init__()
@@ -166,7 +166,7 @@ class LiftVolume(nn.Module):
 
 
 class QueryVolume(nn.Module):
-    """Learned voxel queries in place of a lift; the dense layers fill them (SPEC A.5)."""
+    """Learned voxel queries in place of a lift; the dense layers fill them."""
 
     def __init__(self, c: B2SConfig, grid: VoxelGrid, compact: VoxelGrid, image_size: tuple[int, int]):
         super().__init__()
@@ -180,7 +180,7 @@ class QueryVolume(nn.Module):
 
 
 class CameraEmbedding(nn.Module):
-    """Tells features which camera they are of (SPEC A.5); a level needs no telling, as there is one."""
+    """Tells features which camera they are of; a level needs no telling, as there is one."""
 
     def __init__(self, cameras: int, channels: int):
         super().__init__()
@@ -219,7 +219,7 @@ class FullHead(nn.Module):
         for name, channels in outputs.items():
             last = nn.Linear(hidden, channels)
             if name == "semantic":
-                nn.init.constant_(last.bias, -4.595)  # prior probability 0.01 (SPEC A.9)
+                nn.init.constant_(last.bias, -4.595)  # prior probability 0.01 (as RetinaNet)
             self.heads[name] = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), last)
 
     def forward(self, tokens: Tensor, name: str) -> Tensor:
@@ -426,7 +426,7 @@ class B2S(nn.Module):
         if not self.semantic_stage:
             return outputs
         # B frames stop here. A rank without S frames runs the semantic part on one frame, cut off from the graph, so
-        # that every parameter takes part on every rank (OPERATIONS 7); the loss gives it weight 0.
+        # that every parameter takes part on every rank, which ZeRO relies on; the loss gives it weight 0.
         s = batch.num_semantic
         frames = slice(0, max(s, 1))
         whole = binary[frames] if s else binary[frames].detach()
@@ -454,7 +454,7 @@ def _first(batch: OccBatch, frames: slice) -> OccBatch:
 def b2s_ls(
     config: B2SConfig, *, grid: VoxelGrid, num_classes: int, image_size: tuple[int, int], semantic: bool
 ) -> nn.Module:
-    """LS-based B2S (SPEC A.4)."""
+    """LS-based B2S (Sec. 3.2, Fig. 3 a)."""
     return B2S(config, grid, num_classes, image_size, semantic, LiftVolume)
 
 
@@ -462,5 +462,5 @@ def b2s_ls(
 def b2s_bevformer(
     config: B2SConfig, *, grid: VoxelGrid, num_classes: int, image_size: tuple[int, int], semantic: bool
 ) -> nn.Module:
-    """BEVFormer-based B2S (SPEC A.5)."""
+    """BEVFormer-based B2S (Sec. 3.2, Fig. 3 b)."""
     return B2S(config, grid, num_classes, image_size, semantic, QueryVolume)

@@ -1,4 +1,4 @@
-"""Image encoders: transformers' ResNets by name, with our FPN (SPEC A.3, J.5)."""
+"""Image encoders: transformers' ResNets by name, with our FPN (B2S, App. A.2)."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class OccBatch:
     Attributes:
         images: (B, V, 3, H, W) uint8 RGB, augmented; the model normalises.
         intrinsics: (B, V, 3, 3) float32 of the un-augmented image.
-        camera_to_ego: (B, V, 4, 4) float32, camera -> ego at the key-frame, corrected for time (SPEC J.1); -> LiDAR at
+        camera_to_ego: (B, V, 4, 4) float32, camera -> ego at the key-frame, corrected for time; -> LiDAR at
             the key-frame where the labels' grid is in that frame (OpenOccupancy, SemanticKITTI).
         post_rot, post_tran: (B, V, 3, 3), (B, V, 3) float32: image augmentation, pixel' = post_rot pixel + post_tran
             on (u, v, depth).
@@ -33,7 +33,7 @@ class OccBatch:
         num_semantic: S.
         keys: B frame keys.
         second, confidence: (S, X, Y, Z) uint8 and float32: second class of a soft label and the probability of the first,
-            which ``semantic`` holds (SPEC J.10); None: labels are hard.
+            which ``semantic`` holds (B2S, App. D); None: labels are hard.
         depth: (B, V, h, w) float32: distance of the nearest LiDAR point in each cell of the image features, metres, 0
             where there is none; None unless a depth loss wants it.
     """
@@ -84,8 +84,8 @@ class OccOutputs:
         binary_logits: (B, Xb, Yb, Zb) float32 on the grid of the model's binary head, > 0 = occupied. None without one
             (replacing head after pre-training, offboard).
         semantic_logits: (max(S, 1), K, X, Y, Z) float32 on the full grid; None if the semantic part does not exist
-            (pre-training). With S = 0 the part ran on one detached frame so that every parameter took part
-            (DESIGN "Replay"): the loss must weigh it with 0.
+            (pre-training). With S = 0 the part ran on one detached frame so that every parameter took part: the
+            loss must weigh it with 0.
         selected: (S,) int64 number of voxels the sparse transformer worked on, for logging; or None.
         depth, depth_bins: (B, V, D, h, w) float32 depth distribution of the lift and its (D,) bins, metres; None for
             models without one.
@@ -126,7 +126,7 @@ def concat(semantic: OccBatch, binary: OccBatch | None) -> OccBatch:
 
 
 def pool_binary(binary: Tensor, valid: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Binary labels on a coarser grid over the same box (SPEC A.7, our default).
+    """Binary labels on a coarser grid over the same box (our default; B2S does not say).
 
     A coarse voxel is occupied if any valid child is occupied, ignored if it has no valid child, else free.
 

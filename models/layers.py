@@ -36,7 +36,7 @@ def checkpointed(work: Callable, *args, when: bool = True):
 class SyncBatchNorm(nn.Module):
     """Batch norm over the joint batch of all ranks, for (N, C, …) of any rank, on CPU and CUDA.
 
-    ``torch.nn.SyncBatchNorm`` refuses CPU tensors (OPERATIONS 15). Same ``state_dict`` keys as ``nn.BatchNorm2d``.
+    ``torch.nn.SyncBatchNorm`` refuses CPU tensors. Same ``state_dict`` keys as ``nn.BatchNorm2d``.
     Statistics are fp32, centered, and exact for ranks that hold different numbers of samples; see ``syncnorm``. A forward
     that is computed again under ``checkpointed`` uses the statistics of the first: it asks no other rank and counts nothing.
     """
@@ -109,7 +109,7 @@ class ResidualBlock(nn.Module):
 
 
 class VolumeEncoder(nn.Module):
-    """3-D residual network whose levels are resized to one shape and merged (SPEC A.4, as COTR).
+    """3-D residual network whose levels are resized to one shape and merged (as COTR).
 
     Args:
         inputs: channels of the volume.
@@ -141,7 +141,7 @@ class VolumeEncoder(nn.Module):
 
 
 class AxialEmbedding(nn.Module):
-    """Learned position embedding of a voxel: one table per axis, concatenated (SPEC A.5: 96 + 96 + 64 of 256)."""
+    """Learned position embedding of a voxel: one table per axis, concatenated (96 + 96 + 64 of 256 channels)."""
 
     def __init__(self, shape: tuple[int, int, int], channels: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Lift-Splat: image features to a voxel volume by predicted depth (SPEC A.4, J.1, J.7; after BEVDet and BEVDepth)."""
+"""Lift-Splat: image features to a voxel volume by predicted depth (B2S, Sec. 3.2; after BEVDet and BEVDepth)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHUNK = 1 << 18  # points at a time: bounds the memory of pooling
 def frustum(image_size: tuple[int, int], feature_size: tuple[int, int], depths: Tensor) -> Tensor:
     """Pixels and depths of the lifted points: (D, h, w, 3) of (u, v, depth), pixels of the network's input.
 
-    Pixels are spread over the feature map from 0 to W-1 and 0 to H-1, ends included (SPEC A.4).
+    Pixels are spread over the feature map from 0 to W-1 and 0 to H-1, ends included (as BEVDet).
     """
     (height, width), (h, w) = image_size, feature_size
     rows = torch.linspace(0, height - 1, h, device=depths.device)
@@ -28,7 +28,7 @@ def frustum(image_size: tuple[int, int], feature_size: tuple[int, int], depths: 
 
 
 def unproject(points: Tensor, batch: OccBatch) -> Tensor:
-    """Augmented pixels with depth -> augmented ego frame (SPEC J.1), in fp32 also under autocast: in bf16 a quarter of the
+    """Augmented pixels with depth -> augmented ego frame, in fp32 also under autocast: in bf16 a quarter of the
     points would fall into another voxel.
 
     Args:
@@ -49,7 +49,7 @@ def unproject(points: Tensor, batch: OccBatch) -> Tensor:
 
 
 def project(points: Iterable[Tensor], batch: OccBatch) -> list[tuple[Tensor, Tensor]]:
-    """Augmented ego frame -> augmented pixels (SPEC J.2), inverse of ``unproject``; in fp32 also under autocast.
+    """Augmented ego frame -> augmented pixels, inverse of ``unproject``; in fp32 also under autocast.
 
     Args:
         points: (N, 3) metres of each frame, fp32, each with an N of its own.
@@ -116,7 +116,7 @@ def _chunks(count: int) -> list[slice]:
 
 
 def voxel_pool(depth: Tensor, context: Tensor, points: Tensor, grid: VoxelGrid) -> Tensor:
-    """Weighted sum of context features per voxel; points outside the grid are dropped (SPEC A.4).
+    """Weighted sum of context features per voxel; points outside the grid are dropped.
 
     Args:
         depth: (B, V, D, h, w) weights.
@@ -148,7 +148,7 @@ def voxel_pool(depth: Tensor, context: Tensor, points: Tensor, grid: VoxelGrid) 
 
 
 def camera_vector(batch: OccBatch) -> Tensor:
-    """(B, V, 27) numbers that tell the depth net how the camera sits (SPEC J.7)."""
+    """(B, V, 27) numbers that tell the depth net how the camera sits (as BEVDepth)."""
     k, rot, tran = batch.intrinsics, batch.post_rot, batch.post_tran
     bda = batch.bda.unsqueeze(1).expand(-1, k.shape[1], 3, 3)
     parts = [
@@ -187,7 +187,7 @@ class _Aspp(nn.Module):
 
 
 class DepthNet(nn.Module):
-    """Camera-aware depth distribution and context (SPEC A.4).
+    """Camera-aware depth distribution and context (as BEVDepth).
 
     Args:
         channels: of the image features.

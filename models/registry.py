@@ -59,7 +59,7 @@ def build_model(
         grid: full-resolution output grid.
         num_classes: K, without free.
         image_size: (H, W) of the network's input, pixels.
-        semantic: False builds the pre-training network: nothing after the binary decoder exists (SPEC A.1).
+        semantic: False builds the pre-training network: nothing after the binary decoder exists (B2S, Sec. 3.3).
     """
     entry = model_entry(name)
     if not isinstance(config, entry.config):

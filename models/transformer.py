@@ -1,4 +1,4 @@
-"""The transformer of B2S (SPEC A.5, A.8): one layer, used on every voxel of the compact volume (dense) and on the voxels
+"""The transformer of B2S (Sec. 3.2): one layer, used on every voxel of the compact volume (dense) and on the voxels
 that are taken for occupied (sparse). Shape legend: see ``batch``."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention to a volume, image cross-attention, feed-forward; post-norm (SPEC A.5, A.8)."""
+    """Self-attention to a volume, image cross-attention, feed-forward; post-norm (as BEVFormer)."""
 
     def __init__(self, c: B2SConfig):
         super().__init__()
@@ -103,7 +103,7 @@ class VoxelTokens(nn.Module):
         )
 
     def _sightings(self, index: list[Tensor], batch: OccBatch) -> Sightings:
-        """Cameras see what is in front of them and in their image (SPEC A.5)."""
+        """Cameras see what is in front of them and in their image."""
         size, covered = row(self.centers, self.image_size[::-1]), row(self.centers, self.covered[::-1])
         projected = project((self.centers[i] for i in index), batch)
         pixels, depth = (torch.cat(part, 1) for part in zip(*projected))
@@ -115,7 +115,7 @@ class VoxelTokens(nn.Module):
 
 
 class DenseTransformer(nn.Module):
-    """Layers over every voxel of the compact volume, added to it (SPEC A.5: 2 or 3 of BEVFormer, 1 of the LS baseline).
+    """Layers over every voxel of the compact volume, added to it (B2S, Sec. 4.1: 2 or 3 of BEVFormer, 1 of the LS baseline).
 
     Args:
         c: settings.

@@ -1,4 +1,4 @@
-"""Image and scene augmentation (SPEC A.11, after BEVDet), and the step from a ``Frame`` to the arrays of a sample.
+"""Image and scene augmentation (after BEVDet), and the step from a ``Frame`` to the arrays of a sample.
 
 Every draw is keyed by (seed, epoch, frame key): threads, order, restarts and world size do not change it. Geometry is
 exact for our pixel convention (the centre of the top-left pixel is (0, 0)).
@@ -138,7 +138,7 @@ def flip_voxels(array: np.ndarray, flips: tuple[bool, bool]) -> np.ndarray:
 
 
 def two_best(labels: Labels) -> tuple[np.ndarray, np.ndarray]:
-    """Second class of each voxel and the probability of the first (SPEC J.10).
+    """Second class of each voxel and the probability of the first (B2S, App. D).
 
     Returns:
         (X, Y, Z) uint8, ``IGNORE`` where the label is hard, and (X, Y, Z) float32, 1 there.
@@ -197,8 +197,8 @@ class FrameFiller:
         train: False: no augmentation.
         mask: voxels that the labels do not know (auto), or outside this visibility mask, become invalid; none: no voxel.
         semantic: also write semantic labels.
-        binary_from: binary target from the binary labels, or from the semantic ones (B*, SPEC A.12).
-        soft: also write the two best classes of labels that have them (SPEC J.10).
+        binary_from: binary target from the binary labels, or from the semantic ones (B*; B2S, Sec. 4.1).
+        soft: also write the two best classes of labels that have them.
         depth_cell: pixels per cell of the depth map made from the LiDAR sweep; 0: none.
         labels: False: frames need none, and everything counts as free.
         history: key-frames of ``frame.past`` whose images are further views, after those of the frame itself, moved to where

@@ -58,11 +58,11 @@ class DataConfig:
     """Key-frames before each one whose images are further views of what stands still, moved by the ego's motion; in all
     stages and for replay alike. A model with embeddings of cameras needs ``model.cameras`` for all views."""
     binary_from: Literal["labels", "semantic"] = "labels"
-    """Binary target: the packed binary labels, or B* made from the semantic labels (SPEC A.12)."""
+    """Binary target: the packed binary labels, or B* made from the semantic labels (B2S, Sec. 4.1)."""
     labels: str = "labels"
     """Group of the labels: the set's own, or one that was attached to it (``occstream attach``)."""
     soft: bool = False
-    """Learn from both classes of labels that have two (pseudo-labels of ``occstream predict --keep top2``; SPEC J.10);
+    """Learn from both classes of labels that have two (pseudo-labels of ``occstream predict --keep top2``; B2S, App. D);
     False: from the first alone."""
     mask: Mask = "auto"
     """Which voxels enter loss and metric: those that the labels know (auto: all where they have no mask), those of the
@@ -103,7 +103,7 @@ class ReplaySource:
 
 @dataclass
 class ReplayConfig(ReplaySource):
-    """Replay of pre-training frames (B) during fine-tuning (SPEC A.12). Off for S+B* and S."""
+    """Replay of pre-training frames (B) during fine-tuning (B2S, Sec. 3.3). Off for S+B* and S."""
 
     batch: int | None = None
     """B frames per step over all ranks, in addition to ``train.batch`` S frames. None: as many as S (our default)."""
@@ -147,7 +147,7 @@ class EvalConfig:
 
 @dataclass
 class TrainConfig:
-    """Optimisation (SPEC A.10) and how it runs."""
+    """Optimization (B2S, Sec. 4.1) and how it runs."""
 
     seed: int = 0
     """Seeds the initial weights, the data order, augmentation and dropout."""
@@ -172,7 +172,7 @@ class TrainConfig:
     clip: float = 5.0
     """Gradient norm limit (L2 over all parameters)."""
     ema: bool = True
-    """Evaluate and export an exponential moving average of all floating state (SPEC J.8)."""
+    """Evaluate and export an exponential moving average of all floating state."""
     ema_decay: float = 0.999
     """Its decay in the long run."""
     ema_start: int = 10_560
@@ -180,7 +180,7 @@ class TrainConfig:
     zero_stage: int = 0
     """DeepSpeed ZeRO stage 0 to 3."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: torch autocast over fp32 parameters (DESIGN "Precision")."""
+    """bf16: torch autocast over fp32 parameters."""
     tf32: bool = False
     """On CUDA, matrix products and convolutions of fp32 tensors round their inputs to TF32 (10 bits of mantissa): faster on
     A100 and later. False: fp32 means fp32."""

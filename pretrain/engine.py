@@ -239,7 +239,7 @@ def _quiet(world: World) -> Iterator[None]:
 
 
 def learning_rate(samples: int, total: int, config: TrainConfig) -> float:
-    """Learning rate of the step that begins after ``samples`` frames (SPEC A.10): a function of samples, not of calls,
+    """Learning rate of the step that begins after ``samples`` frames: a function of samples, not of calls,
     so that a resume at another world size continues the same curve.
 
     Args:
@@ -304,7 +304,7 @@ def float_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class Ema:
-    """Exponential moving average of parameters and floating buffers (SPEC J.8), in fp32, on each rank's own slices."""
+    """Exponential moving average of parameters and floating buffers, in fp32, on each rank's own slices."""
 
     def __init__(self, module: nn.Module, config: TrainConfig):
         self.decay, self.updates = config.ema_decay, config.ema_start

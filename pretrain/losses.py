@@ -1,4 +1,4 @@
-"""Binary, semantic and depth losses (SPEC A.9), fp32, normalised over all ranks.
+"""Binary, semantic and depth losses (B2S, Sec. 3.3), fp32, normalised over all ranks.
 
 DeepSpeed averages gradients over ranks. So that this equals one process with the joint batch, each rank returns
 ``sum * world / count`` with its own sum and the count of all ranks.
@@ -24,7 +24,7 @@ from occstream.sharding.schema import IGNORE
 
 @dataclass
 class LossConfig:
-    """Weights and forms; defaults are SPEC A.9's where the paper is silent."""
+    """Weights and forms; defaults are ours where the paper is silent."""
 
     binary_weight: float = 1.0
     """Weight of the binary cross-entropy on B'. 0 in fine-tuning: semantic labels alone (data S)."""
@@ -172,7 +172,7 @@ def _semantic(logits: Tensor, batch: OccBatch, config: LossConfig) -> Tensor:
     targets = [(labels, None)]
     if second is not None:
         # Two candidates with their probabilities: the loss is linear in the target, so it is that of each, weighted
-        # (SPEC A.13, J.10).
+        # (B2S, App. D).
         first = batch.confidence.flatten()[index]
         targets = [(labels, first), (second[index].long(), 1 - first)]
     columns = None
@@ -204,8 +204,7 @@ def _known_depth(outputs: OccOutputs, batch: OccBatch) -> tuple[Tensor, Tensor]:
 
 
 def _depth(outputs: OccOutputs, batch: OccBatch, frames: slice) -> Tensor:
-    """Sum over frames of the binary cross-entropy of the depth distribution against one-hot LiDAR depth, where there is any
-    (SPEC A.9)."""
+    """Sum over frames of the binary cross-entropy of the depth distribution against one-hot LiDAR depth, where there is any."""
     index, known = (part[frames] for part in _known_depth(outputs, batch))
     predicted = outputs.depth[frames].movedim(2, -1)[known]  # (N, D)
     target = F.one_hot(index[known], len(outputs.depth_bins)).float()
@@ -274,7 +273,7 @@ class _NegativeFocal(torch.autograd.Function):
 
 
 def sigmoid_focal(logits: Tensor, target: Tensor, gamma: float, alpha: float) -> Tensor:
-    """Focal loss of independent sigmoids, elementwise; same shape as ``logits`` (SPEC A.9 has check values). The
+    """Focal loss of independent sigmoids, elementwise; same shape as ``logits``. The
     reference that ``sigmoid_focal_sum`` is tested against."""
     errors = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     p = logits.sigmoid()

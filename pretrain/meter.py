@@ -1,4 +1,4 @@
-"""Speed of a run and what it is lost to: step times, waiting for data, stragglers, counted FLOPs (OPERATIONS "Observability")."""
+"""Speed of a run and what it is lost to: step times, waiting for data, stragglers, counted FLOPs."""
 
 from __future__ import annotations
 

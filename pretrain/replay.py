@@ -1,6 +1,6 @@
 """Streams of a run: the data it trains on, the replayed pre-training frames, and what it is evaluated on.
 
-A step is one S batch plus one B batch, concatenated (DESIGN "Replay"). Each has its own order and position; both
+A step is one S batch plus one B batch, concatenated (B2S, Sec. 3.3). Each has its own order and position; both
 positions go into the checkpoint and know nothing of ranks.
 """
 
@@ -113,7 +113,7 @@ class TrainData:
             pool = _load(config, source.url, source.labels)
             chosen = pool.subset(source.scenes, source.subset_seed, source.holdout)
             self.scenes |= {pool.scenes[i].name for i in chosen}
-            # SPEC A.12: as many B scenes each pass as there are S scenes.
+            # As many B scenes each pass as there are S scenes.
             draw = min(source.draw or semantic_scenes, len(chosen))
             most = quotas.most(number)
             order = _order(pool, chosen, cfg.seed, draw, most * cfg.accumulate)

@@ -1,4 +1,4 @@
-"""The training loop: steps 6 to 13 of the walk (README), readable from top to bottom in ``_train``."""
+"""The training loop: steps 6 to 12 of the walk (README), readable from top to bottom in ``_train``."""
 
 from __future__ import annotations
 
@@ -462,7 +462,7 @@ def _check_strategy(config: Config, model: nn.Module) -> None:
             "or model.strategy to intermediate or multi"
         )
     if strategy == "offboard" and config.train.init:
-        raise ValueError("strategy offboard has no pre-training stage (SPEC A.1): set train.init= (empty)")
+        raise ValueError("strategy offboard has no pre-training stage: set train.init= (empty)")
 
 
 def _check_same_run(config: Config, data: TrainData, saved: checkpoint.Checkpoint) -> None:

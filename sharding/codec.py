@@ -45,7 +45,7 @@ class Coding:
     """Choices at packing that a reader need not know.
 
     Attributes:
-        level: zstd level. Grids decode faster from 19 than from 3, and are written once (STREAMING section 5).
+        level: zstd level. Grids decode faster from 19 than from 3, and are written once.
         lidar_step: metres; coordinates of points are rounded to multiples of it. 0: lossless.
 
     Raises:

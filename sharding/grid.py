@@ -103,7 +103,7 @@ class VoxelGrid:
 
 
 _PRESETS = [
-    # Occ3D-nuScenes and Occ3D-Waymo (SPEC E.2), OpenScene (E.1), OpenOccupancy (E.3), SemanticKITTI SSC (E.4)
+    # Occ3D-nuScenes and Occ3D-Waymo, OpenScene, OpenOccupancy, SemanticKITTI SSC
     VoxelGrid("occ3d", (-40, -40, -1), (40, 40, 5.4), (0.4, 0.4, 0.4), "ego"),
     # OpenScene's box reaches from 4 m below to 4 m above the rear axle, which is 0.325 m above the road.
     VoxelGrid("openscene", (-50, -50, -3.675), (50, 50, 4.325), (0.5, 0.5, 0.5), "ego"),

@@ -59,7 +59,7 @@ class Order:
         scenes: scene numbers of the subset.
         frames: number of frames of each of them.
         seed: of the run.
-        draw: scenes drawn afresh without replacement for each epoch (replay, SPEC A.12); None: all, every epoch.
+        draw: scenes drawn afresh without replacement for each epoch (replay); None: all, every epoch.
         shards: number of the shard of each scene: scenes of a shard stay together. None: every scene is one of its own.
         lanes: samples of a global batch.
 

@@ -59,7 +59,7 @@ class Taxonomy:
         return self.classes.index(name)
 
 
-# SPEC E.2: ids 0..16 as in the data set, 17 = free. nuScenes-lidarseg's 16 merged classes have the same ids 1..16.
+# Occ3D-nuScenes: ids 0..16 as in the data set, 17 = free. nuScenes-lidarseg's 16 merged classes have the same ids 1..16.
 OCC3D = Taxonomy(
     "occ3d",
     (
@@ -75,7 +75,7 @@ OCC3D = Taxonomy(
     ),
 )  # fmt: skip
 
-# SPEC E.1: the 8 live classes of OpenScene in their order; raw ids are 0, 4, 5, 6, 7, 8, 9, 10 (11 = free).
+# The 8 live classes of OpenScene in their order; raw ids are 0, 4, 5, 6, 7, 8, 9, 10 (11 = free).
 OPENSCENE = Taxonomy(
     "openscene",
     ("vehicle", "czone_sign", "bicycle", "generic_object", "pedestrian", "traffic_cone", "barrier", "background"),
@@ -86,7 +86,7 @@ OPENSCENE = Taxonomy(
     ),
 )  # fmt: skip
 
-# SPEC E.4: the 19 classes of the semantic scene completion benchmark; ids are the learning map's minus one.
+# The 19 classes of the semantic scene completion benchmark; ids are the learning map's minus one.
 SEMANTICKITTI = Taxonomy(
     "semantickitti",
     (
@@ -118,7 +118,7 @@ KITTI360 = Taxonomy(
     ),
 )  # fmt: skip
 
-# SPEC E.2: Occ3D-Waymo.
+# Occ3D-Waymo.
 WAYMO = Taxonomy(
     "waymo",
     (
@@ -376,7 +376,7 @@ def check_scene_name(name: str) -> None:
 
 
 def camera_to_key_ego(frame: Frame, camera: Camera) -> np.ndarray:
-    """Camera -> ego at the key-frame, (4, 4) float64, corrected for the time between both (SPEC J.1)."""
+    """Camera -> ego at the key-frame, (4, 4) float64, corrected for the time between both."""
     return compose(inverse(frame.ego_to_global), camera.ego_to_global, camera.sensor_to_ego)
 
 

@@ -1,4 +1,4 @@
-"""Public voxel labels of nuScenes frames: Occ3D (SPEC E.2), OpenOccupancy (E.3), SurroundOcc. All use Occ3D's class ids."""
+"""Public voxel labels of nuScenes frames: Occ3D, OpenOccupancy, SurroundOcc. All use Occ3D's class ids."""
 
 from __future__ import annotations
 

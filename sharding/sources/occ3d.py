@@ -1,4 +1,4 @@
-"""Occ3D-nuScenes labels alone: ``gts/<scene>/<token>/labels.npz`` (SPEC E.2). With the images and poses of nuScenes they
+"""Occ3D-nuScenes labels alone: ``gts/<scene>/<token>/labels.npz``. With the images and poses of nuScenes they
 are read by ``nuscenes`` with ``labels=occ3d``; alone they have neither poses nor times, and frames are in order of token.
 """
 

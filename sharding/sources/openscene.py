@@ -1,4 +1,4 @@
-"""OpenScene (nuPlan at 2 Hz): metadata pickles, eight cameras, merged LiDAR, sparse occupancy with flow (SPEC E.1)."""
+"""OpenScene (nuPlan at 2 Hz): metadata pickles, eight cameras, merged LiDAR, sparse occupancy with flow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SemanticKITTI: ``sequences/NN/{velodyne,labels,voxels,image_2}``, camera-frame poses (SPEC E.4).
+"""SemanticKITTI: ``sequences/NN/{velodyne,labels,voxels,image_2}``, camera-frame poses.
 
 Poses are of the cameras; the ego frame is placed on the road below the rear axle by the car's drawing: the LiDAR, whose
 axes it has, is 1.73 m above it and 0.76 m ahead of the axle. Voxels stay in the LiDAR's frame.
@@ -168,7 +168,7 @@ class SemanticKitti:
         folder = self.root / piece.folder
         calibration = _calibration(folder / "calib.txt")
         velo_to_cam = rigid(calibration["Tr"], f"{folder / 'calib.txt'}: Tr")
-        # SPEC E.4: poses are of the left camera; the first scan's ego frame becomes the global frame.
+        # Poses are of the left camera; the first scan's ego frame becomes the global frame.
         ego_to_cam = compose(velo_to_cam, inverse(LIDAR_TO_EGO))
         rows = read_rows(folder / "poses.txt", 12)
         poses = [

@@ -1,4 +1,4 @@
-"""Occ3D-Waymo: voxel labels ``{training,validation}/NNN/FFF[_04].npz`` with masks and ego poses (SPEC E.2).
+"""Occ3D-Waymo: voxel labels ``{training,validation}/NNN/FFF[_04].npz`` with masks and ego poses.
 
 The vehicle frame has its origin on the road below the rear axle, as ours. The camera mask is what the cameras' rays reach
 (``final_voxel_state``) in their field of view (``infov``): the rig does not look back.

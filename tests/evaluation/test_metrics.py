@@ -1,4 +1,4 @@
-"""Worked numbers of SPEC F, a brute-force check, and evaluation of a model that is known."""
+"""Worked numbers of the benchmarks' rules, a brute-force check, and evaluation of a model that is known."""
 
 import sys
 
@@ -43,7 +43,7 @@ def test_counts_equal_a_loop_and_ignore_255():
 
 
 def test_decision_at_a_quarter():
-    """The best class if its probability is above 0.25 (logit -1.0986), else free (SPEC A.9, F.2)."""
+    """The best class if its probability is above 0.25 (logit -1.0986), else free."""
     logits = torch.tensor([[-1.09, -3.0], [-1.11, -3.0], [0.0, 2.0]]).T.reshape(1, 2, 3, 1, 1)
     assert classify(logits).flatten().tolist() == [0, 2, 1]
     assert classify(logits, "softmax_focal").flatten().tolist() == [2, 2, 1]

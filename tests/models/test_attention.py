@@ -1,4 +1,4 @@
-"""Index identity on a non-cubic grid (SPEC A.6, I.2), and queries of their own number for each frame and image."""
+"""Index identity on a non-cubic grid, and queries of their own number for each frame and image."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_volume_attention_at_start_ignores_the_query():
 
 
 def test_image_attention_equals_a_loop_over_queries_and_cameras():
-    """Each frame's tokens attend to the images that see them, with its own visibility (SPEC A.6)."""
+    """Each frame's tokens attend to the images that see them, with its own visibility."""
     torch.manual_seed(1)
     v, c, frames = 3, 8, (11, 4)
     frame = torch.tensor([0] * 11 + [1] * 4)

@@ -1,4 +1,4 @@
-"""Check values of SPEC A.9, and losses whose mean over ranks is that of the joint batch."""
+"""Check values, and losses whose mean over ranks is that of the joint batch."""
 
 import functools
 from dataclasses import replace

@@ -140,7 +140,7 @@ def openscene(root: Path, occupancy: bool = True, scenes: int = 2, frames: int =
                 )
                 info["flow_gt_final_path"] = info["occ_gt_final_path"].replace("occ_final", "flow_final")
                 folder = root / "occupancy" / "mini" / scene / "occ_gt"
-                # SPEC E.1's worked index: (3, 5, 7) -> 281003. Rows are not in C order.
+                # OpenScene's flat index: (3, 5, 7) -> 281003. Rows are not in C order.
                 rows = np.array([[281003, 0], [15 * 40000 + 199 * 200 + 199, 10], [281004, 4]])
                 _save(folder / f"{i:03d}_occ_final.npy", rows)
                 _save(folder / f"{i:03d}_flow_final.npy", np.array([[3.0, 1.0], [0, 0], [0.5, 0]]))
@@ -153,7 +153,7 @@ def openscene(root: Path, occupancy: bool = True, scenes: int = 2, frames: int =
 
 def kitti_voxels(folder: Path, scan: int, car: int = 10) -> np.ndarray:
     """Writes the voxel files of one scan; returns the raw labels (X, Y, Z). Voxel (0, 0, 0) and (0, 0, 6..7) are invalid:
-    the first byte is 131, as in SPEC E.4."""
+    the first byte is 131."""
     raw = np.zeros((256, 256, 32), np.uint16)
     raw[10, 20, 5], raw[11, 20, 5], raw[12, 20, 5], raw[13, 20, 5] = car, 252, 99, 40
     invalid = np.zeros(raw.shape, bool)

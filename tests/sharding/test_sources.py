@@ -1,4 +1,4 @@
-"""Every source: the contract that holds for all, and the traps of each format (SPEC E)."""
+"""Every source: the contract that holds for all, and the traps of each format."""
 
 import copy
 import pickle
