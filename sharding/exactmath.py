@@ -64,6 +64,12 @@ def angle_of(x, y):
     return angle
 
 
+@numba.vectorize(cache=True)
+def angle(x, y):
+    """Angles of vectors from the x axis, any shape; see ``angle_of``."""
+    return angle_of(x, y)
+
+
 @numba.njit(cache=True, nogil=True)
 def decay(x):
     """exp(-x) for 0 <= x < 100, to 1e-11 of its value."""

@@ -4,7 +4,8 @@ Pixels are (N, 2) float64 u, v; the center of the top-left pixel is (0, 0). Rays
 right, y down, z forward), of any length when they come in and of unit length when they go out. Lenses are values: equal
 calibrations are equal and hash alike, so maps made from them can be kept.
 
-Only elementwise arithmetic is used, no products of matrices: those differ in their last bits between processors.
+Only elementwise sums, products and square roots are used, and angles made from them: products of matrices and the C library's
+sines differ in their last bits between CPUs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
+
+from occstream.sharding.exactmath import angle, cos, cos_sin, sin
 
 NEWTON = 12  # steps at most when a lens is inverted
 
@@ -301,10 +304,8 @@ class View:
     def to_camera(self) -> np.ndarray:
         """(3, 3) float64: axes of the view -> axes of the camera."""
         yaw, pitch = math.radians(self.yaw), math.radians(self.pitch)
-        right = [math.cos(yaw), 0, math.sin(yaw)]
-        down = [-math.sin(pitch) * math.sin(yaw), math.cos(pitch), math.sin(pitch) * math.cos(yaw)]
-        forward = [-math.sin(yaw) * math.cos(pitch), -math.sin(pitch), math.cos(yaw) * math.cos(pitch)]
-        return np.round(np.array([right, down, forward]).T, 12)  # sines differ in their last bits between processors
+        (cy, sy), (cp, sp) = cos_sin(yaw), cos_sin(pitch)
+        return np.array([[cy, 0, sy], [-sp * sy, cp, sp * cy], [-sy * cp, -sp, cy * cp]]).T  # right, down, forward
 
     def rays(self) -> np.ndarray:
         """(height * width, 3) float64 rays of its pixels, row by row, in the axes of the camera."""
@@ -366,13 +367,13 @@ def _angles(rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     """x, y, distance from the axis and angle to it. The arc tangent is exact near the axis, the arc cosine is not."""
     x, y, z = np.asarray(rays, np.float64).T
     rho = np.sqrt(x * x + y * y)
-    return x, y, rho, np.arctan2(rho, z)
+    return x, y, rho, angle(z, rho)
 
 
 def _from_angle(x: np.ndarray, y: np.ndarray, far: np.ndarray, theta: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        side = np.where(far > 0, np.sin(theta) / far, 0)
-    return np.stack([x * side, y * side, np.cos(theta)], 1)
+        side = np.where(far > 0, sin(theta) / far, 0)
+    return np.stack([x * side, y * side, cos(theta)], 1)
 
 
 def _poly(powers: tuple[float, ...], at: np.ndarray) -> np.ndarray:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.interpolate import CubicHermiteSpline, interp1d
-from scipy.spatial.transform import Rotation, Slerp
 
+from occstream.sharding.exactmath import angle, sin
 from occstream.sharding.poses import apply, compose, inverse
 from occstream.sharding.schema import LidarSweep
 
@@ -77,14 +77,61 @@ class Trajectory:
         # Seconds from the first pose: microseconds since 1970 have too many digits for what follows.
         at = (np.clip(times, first, last) - first) / 1e6
         known = (self.times - first) / 1e6
+        before = np.clip(np.searchsorted(known, at, side="right") - 1, 0, len(known) - 2)
+        share = (at - known[before]) / (known[before + 1] - known[before])
+        turns = _quaternions(self.ego_to_global[:, :3, :3])
         out = np.tile(np.eye(4), (len(at), 1, 1))
-        out[:, :3, :3] = Slerp(known, Rotation.from_matrix(self.ego_to_global[:, :3, :3]))(at).as_matrix()
+        out[:, :3, :3] = _matrices(_slerp(turns[before], turns[before + 1], share))
         place = self.ego_to_global[:, :3, 3]
         if len(known) < 3 or np.diff(self.times).max() <= DENSE:
             out[:, :3, 3] = interp1d(known, place, axis=0)(at)
         else:
             out[:, :3, 3] = CubicHermiteSpline(known, place, np.gradient(place, known, axis=0, edge_order=2))(at)
         return out
+
+
+def _quaternions(turns: np.ndarray) -> np.ndarray:
+    """(N, 4) w, x, y, z of (N, 3, 3). Each component is once the one that is divided by: the largest is taken."""
+    m = turns.transpose(1, 2, 0)
+    w, x = 1 + m[0, 0] + m[1, 1] + m[2, 2], 1 + m[0, 0] - m[1, 1] - m[2, 2]
+    y, z = 1 - m[0, 0] + m[1, 1] - m[2, 2], 1 - m[0, 0] - m[1, 1] + m[2, 2]
+    wx, wy, wz = m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]
+    xy, xz, yz = m[0, 1] + m[1, 0], m[0, 2] + m[2, 0], m[1, 2] + m[2, 1]
+    rows = np.array([[w, wx, wy, wz], [wx, x, xy, xz], [wy, xy, y, yz], [wz, xz, yz, z]])
+    return _normal(rows[np.argmax([w, x, y, z], axis=0), :, np.arange(len(turns))])
+
+
+def _matrices(turns: np.ndarray) -> np.ndarray:
+    """(N, 3, 3) of unit quaternions (N, 4)."""
+    w, x, y, z = turns.T
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.array(rows).transpose(2, 0, 1)
+
+
+def _slerp(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """(N, 4) unit quaternions at a share of the shorter arc between two."""
+    along = _dot(first, second)[:, None]
+    first, along = np.where(along < 0, -first, first), np.abs(along)
+    across = second - along * first
+    arc = angle(along[:, 0], np.sqrt(_dot(across, across)))
+    whole, share = sin(arc), np.asarray(share, np.float64)
+    near = whole < 1e-9
+    whole = np.where(near, 1, whole)
+    start = np.where(near, 1 - share, sin((1 - share) * arc) / whole)
+    end = np.where(near, share, sin(share * arc) / whole)
+    return _normal(start[:, None] * first + end[:, None] * second)
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return a[:, 0] * b[:, 0] + a[:, 1] * b[:, 1] + a[:, 2] * b[:, 2] + a[:, 3] * b[:, 3]
+
+
+def _normal(turns: np.ndarray) -> np.ndarray:
+    return turns / np.sqrt(_dot(turns, turns))[:, None]
 
 
 def deskew(sweep: LidarSweep, trajectory: Trajectory) -> LidarSweep:

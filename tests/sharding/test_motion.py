@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from scipy.spatial.transform import Rotation
+from scipy.spatial.transform import Rotation, Slerp
 
 from occstream.sharding.motion import Trajectory, deskew
 from occstream.sharding.schema import LidarSweep
@@ -62,6 +62,17 @@ def test_poses_between_poses(hertz, limit):
     got, want = trajectory(hertz).at(START + np.rint(times * 1e6).astype(np.int64)), driven(times)
     assert np.abs(got[:, :3, 3] - want[:, :3, 3]).max() < limit
     np.testing.assert_allclose(got[:, :3, :3], want[:, :3, :3], atol=1e-7)
+
+
+def test_rotations_between_poses_are_as_scipy_has_them():
+    turns = Rotation.random(12, random_state=3)
+    poses = np.tile(np.eye(4), (12, 1, 1))
+    poses[:, :3, :3] = turns.as_matrix()
+    poses[5] = poses[4]  # standing still
+    times = np.arange(12) * 100_000
+    at = np.linspace(0, times[-1], 301)
+    want = Slerp(times, Rotation.from_matrix(poses[:, :3, :3]))(at).as_matrix()
+    np.testing.assert_allclose(Trajectory("s", times, poses).at(at)[:, :3, :3], want, atol=1e-12)
 
 
 def test_two_poses_and_the_shorter_way_round():
