@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+NOTES = re.compile(r"\b(SPEC|OPERATIONS|DESIGN|STREAMING)\b")
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +65,11 @@ def test_links_between_files_of_the_repository_lead_somewhere():
     for page in pages:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
             assert "://" in target or (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_nothing_cites_notes_that_readers_do_not_have():
+    places = ("sharding", "models", "evaluation", "pretrain", "launch", "infra", "docs")
+    kinds = {".py", ".md", ".yaml", ".sh", ".sbatch", ".example"}
+    files = [ROOT / "README.md", *(p for place in places for p in (ROOT / place).rglob("*") if p.suffix in kinds)]
+    found = [f"{p}:{n}" for p in files for n, line in enumerate(p.read_text().splitlines(), 1) if NOTES.search(line)]
+    assert found == []
