@@ -101,7 +101,7 @@ def encode(frame: Frame, group: str, coding: Coding = LOSSLESS) -> list[tuple[st
             try:
                 check_jpeg(camera)
             except ValueError as error:
-                raise ValueError(f"frame {frame.key}, {name}: {error}; fetch the image again") from None
+                raise ValueError(f"frame {frame.key}, {name}: {error}") from None
             members.append((f"{name.lower()}.jpg", camera.jpeg))
     elif group == "lidar":
         if frame.lidar is not None:
@@ -147,13 +147,19 @@ def check_jpeg(camera: Camera) -> None:
     try:
         height, width, space, *_ = simplejpeg.decode_jpeg_header(camera.jpeg)
     except ValueError as error:
-        raise ValueError(f"not a JPEG ({error})") from None
+        if camera.jpeg.startswith((b"\x89PNG", b"RIFF", b"BM", b"II*", b"MM\0*")):
+            raise ValueError(
+                "is a PNG or another image, not a JPEG; its source must read it with rawfiles.read_jpeg"
+            ) from None
+        raise ValueError(f"not a JPEG ({error}); fetch the image again") from None
     if space in ("CMYK", "YCCK"):
         raise ValueError(f"JPEG is in {space}, not in color or gray; read it with rawfiles.read_jpeg")
     if (width, height) != (camera.width, camera.height):
-        raise ValueError(f"image has {width}x{height} pixels, its record says {camera.width}x{camera.height}")
+        raise ValueError(
+            f"image has {width}x{height} pixels, its record says {camera.width}x{camera.height}; one of them is wrong"
+        )
     if b"\xff\xd9" not in camera.jpeg[-1024:]:
-        raise ValueError(f"JPEG is truncated ({len(camera.jpeg)} bytes)")
+        raise ValueError(f"JPEG is truncated ({len(camera.jpeg)} bytes); fetch the image again")
 
 
 def decode(groups: Iterable[dict[str, bytes]]) -> Frame:

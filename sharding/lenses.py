@@ -373,7 +373,7 @@ def _angles(rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
 def _from_angle(x: np.ndarray, y: np.ndarray, far: np.ndarray, theta: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         side = np.where(far > 0, sin(theta) / far, 0)
-    return np.stack([x * side, y * side, cos(theta)], 1)
+        return np.stack([x * side, y * side, cos(theta)], 1)
 
 
 def _poly(powers: tuple[float, ...], at: np.ndarray) -> np.ndarray:

@@ -13,13 +13,14 @@ from occstream.launch.cli import main
 from occstream.pretrain.replay import camera_names
 from occstream.sharding import rawfiles
 from occstream.sharding.check import verify
+from occstream.sharding.codec import encode
 from occstream.sharding.pack import Job, estimate, pack
 from occstream.sharding.prepare import Images
 from occstream.sharding.sources import open_source
 from occstream.sharding.summary import after
 from tests.sharding import layouts
 from tests.sharding.test_shards import same
-from tests.sharding.toy import ToySource
+from tests.sharding.toy import ToySource, toy_frame
 
 # A smooth picture, which survives JPEG: by its colors one sees that none were swapped or inverted.
 PICTURE = cv2.resize(np.random.default_rng(3).integers(0, 255, (6, 8, 3)).astype(np.uint8), (64, 48))
@@ -246,3 +247,11 @@ def test_sets_without_a_lidar_or_cameras_need_no_setting(tmp_path):
     options = layouts.nuscenes(tmp_path)
     renamed(tmp_path, {"CAM_FRONT": "CAM_FRONT", "LIDAR_TOP": "RADAR_FRONT"})
     assert open_source("nuscenes", options).load("scene-0000").frames[0].lidar is None
+
+
+@pytest.mark.parametrize(("kind", "message"), [("png", "is a PNG or another image"), ("cmyk", "JPEG is in CMYK")])
+def test_a_source_that_hands_over_other_images_is_told_so(kind, message):
+    frame = toy_frame("a", 0)
+    frame.cameras["CAM_A"].jpeg = IMAGES[kind]
+    with pytest.raises(ValueError, match=rf"frame a-0000, CAM_A: {message}.* rawfiles.read_jpeg"):
+        encode(frame, "cameras")
