@@ -37,6 +37,7 @@ from occstream.sharding.secrets import redacted
 FORMAT = 1
 COMPLETE, LATEST = "COMPLETE.json", "latest.json"
 ASIDE = "damaged-"
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
 class Damaged(ValueError):
@@ -140,7 +141,7 @@ def folder_name(step: int) -> str:
 
 def upload(path: Path, url: str) -> None:
     """Copies a complete checkpoint below a URL: its files, then COMPLETE.json, then ``latest.json``, which names it."""
-    names = [*json.loads((path / COMPLETE).read_text())["files"], COMPLETE]
+    names = [*_listed((path / COMPLETE).read_bytes(), path), COMPLETE]
     for name in names:
         storage.publish(path / name, storage.join(url, path.name, name))
     storage.publish(json.dumps({"checkpoint": path.name}).encode(), storage.join(url, LATEST))
@@ -149,10 +150,14 @@ def upload(path: Path, url: str) -> None:
 def latest_remote(url: str) -> int | None:
     """Step of the newest checkpoint that is complete below a URL; None if there is none."""
     try:
-        name = json.loads(storage.read_bytes(storage.join(url, LATEST)))["checkpoint"]
+        found = storage.read_bytes(storage.join(url, LATEST))
     except FileNotFoundError:
         return None
-    return int(name.removeprefix("step-"))
+    try:
+        return int(re.fullmatch(r"step-(\d{8})", json.loads(found)["checkpoint"])[1])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        where = storage.join(url, LATEST)
+        raise Damaged(f"{where}: does not name a checkpoint; remove it to start without") from None
 
 
 def remote_steps(url: str) -> list[int]:
@@ -180,8 +185,8 @@ def download(url: str, step: int, root: Path) -> Path:
     partial.mkdir(parents=True)
     try:
         listed = storage.read_bytes(storage.join(source, COMPLETE))
-        for name in json.loads(listed)["files"]:
-            storage.fetch(storage.join(source, Path(name).name), partial / Path(name).name)
+        for name in _listed(listed, source):
+            storage.fetch(storage.join(source, name), partial / name)
         (partial / COMPLETE).write_bytes(listed)
         Checkpoint(partial)
         for path in partial.iterdir():
@@ -313,12 +318,15 @@ class Checkpoint:
     def tensors(self, stem: str) -> dict[str, Tensor]:
         """Tensors of one file by name; {} if the checkpoint has no such file."""
         file = self.path / f"{stem}.safetensors"
-        return load_file(file) if file.exists() else {}
+        try:
+            return load_file(file) if file.exists() else {}
+        except SafetensorError as error:
+            raise Damaged(f"{file}: damaged ({str(error)[:120]}); take another checkpoint") from None
 
     @property
     def digest(self) -> str:
         """16 hex digits that name the content of all files."""
-        files = json.loads((self.path / COMPLETE).read_text())["files"]
+        files = _listed((self.path / COMPLETE).read_bytes(), self.path)
         listed = json.dumps({name: want["sha256"] for name, want in sorted(files.items())})
         return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
@@ -327,19 +335,51 @@ class Checkpoint:
         return {**self.tensors("model"), **self.tensors("ema")}
 
 
+def _listed(data: bytes, where: object) -> dict[str, dict]:
+    """``files`` of a COMPLETE.json. Its names become paths, here and below URLs, so they must be plain names of files.
+
+    Raises:
+        Damaged: it is not what was written.
+    """
+    try:
+        files = json.loads(data)["files"]
+        good = all(
+            _FILE.fullmatch(n) and type(w["size"]) is int and isinstance(w["sha256"], str) for n, w in files.items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        good = False
+    if not good:
+        raise Damaged(f"{where}/{COMPLETE}: damaged (not what was written); take another checkpoint")
+    return files
+
+
+def _check_state(state: object, where: Path) -> None:
+    """Raises Damaged if fields of a state are of another type or out of range."""
+    kinds = {"config": dict, "data": dict, "fingerprints": (dict, list, str), "cameras": list, "groups": list}
+    bad = [] if isinstance(state, dict) else ["it"]
+    if not bad:
+        bad = [name for name, kind in kinds.items() if name in state and not isinstance(state[name], kind)]
+        whole = (name for name in ("step", "ema_updates") if state.get(name) is not None)
+        bad += [name for name in whole if type(state[name]) is not int or not 0 <= state[name] < 2**53]
+        bad += ["cameras"] if not all(isinstance(c, str) for c in state.get("cameras") or ()) else []
+    if bad:
+        raise Damaged(f"{where}: {bad[0]} is not what was written; take another checkpoint")
+
+
 def _verified(path: Path, hashed: bool = True) -> dict:
     """``state.json`` of a checkpoint whose files are all as COMPLETE.json says. Raises Damaged that names the file."""
-    try:
-        files = json.loads((path / COMPLETE).read_text())["files"]
-    except (ValueError, KeyError, TypeError):
-        raise Damaged(f"{path / COMPLETE}: damaged (not what was written); take another checkpoint") from None
+    files = _listed((path / COMPLETE).read_bytes(), path)
     for name, want in files.items():
         file = path / name
         if not file.is_file():
             raise Damaged(f"{file}: missing, though {path.name} was complete; take another checkpoint")
         if file.stat().st_size != want["size"] or (hashed and _sha256(file) != want["sha256"]):
             raise Damaged(f"{file}: damaged (size or SHA-256 differ from COMPLETE.json); take another checkpoint")
-    state = json.loads((path / "state.json").read_text())
+    try:
+        state = json.loads((path / "state.json").read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damaged(f"{path / 'state.json'}: damaged ({str(error)[:120]}); take another checkpoint") from None
+    _check_state(state, path / "state.json")
     if state.get("format") != FORMAT:
         raise ValueError(f"{path}: checkpoint format {state.get('format')}, this version reads {FORMAT}")
     return state

@@ -6,6 +6,7 @@ import difflib
 import io
 import math
 import warnings
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from occstream.sharding.pickles import loads
 
 _ORIENTATION = 0x112  # EXIF tag
 _LEFT_BEHIND = {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "system volume information", "lost+found"}
+
+MOST_UNPACKED = 1 << 30  # bytes of all arrays of one .npz
 
 
 def read_file(path: Path, why: str = "") -> bytes:
@@ -44,6 +47,11 @@ def read_npy(path: Path, why: str = "") -> Any:
     """An ``.npy`` array or the arrays of an ``.npz`` as a dict; object arrays are refused. Raises ValueError."""
     data = read_file(path, why)
     try:
+        if data.startswith(b"PK"):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                size = sum(member.file_size for member in archive.infolist())
+            if size > MOST_UNPACKED:
+                raise ValueError(f"unpacks to {size} bytes, at most {MOST_UNPACKED} are read")
         loaded = np.load(io.BytesIO(data), allow_pickle=False)
         return {name: loaded[name] for name in loaded.files} if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
     except Exception as error:  # zip, zlib, header: numpy raises whatever they raise
@@ -117,15 +125,21 @@ def read_pcd(path: Path) -> dict[str, np.ndarray]:
             head[words[0].upper()] = words[1:]
     try:
         names, counts = head["FIELDS"], head.get("COUNT", ["1"] * len(head["FIELDS"]))
+        if not set(head["SIZE"]) <= {"1", "2", "4", "8"} or not all(c.isascii() and c.isdigit() for c in counts):
+            raise ValueError(f"sizes {head['SIZE'][:8]} or counts {counts[:8]} are none")
+        if any(not 1 <= int(c) <= 1000 for c in counts):
+            raise ValueError(f"counts {counts[:8]} are out of range 1..1000")
         kinds = [{"F": "f", "U": "u", "I": "i"}[t] + size for t, size in zip(head["TYPE"], head["SIZE"], strict=True)]
         kind = np.dtype(
             [(n, f"<{k}", (int(c),) if c != "1" else ()) for n, k, c in zip(names, kinds, counts, strict=True)]
         )
         points, coding = int(head["POINTS"][0]), head["DATA"][0]
+        if points < 0:
+            raise ValueError(f"{points} points")
         if coding == "binary":
             rows = np.frombuffer(data, kind, points, at)
         elif coding == "ascii":
-            table = np.loadtxt(io.BytesIO(data[at:]), ndmin=2)
+            table = np.loadtxt(io.BytesIO(data[at:]), ndmin=2) if data[at:].strip() else np.zeros((0, len(names)))
             rows = np.zeros(len(table), kind)
             for i, name in enumerate(names):
                 rows[name] = table[:, i]
@@ -133,7 +147,7 @@ def read_pcd(path: Path) -> dict[str, np.ndarray]:
                 raise ValueError(f"holds {len(rows)} points, its header says {points}")
         else:
             raise ValueError(f"DATA {coding} is not supported; convert it with pcl_convert_pcd_ascii_binary to binary")
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: broken PCD ({type(error).__name__}: {error})") from None
     return {name: rows[name].copy() for name in names}
 

@@ -308,3 +308,51 @@ def test_complete_lists_every_file(tmp_path):
     path = _write(tmp_path)
     listed = json.loads((path / "COMPLETE.json").read_text())["files"]
     assert set(listed) == {p.name for p in path.iterdir()} - {"COMPLETE.json"}
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/b", ".hidden", "", "a\n"])
+def test_a_checkpoint_names_no_file_outside_its_folder(tmp_path, name):
+    path = _write(tmp_path / "run")
+    listed = json.loads((path / checkpoint.COMPLETE).read_text())
+    listed["files"][name] = {"size": 0, "sha256": "a" * 64}
+    (path / checkpoint.COMPLETE).write_text(json.dumps(listed))
+    with pytest.raises(checkpoint.Damaged, match="not what was written"):
+        Checkpoint(path)
+    with pytest.raises(checkpoint.Damaged, match="not what was written"):
+        checkpoint.upload(path, str(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
+    shutil.copytree(path, tmp_path / "store" / path.name)
+    with pytest.raises(checkpoint.Damaged, match="not what was written"):
+        checkpoint.download(str(tmp_path / "store"), 3, tmp_path / "got")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        [],
+        None,
+        {"step": -1},
+        {"step": 1e9},
+        {"step": "3"},
+        {"config": []},
+        {"cameras": [1]},
+        {"data": 5},
+        {"ema_updates": True},
+    ],
+)
+def test_a_state_of_other_types_is_damaged(tmp_path, state):
+    path = _write(tmp_path)
+    text = json.dumps({"format": 1, **state} if isinstance(state, dict) else state).encode()
+    (path / "state.json").write_bytes(text)
+    listed = json.loads((path / checkpoint.COMPLETE).read_text())
+    listed["files"]["state.json"] = {"size": len(text), "sha256": checkpoint._sha256(path / "state.json")}
+    (path / checkpoint.COMPLETE).write_text(json.dumps(listed))
+    with pytest.raises(checkpoint.Damaged, match=r"state\.json: .* not what was written"):
+        Checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b'{"checkpoint": "../x"}', b'{"checkpoint": 5}', b"\xff"])
+def test_what_names_the_newest_upload_is_checked(tmp_path, content):
+    (tmp_path / checkpoint.LATEST).write_bytes(content)
+    with pytest.raises(checkpoint.Damaged, match="does not name a checkpoint"):
+        checkpoint.latest_remote(str(tmp_path))

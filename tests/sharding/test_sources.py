@@ -499,3 +499,15 @@ def test_damaged_text_of_kitti_names_file_and_line(tmp_path, name, file, content
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(iter_scenes(open_source(name, options)))
+
+
+def test_what_unpacks_beyond_measure_is_refused_before(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "bomb.npz", semantics=np.zeros(1 << 20, np.uint8))
+    assert rawfiles.read_npy(tmp_path / "bomb.npz")["semantics"].size == 1 << 20
+    monkeypatch.setattr(rawfiles, "MOST_UNPACKED", 1 << 19)
+    with pytest.raises(ValueError, match="unpacks to 1048704 bytes, at most 524288"):
+        rawfiles.read_npy(tmp_path / "bomb.npz")
+    head = b"FIELDS x\nSIZE 4\nTYPE F\nCOUNT 999999999\nPOINTS 1\nDATA ascii\n1\n"
+    (tmp_path / "bomb.pcd").write_bytes(head)
+    with pytest.raises(ValueError, match=r"counts .* are out of range"):
+        rawfiles.read_pcd(tmp_path / "bomb.pcd")
