@@ -17,6 +17,7 @@ from occstream.sharding import storage
 from occstream.sharding.codec import FORMAT_VERSION, CorruptSample, decode
 from occstream.sharding.contract import is_rigid
 from occstream.sharding.manifest import Manifest, SceneEntry, ShardEntry
+from occstream.sharding.received import load_json
 from occstream.sharding.schema import IGNORE, Camera, Frame, frame_key, get_taxonomy
 from occstream.sharding.shardfile import HEADER
 from occstream.sharding.stream import ShardReader, tar_members
@@ -127,10 +128,11 @@ def _ranges(manifest: Manifest, entry: ShardEntry, data: bytes, where: str) -> t
     """Bytes of each frame by key, as the tar itself has them, and what is wrong with tar, header or index."""
     problems, order, keys = [], [], []
     try:
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:  # never decompressed
             members = tar.getmembers()
-            header = json.loads(tar.extractfile(members[0]).read()) if members and members[0].name == HEADER else None
-    except (tarfile.TarError, json.JSONDecodeError) as error:
+            first = members[0] if members and members[0].name == HEADER and members[0].isreg() else None
+            header = load_json(tar.extractfile(first).read(), HEADER, "pack it again") if first else None
+    except (tarfile.TarError, ValueError, OSError, OverflowError) as error:
         return {}, [f"{where}: not a readable tar ({error})"]
     if header is None:
         return {}, [f"{where}: has no header member"]
@@ -163,7 +165,7 @@ def _ranges(manifest: Manifest, entry: ShardEntry, data: bytes, where: str) -> t
             problems.append(f"{where[:-4]}.json: its index does not fit the tar")
     except FileNotFoundError:
         problems.append(f"{where[:-4]}.json: index is missing")
-    except (json.JSONDecodeError, KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         problems.append(f"{where[:-4]}.json: damaged ({type(error).__name__}: {error})")
     return keys, problems
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -29,6 +28,7 @@ from occstream.sharding.contract import admit, with_lacking
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import NAME, Manifest, shard_path
 from occstream.sharding.prepare import Images
+from occstream.sharding.received import check_manifest, load_json
 from occstream.sharding.schema import Frame, Scene, Source, Taxonomy, check_scene_name
 from occstream.sharding.shardfile import ShardWriter, publish_shard, read_record
 
@@ -262,7 +262,7 @@ def merge(url: str) -> Manifest:
     names = storage.listing(storage.join(url, PARTS))
     if not names:
         raise ValueError(f"{storage.join(url, PARTS)}: no finished parts there; pack them with --part i/n")
-    outcomes = [json.loads(storage.read_bytes(storage.join(url, PARTS, name))) for name in sorted(names)]
+    outcomes = [_outcome(storage.join(url, PARTS, name)) for name in sorted(names)]
     counts = {o["part"][1] for o in outcomes}
     if len(counts) > 1 or len({o["job"] for o in outcomes}) > 1:
         raise ValueError(
@@ -280,6 +280,16 @@ def merge(url: str) -> Manifest:
     return manifest
 
 
+def _outcome(where: str) -> dict:
+    """What one part left for ``merge``. Raises ValueError if it is not what a part writes."""
+    found = load_json(storage.read_bytes(where), where, "run the part again")
+    number, count = found["part"] if isinstance(found.get("part"), list) and len(found["part"]) == 2 else (0, 0)
+    whole = type(number) is int and type(count) is int and 1 <= number <= count <= 10**6
+    if not whole or not isinstance(found.get("job"), str):
+        raise ValueError(f"{where}: is not what a part of a job leaves; run the part again")
+    return found
+
+
 def _describe(job: Job) -> dict:
     """What the manifest says of a job beside its scenes and shards."""
     return {
@@ -295,20 +305,26 @@ def _describe(job: Job) -> dict:
 
 def _publish(url: str, outcomes: list[dict]) -> Manifest:
     """Publishes the manifest of what all parts made. Raises ValueError if nothing was, or a shard is gone."""
-    about = outcomes[0]["description"]
-    made = sorted((s for o in outcomes for s in o["shards"]), key=lambda s: s["number"])
-    content = {
-        **about,
-        "scenes": [{**scene, "shard": s["number"]} for s in made for scene in s["scenes"]],
-        "shards": [
-            {"group": g, "number": s["number"], "size": s["size"][g], "sha256": s["sha256"][g]}
-            for s in made
-            for g in about["groups"]
-        ],
-        "left_out": [name for s in made for name in sorted(s["failed"])],
-    }
+    try:
+        about = outcomes[0]["description"]
+        made = sorted((s for o in outcomes for s in o["shards"]), key=lambda s: s["number"])
+        content = {
+            **about,
+            "scenes": [{**scene, "shard": s["number"]} for s in made for scene in s["scenes"]],
+            "shards": [
+                {"group": g, "number": s["number"], "size": s["size"][g], "sha256": s["sha256"][g]}
+                for s in made
+                for g in about["groups"]
+            ],
+            "left_out": [name for s in made for name in sorted(s["failed"])],
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{url}: a part is not what a job leaves ({type(error).__name__}: {error}); run it again"
+        ) from None
     if not content["scenes"]:
         raise ValueError(f"{url}: every scene failed; nothing was published")
+    check_manifest({"fingerprint": "", **content}, storage.join(url, NAME))
     manifest = Manifest.from_content(url, content)
     for group in manifest.groups:
         there = storage.listing(storage.join(url, group))

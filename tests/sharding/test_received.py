@@ -11,6 +11,7 @@ import zstandard
 from occstream.sharding.codec import CorruptSample, decode, encode
 from occstream.sharding.grid import get_grid
 from occstream.sharding.manifest import Manifest, SceneEntry, ShardEntry, _digest
+from occstream.sharding.pack import merge
 from occstream.sharding.received import check_manifest, read_index
 from occstream.sharding.schema import Frame, Labels, get_taxonomy
 from occstream.sharding.stream import tar_members
@@ -169,3 +170,32 @@ def test_a_million_scenes_are_checked_by_column():
     scenes = [{"name": f"s{i}", "frames": 1, "shard": i % 2, "attributes": {}} for i in range(20_000)]
     data = {**GOOD, "scenes": scenes, "shards": [{**s, "size": 10**9} for s in GOOD["shards"]]}
     check_manifest(data, "m")
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        [],
+        {"part": [1, 1]},
+        {"part": [0, 1], "job": "x"},
+        {"part": 5, "job": "x"},
+        {"part": [1, 1], "job": "x", "shards": []},
+    ],
+)
+def test_what_a_part_left_is_checked_before_it_is_merged(tmp_path, left):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "1-of-1.json").write_text(json.dumps(left))
+    with pytest.raises(ValueError, match=r"is not what a|holds list"):
+        merge(str(tmp_path))
+
+
+def test_a_merged_manifest_is_checked_like_a_loaded_one(tmp_path):
+    (tmp_path / "parts").mkdir()
+    about = {k: GOOD[k] for k in ("source", "grid", "taxonomy", "classes", "labels", "groups")}
+    sizes = {"lidar": 100_000, "labels": 100_000}
+    scene = {"name": "../x", "frames": 3, "attributes": {}}
+    shard = {"number": 0, "scenes": [scene], "failed": {}, "size": sizes, "sha256": dict.fromkeys(sizes, "a" * 64)}
+    left = {"part": [1, 1], "job": "x", "description": about, "shards": [shard]}
+    (tmp_path / "parts" / "1-of-1.json").write_text(json.dumps(left))
+    with pytest.raises(ValueError, match=r"'\.\./x' cannot be used"):
+        merge(str(tmp_path))
