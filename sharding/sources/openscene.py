@@ -237,7 +237,11 @@ class OpenScene:
 
     def _find(self, path: str) -> Path:
         """A file that the metadata names by a path whose first parts depend on where its author's data lay."""
-        parts = Path(path.replace("\\", "/")).parts
+        parts = [
+            part for part in Path(path.replace("\\", "/")).parts if part != "/"
+        ]  # below our folders, never outside
+        if ".." in parts or "\0" in path:
+            raise ValueError(f"{self.root}: the metadata names {path!r:.100}, which leads out of the data set's folder")
         for start in range(max(1, len(parts) - 1)):  # the longest ending that is there, with its folder at least
             for base in self.bases:
                 candidate = base.joinpath(*parts[start:])

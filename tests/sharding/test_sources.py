@@ -501,6 +501,21 @@ def test_damaged_text_of_kitti_names_file_and_line(tmp_path, name, file, content
         list(iter_scenes(open_source(name, options)))
 
 
+def test_openscene_names_no_file_outside_its_folder(tmp_path):
+    options = layouts.openscene(tmp_path / "set", scenes=1, frames=1)
+    path = tmp_path / "set/meta_datas/log-a.pkl"
+    [info] = pickle.loads(path.read_bytes())["infos"]
+    (tmp_path / "outside.jpg").write_bytes(next((tmp_path / "set").rglob("*.jpg")).read_bytes())
+    for name, message in (
+        ("../outside.jpg", "leads out"),
+        (str(tmp_path / "outside.jpg"), "has no file"),
+        ("a\0b", "leads out"),
+    ):
+        info["cams"]["CAM_B0"]["data_path"] = name
+        path.write_bytes(pickle.dumps([info]))
+        assert message in refusal(options)
+
+
 def test_what_unpacks_beyond_measure_is_refused_before(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "bomb.npz", semantics=np.zeros(1 << 20, np.uint8))
     assert rawfiles.read_npy(tmp_path / "bomb.npz")["semantics"].size == 1 << 20
