@@ -219,7 +219,7 @@ class TrainData:
                 raise ValueError(
                     f"the checkpoint has no position of the {name} stream: it was made without this replay"
                 )
-            feed.state = dict(state[name])
+            feed.state = _position(state[name], name)
             if rule == BY_CONTENT:
                 feed.order.identify(by_content(feed.manifest.fingerprint, feed.order.scenes))
 
@@ -472,6 +472,17 @@ def open_stream(
 
 def _pinned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return torch.zeros(shape, dtype=getattr(torch, dtype)).pin_memory().numpy()
+
+
+def _position(state: object, name: str) -> dict[str, int]:
+    """A stream's position as a checkpoint has it. Raises ValueError if it is none."""
+    names = {"epoch", "offset", "batches"}
+    good = isinstance(state, dict) and state.keys() == names
+    if not good or any(type(n) is not int or not 0 <= n < 2**53 for n in state.values()):
+        raise ValueError(
+            f"the checkpoint's position of the {name} stream is {str(state)[:80]}: it is damaged, take another"
+        )
+    return dict(state)
 
 
 def cache(url: str) -> storage.ShardCache | None:

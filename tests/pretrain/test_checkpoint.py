@@ -17,6 +17,7 @@ from torch import nn
 from occstream.pretrain import checkpoint, resume
 from occstream.pretrain.checkpoint import Checkpoint, load_declared, newest, read_weights
 from occstream.pretrain.engine import World, float_state, full_state, module_state
+from occstream.pretrain.replay import _position
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -356,3 +357,13 @@ def test_what_names_the_newest_upload_is_checked(tmp_path, content):
     (tmp_path / checkpoint.LATEST).write_bytes(content)
     with pytest.raises(checkpoint.Damaged, match="does not name a checkpoint"):
         checkpoint.latest_remote(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [None, [], {}, {"epoch": 0}, {"epoch": -1, "offset": 0, "batches": 0}, {"epoch": 0, "offset": 1e9, "batches": 0}],
+)
+def test_a_position_in_the_data_that_is_none_is_refused(state):
+    with pytest.raises(ValueError, match="position of the main stream"):
+        _position(state, "main")
+    assert _position({"epoch": 1, "offset": 2, "batches": 3}, "main") == {"epoch": 1, "offset": 2, "batches": 3}
