@@ -26,7 +26,7 @@ class EvalResult:
     when it has no binary head.
 
     Attributes:
-        frames: evaluated over all ranks.
+        frames: evaluated over all ranks. left_out: those that could not be read, named when that was found.
         binary_iou: on the binary head's own grid, labels pooled.
         iou: geometric, of the semantic output. miou: by the convention.
         per_class: IoU by class name; for classes that do not occur NaN, or 0 by the convention.
@@ -45,10 +45,13 @@ class EvalResult:
     convention: str = "occ3d"
     unknown: float | None = None
     ranges: dict[str, dict[str, float]] = field(default_factory=dict)
+    left_out: int = 0
 
     def metrics(self) -> dict[str, float]:
         """MLflow metrics."""
         out = {"eval/frames": float(self.frames)}
+        if self.left_out:
+            out["eval/frames_left_out"] = float(self.left_out)
         if self.unknown is not None:
             out["eval/unknown_share"] = 100 * self.unknown
         if self.binary_iou is not None:
@@ -65,7 +68,8 @@ class EvalResult:
         scores = (("binary IoU", self.binary_iou), ("IoU", self.iou), ("mIoU", self.miou))
         said = ", ".join(f"{name} {value:.2f}" for name, value in scores if value is not None)
         unknown = f", {100 * self.unknown:.1f} % unknown voxels counted" if self.unknown else ""
-        return f"{said} (convention {self.convention}, mask {self.mask}{unknown})"
+        left = f"; without {self.left_out} more that cannot be read" if self.left_out else ""
+        return f"{said} (convention {self.convention}, mask {self.mask}{unknown}){left}"
 
     def table(self) -> str:
         """For the terminal."""
@@ -116,7 +120,8 @@ def evaluate(
 
     Args:
         model: returns ``OccOutputs``; its mode is restored afterwards.
-        batches: this rank's share, at least one; masks are already in the labels.
+        batches: this rank's share, at least one; masks are already in the labels. Frames with an empty key only fill a place:
+            none of their voxels is valid.
         taxonomy: of the labels.
         grid: of the labels, for scores by range; None: without.
         convention: how the benchmark of these labels averages, one of ``metrics.CONVENTIONS``.
@@ -136,7 +141,7 @@ def evaluate(
     model.eval()
     rule = CONVENTIONS[convention]
     confusion = RangedCounts(taxonomy.num_classes, rule, ranges_of(grid) if grid else None)
-    binary, frames = None, torch.zeros(2, dtype=torch.int64)
+    binary, frames = None, torch.zeros(3, dtype=torch.int64)
     device = torch.device("cpu")
     semantic = False
     try:
@@ -145,7 +150,8 @@ def evaluate(
             if not counted:
                 continue
             device = batch.images.device
-            frames += torch.tensor([batch.size, int(batch.binary_valid.sum())])
+            unread = sum(not key for key in batch.keys)
+            frames += torch.tensor([batch.size, int(batch.binary_valid.sum()), unread])
             logits = outputs.binary_logits
             if logits is not None:
                 truth, valid = pool_binary(batch.binary, batch.binary_valid, tuple(logits.shape[1:]))
@@ -159,14 +165,15 @@ def evaluate(
                 watch(batch, outputs)
     finally:
         model.train(training)
-    seen, voxels = sum_over_ranks(frames, device).tolist()
+    seen, voxels, unread = sum_over_ranks(frames, device).tolist()
     _check_seen(seen, voxels, expected, mask)
     confusion.all_reduce(device)
     if binary:
         binary.all_reduce(device)
     semantic = bool(sum_over_ranks(torch.tensor([int(semantic)]), device).item())
     result = EvalResult(
-        frames=seen,
+        frames=seen - unread,
+        left_out=unread,
         binary_iou=100 * binary.matrix().iou() if binary else None,
         seconds=time.perf_counter() - began,
         mask=mask,
@@ -200,7 +207,8 @@ def _add_scores(
         result.per_class = {name: 100 * v for name, v in named[matrix.convention.first :]}
     counts = confusion or binary
     for part in counts.ranges.parts if counts and counts.ranges else ():
-        scores = result.ranges[part] = {"binary_iou": 100 * binary.matrix(part).iou()} if binary else {}
+        coarse = binary and binary.ranges and part in binary.ranges.parts  # its voxels may be too large for a range
+        scores = result.ranges[part] = {"binary_iou": 100 * binary.matrix(part).iou()} if coarse else {}
         if confusion:
             scores |= {"iou": 100 * confusion.matrix(part).iou(), "miou": 100 * confusion.matrix(part).miou()}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from occstream.sharding.order import (
     training_batches,
 )
 from occstream.sharding.places import place
-from occstream.sharding.schema import IGNORE
+from occstream.sharding.schema import IGNORE, frame_key
 from occstream.sharding.stream import Field, ShardReader, Stream, StreamBatch
 
 
@@ -405,7 +405,7 @@ class EvalData:
             plan = evaluation_batches(scenes, counts, ev.batch, world.rank, world.size)
             return open_stream(manifest, plan, filler, ev.batch, config, world)
 
-        self._open = open_plan
+        self._open, self._manifest = open_plan, manifest
 
     def _choose_convention(self, manifest: Manifest, wanted: str) -> None:
         own, how = manifest.metric_convention()
@@ -417,7 +417,20 @@ class EvalData:
 
     def __iter__(self) -> Iterator[OccBatch]:
         with self._open() as stream:
-            yield from device_batches(stream, self.world.device)
+            yield from device_batches(_without_replaced(stream, self._manifest), self.world.device)
+
+
+def _without_replaced(stream: Stream, manifest: Manifest) -> Iterator[StreamBatch]:
+    """Batches in which a frame that stands in for one that cannot be read has no key and no valid voxel: it counts once, at its
+    own place."""
+    for got in stream:
+        for i, sample in enumerate(got.samples):
+            if got.keys[i] != frame_key(manifest.scenes[sample.scene].name, sample.frame):
+                got.keys[i] = ""
+                got.arrays["binary_valid"][i] = False
+                if "semantic" in got.arrays:
+                    got.arrays["semantic"][i] = IGNORE
+        yield got
 
 
 def depth_cell(config: Config) -> int:
@@ -436,7 +449,7 @@ def to_occ_batch(got: StreamBatch, device: torch.device) -> OccBatch:
     return batch if device.type == "cpu" else batch.to(device)
 
 
-def device_batches(stream: Stream, device: torch.device) -> Iterator[OccBatch]:
+def device_batches(stream: Iterable[StreamBatch], device: torch.device) -> Iterator[OccBatch]:
     """Batches of a stream that ends, on a device; on the CPU each is valid until the next."""
     for got in stream:
         batch = to_occ_batch(got, device)

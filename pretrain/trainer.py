@@ -426,7 +426,7 @@ class Drawer:
     def __call__(self, batch: OccBatch, outputs: OccOutputs) -> None:
         for index, key in enumerate(batch.keys):
             scene = key.rpartition("-")[0]
-            if len(self.done) == self.scenes or scene in self._seen:
+            if not key or len(self.done) == self.scenes or scene in self._seen:
                 continue
             self._seen.add(scene)
             path = self.folder / f"{key}-step-{self.step:08d}.png"

@@ -1,0 +1,61 @@
+"""What an evaluation counts: every frame that can be read, once."""
+
+import torch
+
+from occstream.evaluation.evaluate import evaluate
+from occstream.models.batch import OccOutputs
+from occstream.pretrain import trainer
+from occstream.pretrain.augment import FrameFiller
+from occstream.pretrain.config import load_config
+from occstream.pretrain.engine import World
+from occstream.pretrain.replay import EvalData
+from occstream.sharding.codec import IncompleteSample
+from occstream.sharding.schema import IGNORE
+from tests.pretrain.small import RECIPE, pack_small
+
+
+class Says(torch.nn.Module):
+    """All free, but for one frame, which is all of class 3."""
+
+    def __init__(self, key: str):
+        super().__init__()
+        self.keys = (key, "")
+
+    def forward(self, batch):
+        logits = torch.full((batch.num_semantic, 17, *batch.binary.shape[1:]), -9.0)
+        for index, key in enumerate(batch.keys):
+            logits[index, 3] = 9.0 if key in self.keys else -9.0
+        return OccOutputs(None, logits)
+
+
+def test_a_frame_that_cannot_be_read_is_left_out_and_no_other_counts_twice(tmp_path, monkeypatch, capsys):
+    pack_small(str(tmp_path / "data"), scenes=2)
+    config = load_config(RECIPE, [f"data.url={tmp_path / 'data'}", "eval.batch=2"], stage="finetune")
+    held_out = EvalData(config, World(0, 1, torch.device("cpu")))
+    whole = [batch.clone() for batch in held_out]
+    lost, other, *_ = [key for batch in whole for key in batch.keys]
+    for batch in whole:
+        if lost in batch.keys:
+            batch.binary_valid[batch.keys.index(lost)] = False
+            batch.semantic[batch.keys.index(lost)] = IGNORE
+    right = evaluate(Says(other), whole, taxonomy=config.classes)
+
+    call = FrameFiller.__call__
+
+    def fill(self, frame, epoch, views):
+        if frame.key == lost:
+            raise IncompleteSample(f"frame {lost}: camera CAM_BACK is missing")
+        return call(self, frame, epoch, views)
+
+    monkeypatch.setattr(FrameFiller, "__call__", fill)
+    drawer = trainer.Drawer(config, held_out.cameras, 5, tmp_path, 0)
+    drawn = []
+    monkeypatch.setattr(trainer, "prediction_picture", lambda path, *_, **words: drawn.append(path.name))
+    found = trainer.evaluate_on(config, Says(other), held_out, drawer)
+    assert (found.frames, found.left_out) == (held_out.total - 1, 1)
+    assert (found.iou, found.per_class["bus"]) == (right.iou, right.per_class["bus"])
+    assert found.summary().endswith("; without 1 more that cannot be read")
+    assert found.metrics()["eval/frames_left_out"] == 1
+    assert "eval/frames_left_out" not in right.metrics()
+    assert [name.partition("-step")[0] for name in drawn] == [other]
+    assert f"replaced incomplete sample: frame {lost}" in capsys.readouterr().out
