@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number from ``low`` on."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {value}")
+        return value
+
+    return number
 
 
 def job_arguments(p: argparse.ArgumentParser) -> None:
@@ -19,12 +35,14 @@ def job_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", help="where to publish: a folder, file:// or s3://")
     p.add_argument("--grid", help="voxel grid of the labels: a preset or x,y,z low, x,y,z high, voxel (default occ3d)")
     p.add_argument("--taxonomy", default="occ3d", help="classes of the labels, where the source has a choice")
-    p.add_argument("--scenes-per-shard", type=int, default=1)
-    p.add_argument("--workers", type=int, default=1, help="processes")
+    p.add_argument("--scenes-per-shard", type=at_least(1), default=1)
+    p.add_argument("--workers", type=at_least(1), default=1, help="processes")
     p.add_argument("--part", default="1/1", help="i/n: pack only every n-th shard, for n machines")
-    p.add_argument("--max-failures", type=int, default=0, help="so many scenes may fail and are left out (default 0)")
+    p.add_argument(
+        "--max-failures", type=at_least(0), default=0, help="so many scenes may fail and are left out (default 0)"
+    )
     p.add_argument("--recheck", action="store_true", help="hash what is published before skipping it")
-    p.add_argument("--zstd-level", type=int, default=19, help="of labels (default 19: small and quick to read)")
+    p.add_argument("--zstd-level", type=at_least(1), default=19, help="of labels (default 19: small and quick to read)")
     p.add_argument("--dry-run", action="store_true", help="try a few scenes, say what the job will take, write nothing")
     made = p.add_argument_group("labels from LiDAR")
     for name, default in (
@@ -36,9 +54,8 @@ def job_arguments(p: argparse.ArgumentParser) -> None:
     ):
         text = next(line for line in LabelConfig.__doc__.splitlines() if line.strip().startswith(f"{name}:"))
         flag = f"--{name.replace('_', '-')}"
-        made.add_argument(
-            flag, type=type(default), default=default, help=f"{text.split(':', 1)[1].strip()} ({default})"
-        )
+        kind = at_least(0) if isinstance(default, int) else float
+        made.add_argument(flag, type=kind, default=default, help=f"{text.split(':', 1)[1].strip()} ({default})")
     made.add_argument("--no-level", action="store_true", help="trust the height and tilt of the poses")
     made.add_argument("--flat-rays", action="store_true", help="call free what rays pass, also just above the ground")
 
@@ -79,6 +96,8 @@ def _label_config(args):
 
 
 def shard(args) -> int:
+    from dataclasses import fields
+
     from occstream.sharding.codec import Coding
     from occstream.sharding.grid import get_grid
     from occstream.sharding.labels import Labeler
@@ -95,9 +114,15 @@ def shard(args) -> int:
     mode, reason, label = "none", "", None
     if "labels" in groups:
         mode, reason = choose_labels(source, args.labels, grid)
+    config = _label_config(args)
     if mode == "lidar":
         grid = grid or get_grid("occ3d")
-        label = Labeler(grid, source.taxonomy.name, _label_config(args))
+        label = Labeler(grid, source.taxonomy.name, config)
+    elif changed := [f.name for f in fields(config) if getattr(config, f.name) != f.default]:
+        flag = {"level": "no-level", "supported": "flat-rays"}.get(changed[0], changed[0].replace("_", "-"))
+        raise ValueError(
+            f"--{flag} is given, but no labels are made from LiDAR here; say --labels lidar or drop --{flag}"
+        )
     cameras = tuple(c for c in args.cameras.split(",") if c)
     images = Images(args.short_side, args.jpeg_quality, cameras, args.max_black / 100)
     return _run_job(args, source, groups, grid, label, images, Coding(args.zstd_level, args.lidar_step), reason)
@@ -135,7 +160,7 @@ def label(args) -> int:
 
 def _run_job(args, source, groups, grid, label, images, coding, reason) -> int:
     from occstream.sharding.pack import Job, estimate, pack
-    from occstream.sharding.summary import after, before
+    from occstream.sharding.summary import after, before, plural
 
     if not args.out:
         raise ValueError("where to? give --out FOLDER, file://… or s3://…")
@@ -143,15 +168,15 @@ def _run_job(args, source, groups, grid, label, images, coding, reason) -> int:
     print("\n".join(before(source, reason, grid or source.grid)), flush=True)
     if args.dry_run:
         found = estimate(Job(source, args.out, groups, grid, label, images, coding, args.scenes_per_shard))
-        print(f"{source.name} -> {args.out}: {found.scenes} scenes in {found.shards} shard numbers")
+        print(f"{source.name} -> {args.out}: {plural(found.scenes, 'scene')}, {plural(found.shards, 'shard')} a group")
         if found.failed:
             name, reason = next(iter(found.failed.items()))
             print(
-                f"{len(found.failed)} of {found.tried + len(found.failed)} scenes that were tried cannot be packed, as {name}: "
-                f"{reason}\n--max-failures N leaves such scenes out"
+                f"{len(found.failed)} of {plural(found.tried + len(found.failed), 'scene')} tried cannot be packed, such as "
+                f"{name}: {reason}\n--max-failures N leaves such scenes out"
             )
-        share = f"about {found.whole:.0f}" if found.failed else "all"
-        print(f"from {found.tried} scenes that were tried, {share} of them will be about:")
+        share = f"the about {found.whole:.0f} that can be packed" if found.failed else "all"
+        print(f"estimated from {plural(found.tried, 'scene')} for {share}:")
         print(f"  frames   {found.frames:,.0f}")
         for group, size in found.bytes.items():
             print(f"  {group:<8} {size / 1e9:,.3f} GB, {size / max(1, found.frames) / 1e3:.1f} kB a frame")
@@ -181,8 +206,8 @@ def _run_job(args, source, groups, grid, label, images, coding, reason) -> int:
         print(f"left out: {reason}", file=sys.stderr)
     if show.skipped:
         print(
-            f"{show.skipped} shards were there and are kept; the raw data was not compared with them. If it has changed, pack "
-            f"it to another place, or remove these shards below {args.out} first"
+            f"kept {plural(show.skipped, 'shard')} packed earlier, without comparing the raw data with them: if it has changed, "
+            f"pack it to another place, or remove these shards below {args.out} first"
         )
     if manifest is None:
         print(f"part {args.part} is done; when all are: occstream merge {args.out}")
@@ -203,18 +228,21 @@ def parse_part(text: str) -> tuple[int, int]:
 
 def _published(manifest) -> str:
     from occstream.sharding.contract import DROPPED
+    from occstream.sharding.summary import plural
 
     left = f" ({len(manifest.left_out)} left out)" if manifest.left_out else ""
     dropped = sum(scene.attributes.get(DROPPED, 0) for scene in manifest.scenes)
     if dropped:
         left += f" without {dropped} LiDAR returns whose coordinates are not finite"
     return (
-        f"published {len(manifest.scenes)} scenes{left}, {manifest.num_frames} frames at {manifest.url}, "
+        f"published {plural(len(manifest.scenes), 'scene')}{left}, {plural(manifest.num_frames, 'frame')} at {manifest.url}, "
         f"fingerprint {manifest.fingerprint}"
     )
 
 
 def _progress():
+    from occstream.sharding.summary import plural
+
     terminal = sys.stdout.isatty()
 
     def show(state) -> None:
@@ -222,13 +250,13 @@ def _progress():
         step = max(1, state.total // 10)
         if not terminal and state.done % step and state.done != state.total:
             return
-        parts = [f"{state.done}/{state.total} shards", f"{state.frames} frames"]
+        parts = [f"{state.done}/{state.total} shards", plural(state.frames, "frame")]
         if state.skipped:
-            parts.append(f"{state.skipped} were there")
+            parts.append(f"{state.skipped} packed earlier")
         if state.made:
             parts.append(f"{state.made / state.seconds:.1f} frames/s")
         if state.failed:
-            parts.append(f"{len(state.failed)} scenes failed")
+            parts.append(f"{plural(len(state.failed), 'scene')} failed")
         if state.done < state.total and state.eta == state.eta:
             minutes, seconds = divmod(int(state.eta), 60)
             parts.append(f"eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")

@@ -63,7 +63,8 @@ def before(source: Source, reason: str, grid: VoxelGrid | None) -> list[str]:
         grid: of the labels.
     """
     scenes = len(source.scene_names())
-    lines = [f"labels     {reason or 'none'}; the same for all {scenes} scenes"]
+    same = f"the same for all {scenes} scenes" if scenes != 1 else "for the one scene"
+    lines = [f"labels     {reason or 'none'}; {same}"]
     if reason.startswith("made from LiDAR"):
         points = findings(source).points
         lines.append(f"points     classes from {points}" if points else "points     without classes: labels are binary")
@@ -72,8 +73,8 @@ def before(source: Source, reason: str, grid: VoxelGrid | None) -> list[str]:
 
 
 def after(manifest: Manifest, frames: int = 8) -> list[str]:
-    """What only the packed frames tell: whether labels have classes, share of unknown
-    voxels, views, what rectifying left black, scenes that failed.
+    """What only the packed frames tell: whether labels have classes, share of unknown voxels, views, what rectifying left
+    black, scenes that failed.
 
     Args:
         frames: at most so many are read, evenly spread.
@@ -81,7 +82,7 @@ def after(manifest: Manifest, frames: int = 8) -> list[str]:
     groups = [g for g in manifest.groups if g in ("cameras", manifest.label_group)]
     places = [(s, i) for s, scene in enumerate(manifest.scenes) for i in range(scene.frames)]
     chosen = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(frames, len(places))).astype(int))]
-    views, known, voxels, labelled, semantic = Counter(), 0, 0, 0, 0
+    views, known, voxels, labeled, semantic, masked = Counter(), 0, 0, 0, 0, 0
     if groups:
         reader = ShardReader(manifest, groups)
         try:
@@ -89,24 +90,34 @@ def after(manifest: Manifest, frames: int = 8) -> list[str]:
                 frame = reader.frame(*place)
                 views.update(list(frame.cameras))
                 if frame.labels is not None:
-                    labelled += 1
+                    labeled += 1
+                    masked += frame.labels.mask_lidar is not None
                     semantic += frame.labels.semantic is not None
                     known += int(frame.labels.known().sum())
                     voxels += frame.labels.binary.size
         finally:
             reader.close()
-    share = f"{100 * (1 - known / voxels):.1f} % of the voxels of {labelled} frames" if voxels else "no labels"
-    classes = f"semantic in {semantic} of {labelled} frames" if semantic else "none: labels are binary"
-    lines = [f"classes    {classes}"] if labelled else []
+    share = f"{100 * (1 - known / voxels):.1f} % of the voxels of {plural(labeled, 'frame')}" if voxels else "no labels"
+    if voxels and not masked:
+        share = "0.0 %, as these labels have no mask: every voxel counts as known"
+    classes = f"semantic in {semantic} of {plural(labeled, 'frame')}" if semantic else "none: labels are binary"
+    lines = [f"classes    {classes}"] if labeled else []
     lines += [f"unknown    {share}", f"views      {_views(views, len(chosen)) if views else 'none'}"]
     if black := black_shares(manifest.scenes):
-        worst = ", ".join(f"{name} {100 * share:.1f} %" for name, share in black.items())
-        lines.append(f"rectified  to pinholes; black, at most: {worst}")
+        some = [f"{name} {100 * share:.1f} %" for name, share in black.items() if share >= 0.0005]
+        lines.append(
+            f"rectified  {plural(len(black), 'view')} to pinholes; black at most: {', '.join(some) or 'nothing'}"
+        )
     if line := lacking_line(manifest.scenes):
         lines.append(f"cameras    {line}")
     if manifest.left_out:
         lines.append(f"left out   {listed('scene', manifest.left_out)} that failed")
     return lines
+
+
+def plural(count: int, what: str) -> str:
+    """As in 1 scene, 2 scenes."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _grid(grid: VoxelGrid) -> str:

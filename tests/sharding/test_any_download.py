@@ -168,9 +168,9 @@ def test_dry_run_says_how_many_are_there_and_packing_how_to_go_on(partial, capsy
     ]
     assert main([*command, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "3 of 4 scenes that were tried cannot be packed, as scene-0000: " in said
+    assert "3 of 4 scenes tried cannot be packed, such as scene-0000: " in said
     assert "is missing (the tables name it); complete the download" in said
-    assert "about 1 of them will be about" in said
+    assert "estimated from 1 scene for the about 1 that can be packed:" in said
     assert main(command) == 2
     assert "To pack the others all the same: --max-failures N" in capsys.readouterr().err
     assert main([*command, "--max-failures", "3"]) == 0
@@ -194,7 +194,8 @@ def test_a_missing_camera_is_told_at_packing_and_verifying(tmp_path, capsys):
     manifest = pack(Gappy((3, 2)), str(tmp_path / "out"))
     assert manifest.scenes[0].attributes["lacking"] == {"CAM_A": 1, "CAM_B": 1}
     assert "lacking" not in manifest.scenes[1].attributes
-    line = "not there: CAM_A in 1 frame, CAM_B in 1 frame; training replaces such frames by others of their scene"
+    line = "not there: CAM_A in 1 frame, CAM_B in 1 frame; training replaces such frames by others of their scene, evaluation "
+    line += "leaves them out"
     assert f"cameras    {line}" in after(manifest)
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert line in capsys.readouterr().out

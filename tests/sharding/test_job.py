@@ -164,7 +164,7 @@ def test_estimate_is_near_what_the_job_writes(tmp_path, capsys):
     command = ["shard", "synthetic", "scenes=5", "frames=1", "image_size=[32,88]", "--grid", "tiny", "--dry-run"]
     assert cli.main([*command, "--out", str(tmp_path / "dry"), "--workers", "2", "--part", "1/4"]) == 0
     text = capsys.readouterr().out
-    assert "5 scenes in 5 shard numbers" in text
+    assert "5 scenes, 5 shards a group" in text
     assert "4 x 2 workers" in text
     assert not (tmp_path / "dry").exists()
 

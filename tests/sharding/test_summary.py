@@ -7,12 +7,14 @@ import pytest
 from occstream.launch.cli import main
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.sources import open_source
+from occstream.sharding.stream import ShardReader
 from occstream.sharding.summary import after
 from tests.sharding import layouts
 
 SIX = "CAM_BACK, CAM_BACK_LEFT, CAM_BACK_RIGHT, CAM_FRONT, CAM_FRONT_LEFT, CAM_FRONT_RIGHT"
 EIGHT = "CAM_B0, CAM_F0, CAM_L0, CAM_L1, CAM_L2, CAM_R0, CAM_R1, CAM_R2"
 KITTI = "semantickitti, 256x256x32 voxels of 0.2 m, lidar frame"
+NO_MASK = "0.0 %, as these labels have no mask: every voxel counts as known"
 OCC3D = "occ3d, 200x200x16 voxels of 0.4 m, ego frame"
 # Of each layout: labels, grid, unknown, views (None: whatever the toy has).
 SAID = {
@@ -36,7 +38,7 @@ SAID = {
     ("openscene", 0): (
         "native: the metadata names occupancy files",
         "openscene, 200x200x16 voxels of 0.5 m, ego frame",
-        "0.0 % of the voxels of 4 frames",
+        NO_MASK,
         f"8: {EIGHT}",
     ),
     ("semantickitti", 0): ("native: voxels/*.label", KITTI, "0.0 % of the voxels of 2 frames", "1: image_2"),
@@ -63,6 +65,14 @@ def lines_of(said: str) -> dict[str, list[str]]:
     return found
 
 
+def masks(out) -> list:
+    manifest = Manifest.load(str(out))
+    reader = ShardReader(manifest, ("labels",))
+    found = [reader.frame(i, 0).labels.mask_lidar for i in range(len(manifest.scenes))]
+    reader.close()
+    return found
+
+
 def test_every_layout_is_here():
     assert set(SAID) == {(name, i) for name, writers in layouts.LAYOUTS.items() for i in range(len(writers))}
 
@@ -77,13 +87,14 @@ def test_what_every_source_says(name, number, tmp_path, capsys):
     scenes = len(open_source(name, options).scene_names())
     [said] = found["labels"]
     assert said.startswith(labels)
-    assert said.endswith(f"; the same for all {scenes} scenes")
+    assert said.endswith("; for the one scene" if scenes == 1 else f"; the same for all {scenes} scenes")
     assert found["grid"] == [grid]
     made = labels.startswith("made")
     assert found.get("points") == (["without classes: labels are binary"] if made else None)
     assert found["classes"][0].startswith("none: labels are binary" if made else "semantic in ")
     [said] = found["unknown"]
     assert said == unknown if unknown else said.endswith("frames")
+    assert not unknown or (said == NO_MASK) == all(mask is None for mask in masks(tmp_path / "out"))
     [said] = found["views"]
     assert not views or said == views[0]
     assert found["left out"] == ["nothing"]
@@ -193,4 +204,6 @@ def test_frames_with_fewer_views_are_counted(tmp_path, capsys):
     assert after(Manifest.load(str(tmp_path / "out"))) == [
         "unknown    no labels",
         "views      1: image_2 (image_2 in 1 of 2 frames)",
+        "cameras    not there: image_2 in 1 frame; training replaces such frames by others of their scene, evaluation leaves "
+        "them out",
     ]
