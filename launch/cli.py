@@ -58,8 +58,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--groups", default="cameras,lidar,labels", help="comma-separated (default cameras,lidar,labels)")
     p.add_argument("--cameras", default="", help="comma-separated names of the cameras to keep (default all)")
-    p.add_argument("--short-side", type=int, default=0, help="shrink images to so many pixels (default 0: as they are)")
-    p.add_argument("--jpeg-quality", type=int, default=90, help="of shrunk or rectified images (default 90)")
+    p.add_argument(
+        "--short-side",
+        type=data.at_least(0),
+        default=0,
+        help="shrink images to so many pixels (default 0: as they are)",
+    )
+    p.add_argument(
+        "--jpeg-quality", type=data.at_least(1), default=90, help="of shrunk or rectified images (default 90)"
+    )
     p.add_argument(
         "--max-black", type=float, default=10, help="percent of a rectified image that its lens may not have seen (10)"
     )
@@ -76,8 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--quality", action="store_true", help="write nothing: leave sweeps out and test the labels with them"
     )
-    p.add_argument("--every", type=int, default=None, help="with --quality: leave out one of so many (default 4)")
-    p.add_argument("--scenes", type=int, default=None, help="with --quality: at most so many scenes (default 10)")
+    p.add_argument(
+        "--every", type=data.at_least(2), default=None, help="with --quality: leave out one of so many (default 4)"
+    )
+    p.add_argument(
+        "--scenes", type=data.at_least(1), default=None, help="with --quality: at most so many scenes (default 10)"
+    )
 
     p = command("merge", data.merge, "publish a data set whose parts are packed (`shard --part`)")
     p.add_argument("url")
@@ -89,32 +100,32 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("subset", data.subset, "write the names of a nested subset of scenes (2000 are in 4000 are in 8000)")
     p.add_argument("url")
-    p.add_argument("--scenes", type=int, default=None, help="how many (default all that are not held out)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--holdout", type=int, default=0, help="scenes that belong to no subset")
+    p.add_argument("--scenes", type=data.at_least(1), default=None, help="how many (default all that are not held out)")
+    p.add_argument("--seed", type=data.at_least(0), default=0)
+    p.add_argument("--holdout", type=data.at_least(0), default=0, help="scenes that belong to no subset")
 
     p = command("inspect", data.inspect, "show what a packed data set holds")
     p.add_argument("url")
     p.add_argument("--group", default=None, help="show the labels of this sidecar group")
-    p.add_argument("--frames", type=int, default=200, help="read at most so many (default 200)")
+    p.add_argument("--frames", type=data.at_least(1), default=200, help="read at most so many (default 200)")
 
     p = command("card", data.card, "statistics of a packed data set: classes, occupancy, occlusion, quality of labels")
     p.add_argument("url")
     p.add_argument("--labels", default="", help="compare this sidecar group with the set's own labels")
-    p.add_argument("--frames", type=int, default=100, help="read at most so many (default 100)")
+    p.add_argument("--frames", type=data.at_least(1), default=100, help="read at most so many (default 100)")
 
     p = command("verify", data.verify, "check hashes, members, joins, labels and calibration, and decode every frame")
     p.add_argument("url")
     p.add_argument(
         "--sample", default="100%", help="share of the shards whose content is read, like 1%% (default 100%%)"
     )
-    p.add_argument("--seed", type=int, default=0, help="of the sample")
+    p.add_argument("--seed", type=data.at_least(0), default=0, help="of the sample")
     p.add_argument("--group", default=None, help="check this sidecar group as well")
 
     p = command("preview", data.preview, "draw one frame: cameras with occupancy projected into them, LiDAR, labels")
     p.add_argument("url")
     p.add_argument("--scene", default="", help="name (default the first)")
-    p.add_argument("--frame", type=int, default=0)
+    p.add_argument("--frame", type=data.at_least(0), default=0)
     p.add_argument("--group", default=None, help="draw the labels of this sidecar group")
     p.add_argument("--out", default="preview.png")
 
@@ -144,8 +155,10 @@ def _parser() -> argparse.ArgumentParser:
         help="the best class (default), the two best with their logits (train with data.soft=true), or all logits",
     )
     p.add_argument("--flips", action="store_true", help="average over mirror images of the scene (four forwards)")
-    p.add_argument("--truth", type=int, default=0, help="so many scenes of the nested subset keep their own labels")
-    p.add_argument("--holdout", type=int, default=0, help="with --truth: as data.holdout")
+    p.add_argument(
+        "--truth", type=data.at_least(0), default=0, help="so many scenes of the nested subset keep their own labels"
+    )
+    p.add_argument("--holdout", type=data.at_least(0), default=0, help="with --truth: as data.holdout")
     p.add_argument("--part", default="1/1", help="i/n: only every n-th shard, on the i-th GPU of this machine")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. eval.batch=2")
 
@@ -171,7 +184,9 @@ def _parser() -> argparse.ArgumentParser:
         "Rerunning does what is missing. key=value changes the study, for example seeds=[0,1].",
     )
     p.add_argument("study", help="name of a packaged study, or path of a .yaml file")
-    p.add_argument("--jobs", type=int, default=0, help="trainings at a time (default: one per core, at most 4)")
+    p.add_argument(
+        "--jobs", type=data.at_least(0), default=0, help="trainings at a time (default: one per core, at most 4)"
+    )
     p.add_argument(
         "--dry-run", action="store_true", help="make the data, check every cell, show the plan, train nothing"
     )
@@ -201,11 +216,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--recipe", default="r50", help="with step (default r50)")
     p.add_argument("--stage", choices=("pretrain", "finetune"), default="pretrain", help="with step")
-    p.add_argument("--batch", type=int, default=1, help="with step: frames (default 1)")
+    p.add_argument("--batch", type=data.at_least(1), default=1, help="with step: frames (default 1)")
     p.add_argument("settings", nargs="*", metavar="key=value", help="with step: settings of the recipe")
-    p.add_argument("--workers", type=int, default=2)
-    p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--scenes", type=int, default=None, help="default 12 of 4 frames (pack), 30 of 10 (stream)")
+    p.add_argument("--workers", type=data.at_least(1), default=2)
+    p.add_argument("--repeats", type=data.at_least(1), default=3)
+    p.add_argument(
+        "--scenes", type=data.at_least(1), default=None, help="default 12 of 4 frames (pack), 30 of 10 (stream)"
+    )
     p.add_argument(
         "--jpeg", type=Path, nargs="+", default=[], help="with stream: 900 x 1600 images to decode and shrink"
     )
@@ -213,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("demo", _demo, "the whole path on synthetic scenes: shards, pre-training, fine-tuning, comparison")
     p.add_argument("--out", default="demo", help="folder (default demo)")
-    p.add_argument("--seeds", type=int, default=2)
+    p.add_argument("--seeds", type=data.at_least(1), default=2)
     return parser
 
 

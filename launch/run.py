@@ -9,6 +9,8 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
+from occstream.launch.data import at_least
+
 
 def main(stage: str, argv: Sequence[str] | None = None) -> int:
     """Runs one stage. Returns the exit code: 0 done, 2 wrong input, 3 training failed, 75 stopped and saved."""
@@ -40,7 +42,7 @@ def parser(stage: str) -> argparse.ArgumentParser:
     dry.add_argument(
         "--dry-run", action="store_true", help="check everything and estimate memory and time; start nothing"
     )
-    dry.add_argument("--world-size", type=int, default=1, help="processes that the run will have (default 1)")
+    dry.add_argument("--world-size", type=at_least(1), default=1, help="processes that the run will have (default 1)")
     dry.add_argument("--memory-gb", type=float, default=0.0, help="memory of a GPU: refuse what does not fit")
     dry.add_argument("--rate", type=float, default=0.0, help="frames/s of a GPU, for the time (a short run prints it)")
     dry.add_argument("--price", type=float, default=0.0, help="of a GPU-hour, for the cost")
@@ -96,7 +98,7 @@ def _ranks_lost(error: RuntimeError) -> bool:
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Runs ``work``; errors that a user can mend become one line on stderr and an exit code."""
+    """Runs ``work``; errors that a user can correct become one line on stderr and an exit code."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     rank = os.environ.get("RANK", "0")

@@ -8,6 +8,7 @@ taxonomy (``Taxonomy.free_id``), because one grid serves several taxonomies.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +43,10 @@ class VoxelGrid:
         if self.frame not in ("ego", "lidar"):
             raise ValueError(f"grid {self.name!r}: frame is {self.frame!r}, must be 'ego' or 'lidar'")
         for axis, lo, up, size in zip("xyz", self.lower, self.upper, self.voxel):
+            if not all(map(math.isfinite, (lo, up, size))):
+                raise ValueError(
+                    f"grid {self.name!r}: {axis} range {lo}..{up} m, voxel {size} m: must be finite numbers"
+                )
             count = (up - lo) / size if size > 0 else 0
             if count < 1 or abs(count - round(count)) > 1e-4:
                 raise ValueError(

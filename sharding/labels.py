@@ -74,8 +74,8 @@ class LabelConfig:
     def __post_init__(self):
         lowest = {"min_points": 1, "dilation": 0, "max_range": 0, "box_margin": 0, "ray_frames": 0, "max_rays": 0}
         for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"label setting {name} is {getattr(self, name)}, must be at least {low}")
+            if not low <= getattr(self, name) < math.inf:
+                raise ValueError(f"label setting {name} is {getattr(self, name)}, must be at least {low} and finite")
 
 
 @dataclass(frozen=True)
