@@ -81,7 +81,7 @@ def sweep(
         )
     failed = _execute(study, runs, done, jobs)
     if failed:
-        print(f"\n{len(failed)} of {len(runs)} runs failed; the others are done. Mend the cause and run this again:")
+        print(f"\n{len(failed)} of {len(runs)} runs failed; the others are done. Correct the cause and run this again:")
         for name, reason in failed.items():
             print(f"  {name}: {reason}")
         return 1

@@ -53,7 +53,7 @@ class DataConfig:
     holdout: int = 0
     """Scenes at the end of that permutation that are never trained on (for evaluation)."""
     cameras: tuple[str, ...] | None = None
-    """Camera names in order. None: those of the first frame, in its order."""
+    """Camera names in order. None: all that the first, middle and last frame of the first scene have."""
     history: int = 0
     """Key-frames before each one whose images are further views of what stands still, moved by the ego's motion; in all
     stages and for replay alike. A model with embeddings of cameras needs ``model.cameras`` for all views."""
@@ -445,7 +445,7 @@ def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict:
             names = sorted(p.stem for p in folder.glob("*.yaml"))
             near = difflib.get_close_matches(name, names, 1)
             raise ValueError(
-                f"unknown recipe {name!r}{f'; did you mean {near[0]!r}?' if near else ''} "
+                f"unknown recipe {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
                 f"Recipes: {', '.join(names)}, or a path to a .yaml file"
             )
         text = (folder / f"{name}.yaml").read_text()

@@ -131,7 +131,7 @@ class Manifest:
             found = storage.read_bytes(where)
         except FileNotFoundError:
             raise ValueError(
-                f"{where}: no manifest there; pack the data with `occstream shard` or mend the URL"
+                f"{where}: no manifest there; pack the data with `occstream shard` or correct the URL"
             ) from None
         data = load_json(found, where, "pack the data again, shards that are intact are kept")
         if data.get("format") != FORMAT_VERSION:
@@ -260,7 +260,7 @@ class Manifest:
             if name not in numbers:
                 near = difflib.get_close_matches(name, numbers, 1, 0.3)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{self.url}: has no scene {name!r}{hint} `occstream inspect` lists them")
+                raise ValueError(f"{self.url}: has no scene {name!r}{hint or ';'} `occstream inspect` lists them")
             found.append(numbers[name])
         return found
 
