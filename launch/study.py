@@ -113,11 +113,11 @@ class Study:
         self.reference = self.reference or next(iter(self.strategies))
         if self.reference not in self.strategies:
             raise ValueError(f"reference is {self.reference!r}, must be one of {', '.join(self.strategies)}")
-        self.output = place(self.output) or f"runs/{self.name}"
         if not self.output.isprintable():
             raise ValueError(
-                f"output is {self.output!r}: a folder's name of one line, for it is written into job files"
+                f"output is {self.output!r}: must be a folder's name of one line, it is written into job files"
             )
+        self.output = place(self.output) or f"runs/{self.name}"
         self.uri = self.uri or default_uri(f"sqlite:///{self.output}/mlflow.db")
 
 
