@@ -19,7 +19,7 @@ from occstream.pretrain.config import Config, load_config
 from occstream.pretrain.device import pick_device
 from occstream.pretrain.losses import occupancy_loss
 from occstream.pretrain.meter import best_time, matmul_ceiling
-from occstream.pretrain.trainer import accelerate, create_model
+from occstream.pretrain.networks import accelerate, create_model
 
 # Part -> module of the network. What a network lacks is left out.
 PARTS = {

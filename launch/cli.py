@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _evaluate(args) -> int:
-    from occstream.pretrain.trainer import evaluate_checkpoint
+    from occstream.pretrain.trained import evaluate_checkpoint
 
     overrides = [*args.settings, *([f"eval.url={args.data}"] if args.data else [])]
     result = evaluate_checkpoint(args.checkpoint, overrides, picture=Path(args.picture) if args.picture else None)

@@ -18,8 +18,8 @@ from occstream.models.layers import SyncBatchNorm
 from occstream.pretrain.config import Config, load_config
 from occstream.pretrain.engine import World
 from occstream.pretrain.losses import occupancy_loss
+from occstream.pretrain.networks import create_model
 from occstream.pretrain.replay import EvalData, TrainData
-from occstream.pretrain.trainer import create_model
 from occstream.sharding.manifest import Manifest
 
 SLACK = 0.2  # measured on the CPU

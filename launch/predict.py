@@ -12,7 +12,7 @@ import numpy as np
 from occstream.evaluation.predict import Keep, predict
 from occstream.pretrain.augment import FrameFiller
 from occstream.pretrain.replay import camera_names, device_batches, open_stream, unknown_line, unknown_share
-from occstream.pretrain.trainer import load_trained
+from occstream.pretrain.trained import load_trained
 from occstream.sharding.attach import Sidecar
 from occstream.sharding.codec import Coding, encode
 from occstream.sharding.manifest import Manifest, SceneEntry

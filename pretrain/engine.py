@@ -41,11 +41,16 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def agree(self, error: Exception | None, wish: bool = False) -> bool:
+    def say(self, text: str) -> None:
+        """Prints a line once, whatever the number of ranks."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def agree(self, error: Exception | None, flag: bool = False) -> bool:
         """Raises on every rank if any rank brings an error: nobody is left waiting in a collective.
 
         Returns:
-            Whether any rank has a wish.
+            Whether any rank's flag is set.
 
         Raises:
             DataError: naming the first such rank and its error; the error itself on a single process.
@@ -53,12 +58,12 @@ class World:
         if self.size == 1:
             if error is not None:
                 raise error
-            return wish
-        flags = torch.tensor([int(error is not None), int(wish)])
+            return flag
+        flags = torch.tensor([int(error is not None), int(flag)])
         dist.all_reduce(flags, group=control_group())
-        bad, wished = flags.tolist()
+        bad, any_set = flags.tolist()
         if not bad:
-            return bool(wished)
+            return bool(any_set)
         said: list[str | None] = [None] * self.size
         dist.all_gather_object(
             said, None if error is None else f"{type(error).__name__}: {error}", group=control_group()

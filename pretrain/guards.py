@@ -91,7 +91,7 @@ class Stopper:
     """Notices that the run is asked to stop: SIGTERM, SIGINT or SIGUSR1 (Slurm's warning), a file ``STOP`` in its folder, or
     the end of the launcher that started it (a launcher that was killed tells nobody).
 
-    A rank's own wish becomes all ranks' with the next step, that step is finished and saved.
+    A rank that is asked tells the others with the next step, which is finished and saved.
     A second SIGINT interrupts at once.
     """
 
@@ -126,7 +126,7 @@ class Stopper:
             self.reason = "the end of its launcher"
         return bool(self.reason)
 
-    def honoured(self) -> None:
+    def done(self) -> None:
         """Removes the file, so that the next start does not stop at once."""
         if self.world.is_main:
             self.file.unlink(missing_ok=True)

@@ -54,7 +54,7 @@ class TrainData:
     """
 
     def __init__(self, config: Config, world: World):
-        self.config, self.world, self.wished, self.rule = config, world, False, BY_SCENES
+        self.config, self.world, self.stopping, self.rule = config, world, False, BY_SCENES
         self.flags: Tensor | None = None
         self._error: Exception | None = None
         self._spare: OccBatch | None = None
@@ -148,11 +148,11 @@ class TrainData:
     def fingerprint(self) -> str:
         return self.fingerprints["data"]
 
-    def next(self, wish: bool = False) -> OccBatch:
+    def next(self, stop: bool = False) -> OccBatch:
         """The next micro-batch of this rank, on its device. Its CPU buffers are valid until the next call.
 
         Args:
-            wish: that this rank has; ``wished`` then says on all ranks whether any has one (no collective of its own).
+            stop: this rank is asked to stop; ``stopping`` then says on all ranks whether any is (no collective of its own).
 
         Raises:
             DataError: a rank could not get its part; on every rank, naming the first one and what it said.
@@ -162,13 +162,13 @@ class TrainData:
             batch = self._take()
         except Exception as problem:
             error = problem
-        self.wished = self.world.agree(error, wish)
+        self.stopping = self.world.agree(error, stop)
         return batch
 
-    def micro_batches(self, count: int, wish: bool = False) -> list[OccBatch]:
+    def micro_batches(self, count: int, stop: bool = False) -> list[OccBatch]:
         """All micro-batches of a step, valid until the next call; see ``next``.
 
-        After the first step of a start no agreement of its own is needed: ``flags`` (errors, wishes) are to be summed over
+        After the first step of a start no agreement of its own is needed: ``flags`` (errors, stop requests) are to be summed over
         ranks on some way that is gone anyway, and what came of it handed to ``heard``. A rank with an error goes on with its
         first batch until then, so that nobody waits for it in a forward; no such step may be taken.
         """
@@ -179,16 +179,16 @@ class TrainData:
         except Exception as problem:
             self._error = problem
         if self.world.size == 1 or self._spare is None:
-            self.wished |= self.world.agree(self._error, wish)
+            self.stopping |= self.world.agree(self._error, stop)
             self._spare = batches[0].clone() if self.world.size > 1 else None
         if self.world.size > 1:
             # Filled there: a copy from the host would wait for all that the device has to do.
             self.flags = torch.zeros(2, device=self.world.device)
-            for flag, said in zip(self.flags, (self._error is not None, wish)):
+            for flag, said in zip(self.flags, (self._error is not None, stop)):
                 flag.fill_(float(said))
         return batches if self._error is None else [self._spare] * count
 
-    def heard(self, errors: float, wishes: float) -> None:
+    def heard(self, errors: float, stops: float) -> None:
         """Sums of ``flags`` over all ranks (collective where there are errors).
 
         Raises:
@@ -196,7 +196,7 @@ class TrainData:
         """
         if errors:
             self.world.agree(self._error)
-        self.wished |= bool(wishes)
+        self.stopping |= bool(stops)
 
     def _take(self) -> OccBatch:
         return functools.reduce(concat, [feed.next() for feed in self._feeds.values()])
@@ -278,7 +278,7 @@ class _Feed:
         self.least = batch if isinstance(batch, int) else 0
         self.state = {"epoch": 0, "offset": 0, "batches": 0}
         self.stream: Stream | None = None
-        self.ahead: Ahead | None = None
+        self.prefetcher: Prefetcher | None = None
 
     def next(self) -> OccBatch:
         if self.stream is None:
@@ -290,8 +290,8 @@ class _Feed:
             got = next(self.stream)
             self.state = got.state
             return to_occ_batch(got, self.world.device)
-        self.ahead = self.ahead or Ahead(self.stream, self.world.device)
-        batch, self.state = self.ahead.next()
+        self.prefetcher = self.prefetcher or Prefetcher(self.stream, self.world.device)
+        batch, self.state = self.prefetcher.next()
         return batch
 
     def close(self) -> None:
@@ -299,7 +299,7 @@ class _Feed:
             self.stream.close()
 
 
-class Ahead:
+class Prefetcher:
     """Copies the next batch to the GPU, on a stream of its own, while the network works on the one before.
 
     Only a batch that is already there is taken ahead: nobody waits for data earlier than without it, and the stream's

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the same on every rank."""
+"""Which checkpoint a run goes on from, the same on every rank, and whether it is of the same run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,35 @@ import torch.distributed as dist
 
 from occstream.pretrain import checkpoint
 from occstream.pretrain.checkpoint import Checkpoint, Damaged
+from occstream.pretrain.config import Config, merge, parse_config
 from occstream.pretrain.engine import World, control_group
-from occstream.pretrain.events import redact
+from occstream.pretrain.events import flatten, redact
+from occstream.sharding.secrets import redacted
+
+# Settings that a resumed run may change: none of them changes what the same step learns. Data is compared by
+# fingerprint, so it may move.
+_FREE = (
+    "output",
+    "track.",
+    "eval.",
+    "data.url",
+    "replay.url",
+    "train.init",
+    "train.steps",
+    "train.epochs",
+    "train.zero_stage",
+    "train.save_every",
+    "train.keep",  # and keep_every, keep_best
+    "train.upload",
+    "train.log_",
+    "train.threads",
+    "train.data_timeout",
+    "train.timeout_minutes",
+    "train.profile",
+    "train.skip_nonfinite",
+    "train.kernels",
+    "train.compile",
+)
 
 
 def newest(root: Path, url: str, world: World) -> tuple[Checkpoint | None, int]:
@@ -118,3 +145,34 @@ def _read(path: Path, step: int, url: str, hashed: bool = True) -> tuple[Checkpo
         return Checkpoint(path, strict=True, hashed=hashed), None
     except Exception as problem:
         return None, problem
+
+
+def check_same_run(config: Config, fingerprints: dict[str, str], saved: Checkpoint) -> None:
+    """Raises ValueError if the folder holds another run than the one that is asked for."""
+    # Parsed: settings that did not exist then had their defaults.
+    was = redacted(_as_meant(saved.state["config"]))
+    old, new = flatten(parse_config(was).to_dict()), flatten(config.to_dict())
+    if config.replay.url and "replay_normaliser" not in saved.state["config"].get("loss", {}):
+        old["loss.replay_normaliser"] = "joint"  # what was done before there was a choice
+    # Labels choose the voxels of an offboard model: there the limit changes nothing that is learned.
+    free = (*_FREE, "model.cap") if config.model.strategy == "offboard" else _FREE
+    changed = [k for k in new if old.get(k) != new[k] and not k.startswith(free)]
+    if changed:
+        first = changed[0]
+        raise ValueError(
+            f"{saved.path} was trained with {first}={old.get(first)}, this run has {first}={new[first]}"
+            f"{f' (and {len(changed) - 1} more differ)' if changed[1:] else ''}; "
+            "choose another output= for a new run, or the old settings to resume"
+        )
+    if saved.state["fingerprints"] != fingerprints:
+        raise ValueError(
+            f"{saved.path} was trained on other data ({saved.state['fingerprints']}, now {fingerprints}); "
+            "choose another output= for a new run"
+        )
+
+
+def _as_meant(config: dict) -> dict:
+    """A checkpoint's settings, with what those of earlier versions, which have fewer, meant."""
+    if "resize_relative" not in config.get("augment", {}):
+        return merge(config, {"augment": {"resize_relative": True}})
+    return config

@@ -22,8 +22,8 @@ from occstream.models.b2s import Strategy
 from occstream.models.layers import SyncBatchNorm
 from occstream.pretrain.engine import World
 from occstream.pretrain.losses import LossConfig, _NegativeFocal, occupancy_loss
+from occstream.pretrain.networks import create_model
 from occstream.pretrain.replay import TrainData
-from occstream.pretrain.trainer import create_model
 from tests.models.helpers import SMALL, make_batch, two_equal_ranks
 
 

@@ -18,7 +18,7 @@ from occstream.launch.bench_step import bench_step
 from occstream.launch.dryrun import frames_like
 from occstream.models import kernels
 from occstream.pretrain.losses import occupancy_loss
-from occstream.pretrain.trainer import accelerate, compile_encoder, create_model
+from occstream.pretrain.networks import accelerate, compile_encoder, create_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 8

@@ -17,7 +17,8 @@ from checks import Check, Failed, need, peak, section
 from occstream.pretrain import profile
 from occstream.pretrain.engine import init_distributed
 from occstream.pretrain.tracking import read_events
-from occstream.pretrain.trainer import evaluate_checkpoint, train
+from occstream.pretrain.trained import evaluate_checkpoint
+from occstream.pretrain.trainer import train
 from tests.pretrain.small import losses
 
 QUIET = ("eval.every=0", "train.log_every=1")

@@ -10,7 +10,7 @@ from occstream.launch.cli import main
 from occstream.launch.dryrun import frames_like
 from occstream.launch.predict import predict_checkpoint
 from occstream.pretrain import checkpoint
-from occstream.pretrain.trainer import load_trained
+from occstream.pretrain.trained import load_trained
 from occstream.sharding import storage
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.stream import ShardReader

@@ -20,7 +20,7 @@ from occstream.pretrain.checkpoint import Checkpoint, complete_steps, export, re
 from occstream.pretrain.config import load_config
 from occstream.pretrain.engine import World
 from occstream.pretrain.events import read_events
-from occstream.pretrain.replay import Ahead, TrainData
+from occstream.pretrain.replay import Prefetcher, TrainData
 from tests.pretrain.small import RECIPE, launch_ranks, losses, pack_small, run_jobs, start_jobs
 
 STAGES = (0, 1, 2, 3)
@@ -189,7 +189,7 @@ def test_a_step_that_is_not_finite_is_left_out_whole_at_every_stage(root):
             "train.steps=5",
         ]
         overrides += ["train.save_every=1", "train.keep=9", "train.skip_nonfinite=1"]
-        return {"recipe": RECIPE, "stage": "pretrain", "overrides": overrides, "poison": 2}
+        return {"recipe": RECIPE, "stage": "pretrain", "overrides": overrides, "infinite_at": 2}
 
     def late(name, **more):
         words = [
@@ -201,7 +201,7 @@ def test_a_step_that_is_not_finite_is_left_out_whole_at_every_stage(root):
         ]
         return {"recipe": RECIPE, "stage": "pretrain", "overrides": words, "fused": True, **more}
 
-    failing = [late("late-2", poison=2, fails=True), late("late-3", poison=3, fails=True)]
+    failing = [late("late-2", infinite_at=2, fails=True), late("late-3", infinite_at=3, fails=True)]
     run_jobs([*(job(stage) for stage in STAGES), *failing], 2, root / "nan-log")
     for bad, seen_before_saving in ((2, False), (3, True)):
         run = root / f"late-{bad}"
@@ -248,7 +248,7 @@ def test_a_batch_taken_ahead_is_the_same_batch_with_its_own_position(root, there
     other.next()
     stream = other._feeds["main"].stream
     monkeypatch.setattr(stream, "ready", lambda: there)
-    ahead = Ahead(stream, world.device)
+    ahead = Prefetcher(stream, world.device)
     found = [ahead.next() for _ in range(6)]
     for (batch, state), (want, position) in zip(found, expected[1:], strict=True):
         assert state == position
@@ -261,7 +261,7 @@ def test_a_batch_taken_ahead_is_the_same_batch_with_its_own_position(root, there
 
 
 class LateCopies:
-    """CUDA as ``Ahead`` sees it: a copy reads its source only when somebody waits for it, or at the end of the test."""
+    """CUDA as ``Prefetcher`` sees it: a copy reads its source only when somebody waits for it, or at the end of the test."""
 
     def __init__(self, monkeypatch):
         self.pending = []
@@ -301,9 +301,9 @@ class Overwriting:
 
 @pytest.mark.parametrize("ready", [[False], [True], [True, False], [False, False, True]])
 def test_a_buffer_goes_back_to_the_readers_only_after_its_copy(monkeypatch, ready):
-    """Micro-batches are taken one after the other; nothing but ``Ahead`` waits for their copies."""
+    """Micro-batches are taken one after the other; nothing but ``Prefetcher`` waits for their copies."""
     cuda = LateCopies(monkeypatch)
-    ahead = Ahead(Overwriting(itertools.cycle(ready)), torch.device("cuda", 0))
+    ahead = Prefetcher(Overwriting(itertools.cycle(ready)), torch.device("cuda", 0))
     batches = [ahead.next() for _ in range(7)]
     cuda.finish()
     assert [(b.values.tolist(), state["batches"]) for b, state in batches] == [([n, n], n) for n in range(1, 8)]
@@ -313,11 +313,11 @@ def test_a_rank_without_its_data_goes_on_with_its_first_batch_until_all_know(roo
     asked = []
 
     class Half(World):
-        def agree(self, error, wish=False):
+        def agree(self, error, flag=False):
             asked.append(error)
             if error:
                 raise error
-            return wish
+            return flag
 
     data = TrainData(load_config(RECIPE, [f"data.url={root}/data"], stage="finetune"), Half(0, 2, torch.device("cpu")))
     [first] = data.micro_batches(1)
@@ -326,14 +326,14 @@ def test_a_rank_without_its_data_goes_on_with_its_first_batch_until_all_know(roo
     assert (asked, data.flags.tolist()) == ([None], [0.0, 0.0])
     assert second.keys != keys
     data.close()  # asking for more is an error from here on
-    for batch in data.micro_batches(3, wish=True):
+    for batch in data.micro_batches(3, stop=True):
         assert batch.keys == keys
         assert torch.equal(batch.images, images)
-    assert (asked, data.flags.tolist(), data.wished) == ([None], [1.0, 1.0], False)
+    assert (asked, data.flags.tolist(), data.stopping) == ([None], [1.0, 1.0], False)
     with pytest.raises(ValueError, match="closed"):
         data.heard(1.0, 1.0)
     data.heard(0.0, 1.0)
-    assert data.wished
+    assert data.stopping
 
 
 def test_nodes_with_disks_of_their_own_go_on_from_what_all_have(tmp_path):

@@ -108,7 +108,7 @@ def test_numbers_of_a_step_are_asked_for_one_step_later():
         assert heard == [(0.0, float(n)) for n in range(step)]
     guard.settle()
     guard.settle()
-    assert [wishes for _, wishes in heard] == [0.0, 1.0, 2.0]
+    assert [stops for _, stops in heard] == [0.0, 1.0, 2.0]
     assert made.step.call_count == 3
 
 

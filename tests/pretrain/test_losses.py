@@ -20,7 +20,7 @@ from occstream.pretrain.losses import (
     sigmoid_focal_sum,
     softmax_focal,
 )
-from occstream.pretrain.trainer import _check_same_run
+from occstream.pretrain.resume import check_same_run
 from tests.models.helpers import make_batch
 from tests.pretrain.small import RECIPE
 
@@ -237,7 +237,6 @@ def test_a_run_with_replay_that_began_before_the_choice_says_which_to_set(tmp_pa
     before = config.to_dict()
     del before["loss"]["replay_normaliser"]
     saved = SimpleNamespace(path="step", state={"config": before, "fingerprints": {}})
-    data = SimpleNamespace(fingerprints={})
     with pytest.raises(ValueError, match=r"trained with loss\.replay_normaliser=joint, this run has .*=own"):
-        _check_same_run(config, data, saved)
-    _check_same_run(load_config(RECIPE, [*words, "loss.replay_normaliser=joint"], stage="finetune"), data, saved)
+        check_same_run(config, {}, saved)
+    check_same_run(load_config(RECIPE, [*words, "loss.replay_normaliser=joint"], stage="finetune"), {}, saved)

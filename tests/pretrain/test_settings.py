@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from occstream.models import build_model
 from occstream.models.batch import OccOutputs
-from occstream.pretrain import trainer
+from occstream.pretrain import networks, trained
 from occstream.pretrain.augment import FrameFiller, image_affine, scene_flips
 from occstream.pretrain.checkpoint import Checkpoint
 from occstream.pretrain.config import load_config
@@ -219,12 +219,12 @@ def test_the_class_threshold_decides_in_evaluations_pictures_and_predictions(dat
 
     def bus(threshold):
         found = config(f"data.url={data}", f"eval.threshold={threshold}")
-        return trainer.evaluate_on(found, Says(), held_out)
+        return trained.evaluate_on(found, Says(), held_out)
 
     assert bus(0.5).iou == 0, "all free"
     assert bus(0.3).iou > 0
-    monkeypatch.setattr(trainer, "prediction_picture", lambda *_, **words: seen.append(words["threshold"]))
-    drawer = trainer.Drawer(c, held_out.cameras, 1, tmp_path, 0)
+    monkeypatch.setattr(trained, "prediction_picture", lambda *_, **words: seen.append(words["threshold"]))
+    drawer = trained.Drawer(c, held_out.cameras, 1, tmp_path, 0)
     for batch in held_out:
         drawer(batch, Says()(batch))
     assert seen == [0.5]
@@ -327,9 +327,9 @@ def test_only_the_image_encoder_is_compiled_and_only_on_cuda(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **k: compiled.append(f) or f)
     c = config("train.compile=true").train
     levels = model.images.levels
-    trainer.accelerate(model, types.SimpleNamespace(type="cpu"), False, c.compile)
+    networks.accelerate(model, types.SimpleNamespace(type="cpu"), False, c.compile)
     assert not compiled
-    trainer.accelerate(model, types.SimpleNamespace(type="cuda"), False, c.compile)
+    networks.accelerate(model, types.SimpleNamespace(type="cuda"), False, c.compile)
     assert compiled == [levels]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from occstream.pretrain import trainer
+from occstream.pretrain import trained, trainer
 from occstream.pretrain.config import load_config
 from occstream.pretrain.engine import World
 from occstream.pretrain.replay import TrainData
@@ -141,7 +141,7 @@ def test_a_run_logs_a_curve_of_scores_and_ends_with_one(evaluated):
 @pytest.mark.parametrize("step", [2, 4, 6])
 def test_each_evaluation_is_that_of_its_checkpoint(evaluated, step):
     run, _ = evaluated
-    alone = trainer.evaluate_checkpoint(run / f"checkpoints/step-{step:08d}")
+    alone = trained.evaluate_checkpoint(run / f"checkpoints/step-{step:08d}")
     assert alone.metrics() == pytest.approx(scores(run)[step], nan_ok=True)
 
 

@@ -1,6 +1,6 @@
 """Runs training jobs of a JSON file one after the other in one process group: ``worker.py JOBS``, started once per rank.
 
-A job may ask for ``frozen_norms`` (batch norms never see the batch), ``poison`` (rank 0's loss is infinite at that call),
+A job may ask for ``frozen_norms`` (batch norms never see the batch), ``infinite_at`` (rank 0's loss is infinite at that call),
 ``fused`` (AdamW and the guard as on CUDA) and ``fails`` (it ends with an error: the message becomes a file).
 A job with ``disks`` looks for the checkpoint to go on from, one folder and one ``local`` rank for each rank.
 """
@@ -30,7 +30,7 @@ def frozen_model(config):
     return model
 
 
-def poisoned_loss(at, rank):
+def infinite_loss(at, rank):
     calls = itertools.count()
 
     def loss(*args):
@@ -63,8 +63,8 @@ if __name__ == "__main__":
         with contextlib.ExitStack() as stack:
             if job.get("frozen_norms"):
                 stack.enter_context(mock.patch.object(trainer, "create_model", frozen_model))
-            if "poison" in job:
-                broken = poisoned_loss(job["poison"], world.rank)
+            if "infinite_at" in job:
+                broken = infinite_loss(job["infinite_at"], world.rank)
                 stack.enter_context(mock.patch.object(trainer, "occupancy_loss", broken))
             if job.get("fused"):
                 for module in (engine, guards):

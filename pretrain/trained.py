@@ -1,0 +1,149 @@
+"""Networks that are trained: opening a checkpoint, evaluating it, drawing what it predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from occstream.evaluation.evaluate import EvalResult, evaluate
+from occstream.evaluation.report import prediction_picture
+from occstream.models import OccBatch, OccOutputs
+from occstream.pretrain import checkpoint
+from occstream.pretrain.config import Config, merge, parse_config, parse_overrides
+from occstream.pretrain.device import describe, pick_device
+from occstream.pretrain.engine import World
+from occstream.pretrain.networks import accelerate, at_precision, create_model
+from occstream.pretrain.replay import EvalData
+from occstream.sharding.secrets import redacted
+
+
+def evaluate_on(config: Config, model: nn.Module, frames: EvalData, drawer: Drawer | None = None) -> EvalResult:
+    """Evaluates by the recipe's conventions (collective)."""
+    return evaluate(
+        model,
+        frames,
+        taxonomy=config.classes,
+        grid=config.voxel_grid,
+        convention=frames.convention,
+        mask=config.eval.mask,
+        unknown=frames.unknown,
+        kind=config.loss.kind,
+        threshold=config.eval.threshold,
+        expected=frames.total,
+        watch=drawer,
+    )
+
+
+def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), picture: Path | None = None) -> EvalResult:
+    """Evaluates a checkpoint in this process alone, by the recipe it was trained with.
+
+    Args:
+        path: a run's folder or one of its checkpoints.
+        overrides: of the recipe, for example ``eval.url=…``.
+        picture: folder for pictures of ``eval.pictures`` scenes, at least one.
+
+    Raises:
+        ValueError: no complete checkpoint, data that does not fit, or nothing to evaluate on.
+    """
+    trained = load_trained(path, overrides)
+    config, world = trained.config, trained.world
+    frames = EvalData(config, world, trained.cameras)
+    if not frames.total:
+        raise ValueError("nothing to evaluate on: the recipe holds no scenes out; give --data or eval.scene_names=[…]")
+    for note in frames.notes:
+        print(note)
+    # Asked for by name: at least one, whatever the recipe was trained with.
+    drawer = Drawer(config, frames.cameras, max(1, config.eval.pictures), picture, trained.step) if picture else None
+    result = evaluate_on(config, trained.model, frames, drawer)
+    for path in drawer.done if drawer else ():
+        print(f"wrote {path}")
+    return result
+
+
+@dataclass
+class Trained:
+    """A network with the weights of a checkpoint, in this process alone, in evaluation mode.
+
+    Attributes:
+        config: the recipe it was trained with, plus overrides.
+        model: on the device of ``world``.
+        cameras: names in order.
+        path, step: of the checkpoint.
+        digest: of its weights; names them in what is made by them.
+    """
+
+    config: Config
+    model: nn.Module
+    world: World
+    cameras: tuple[str, ...]
+    path: Path
+    step: int
+    digest: str
+
+
+def load_trained(path: str | Path, overrides: Sequence[str] = (), number: int = 0) -> Trained:
+    """Opens a run's folder or one of its checkpoints; averaged weights where there are any. It computes as in training, by
+    the recipe's precision and kernels, but is not compiled; prints on which device and how.
+
+    Args:
+        number: of this process, among several that share a machine's GPUs.
+
+    Raises:
+        ValueError: no complete checkpoint there, an override does not fit, or a GPU that cannot be used.
+    """
+    device = pick_device(number, share=True)
+    print(f"device: {describe(device)}", flush=True)
+    saved = checkpoint.Checkpoint(path)
+    config = parse_config(merge(redacted(saved.state["config"]), parse_overrides(overrides)))
+    world, cfg = World(0, 1, device), config.train
+    model = create_model(config)
+    checkpoint.load_declared(model, saved.weights(), model.state_dict(), str(saved.path))
+    accelerate(model.to(device), device, cfg.kernels, False, cfg.tf32)
+    used = "with Triton kernels" if cfg.kernels and device.type == "cuda" else "without Triton kernels"
+    print(f"computes in {cfg.precision}, {used} (train.precision, train.kernels)", flush=True)
+    return Trained(
+        config,
+        at_precision(model, cfg.precision, device).eval(),
+        world,
+        tuple(saved.state["cameras"]),
+        saved.path,
+        saved.state["step"],
+        saved.digest,
+    )
+
+
+class Drawer:
+    """Draws the first frame of each of the first scenes of an evaluation.
+
+    Attributes:
+        done: files written.
+    """
+
+    def __init__(self, config: Config, cameras: tuple[str, ...], scenes: int, folder: Path, step: int):
+        self.config, self.cameras, self.scenes, self.folder, self.step = config, cameras, scenes, folder, step
+        self.done: list[Path] = []
+        self._seen: set[str] = set()
+
+    def __call__(self, batch: OccBatch, outputs: OccOutputs) -> None:
+        for index, key in enumerate(batch.keys):
+            scene = key.rpartition("-")[0]
+            if not key or len(self.done) == self.scenes or scene in self._seen:
+                continue
+            self._seen.add(scene)
+            path = self.folder / f"{key}-step-{self.step:08d}.png"
+            prediction_picture(
+                path,
+                batch,
+                outputs,
+                index=index,
+                grid=self.config.voxel_grid,
+                taxonomy=self.config.classes,
+                cameras=self.cameras,
+                kind=self.config.loss.kind,
+                threshold=self.config.eval.threshold,
+                title=f"{key}, {self.config.stage} step {self.step}",
+            )
+            self.done.append(path)
