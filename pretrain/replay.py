@@ -504,7 +504,8 @@ def cache(url: str) -> storage.ShardCache | None:
     if storage.is_local(url):
         return None
     folder = place(os.environ.get("OCCSTREAM_CACHE", "")) or Path.home() / ".cache" / "occstream"
-    return storage.ShardCache(folder, int(float(os.environ.get("OCCSTREAM_CACHE_GB", "64")) * 2**30))
+    size = storage.from_environment("OCCSTREAM_CACHE_GB", 64, "GiB from 0, such as 64")
+    return storage.ShardCache(folder, int(size * 2**30))
 
 
 def unknown_share(

@@ -91,13 +91,18 @@ def forget() -> None:
 
 def minutes() -> float:
     """How long a store may be away. Raises ValueError if the environment says nonsense."""
-    given = os.environ.get("OCCSTREAM_STORAGE_MINUTES", "")
+    return from_environment("OCCSTREAM_STORAGE_MINUTES", MINUTES, "minutes from 0, such as 30")
+
+
+def from_environment(name: str, otherwise: float, what: str) -> float:
+    """A number from 0 that a variable of the environment gives. Raises ValueError, which says what it should be."""
+    given = os.environ.get(name, "")
     try:
-        value = float(given or MINUTES)
+        value = float(given or otherwise)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise ValueError(f"OCCSTREAM_STORAGE_MINUTES is {given!r}: give minutes from 0, such as 30")
+        raise ValueError(f"{name} is {given!r}: give {what}")
     return value
 
 
