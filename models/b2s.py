@@ -14,7 +14,7 @@ Shape legend: see ``batch``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -33,6 +33,7 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 Strategy = Literal["intermediate", "replacing", "multi", "offboard"]
 Selection = Literal["predicted", "gt", "union"]
+_MAY_BE_ZERO = ("dense_layers", "head_rows", "dropout", "depth_blocks")
 
 
 @dataclass
@@ -137,6 +138,19 @@ class B2SConfig:
         if self.sparse_layers < 1 or self.dense_layers < 0:
             raise ValueError(
                 f"sparse_layers is {self.sparse_layers} and dense_layers {self.dense_layers}; need at least 1 and 0"
+            )
+        for f in fields(self):
+            value = getattr(self, f.name)
+            numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
+            if f.name not in _MAY_BE_ZERO and any(v <= 0 and not isinstance(v, bool) for v in numbers):
+                raise ValueError(f"{f.name} is {value}, must be positive")
+        first, end, step = self.depth
+        if first + step > end:
+            raise ValueError(f"depth is {self.depth}: no bin of {step} m fits between {first} and {end} m")
+        levels = [len(self.encoder_channels), len(self.encoder_blocks), len(self.encoder_strides)]
+        if min(levels) < max(levels) or not levels[0]:
+            raise ValueError(
+                f"encoder_channels, encoder_blocks and encoder_strides have {levels} values; need one each a level"
             )
 
 

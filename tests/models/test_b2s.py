@@ -331,3 +331,19 @@ def test_unknown_names_and_wrong_settings_are_named():
         B2SConfig(floor=9, cap=3)
     with pytest.raises(ValueError, match="does not divide"):
         build(compact_factor=4, binary_factor=2, heads=3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"heads": 0}, "heads is 0, must be positive"),
+        ({"feature_channels": 0}, "feature_channels is 0, must be positive"),
+        ({"encoder_channels": (16, 0, 16)}, r"encoder_channels is .* must be positive"),
+        ({"encoder_blocks": ()}, "need one each a level"),
+        ({"depth": (1.0, 45.0, 0.0)}, r"depth is .* must be positive"),
+        ({"depth": (45.0, 1.0, 0.5)}, r"no bin of 0\.5 m fits between 45\.0 and 1\.0 m"),
+    ],
+)
+def test_sizes_that_mean_nothing_are_named(setting, said):
+    with pytest.raises(ValueError, match=said):
+        B2SConfig(**setting)
