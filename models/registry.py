@@ -37,7 +37,7 @@ def model_entry(name: str) -> Entry:
     """Entry by name. Raises ValueError that lists the names."""
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"unknown model {name!r}{hint} Known: {', '.join(sorted(MODELS))}")
     return MODELS[name]
 

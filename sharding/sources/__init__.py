@@ -29,7 +29,7 @@ def source_options(name: str) -> dict[str, inspect.Parameter]:
     """Options of a source: the parameters of its ``open_source``. Raises ValueError that lists the sources."""
     if name not in source_names():
         near = difflib.get_close_matches(name, source_names(), 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"unknown source {name!r}{hint} Sources: {', '.join(source_names())}")
     module = importlib.import_module(f"{__name__}.{name}")
     return dict(inspect.signature(module.open_source).parameters)
@@ -52,7 +52,7 @@ def open_source(name: str, options: Mapping[str, Any]) -> Source:
     for key, value in options.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"source {name!r} has no option {key!r}{hint} Options: {', '.join(known)}")
         try:
             values[key] = TypeAdapter(hints[key], config={"arbitrary_types_allowed": True}).validate_python(value)
