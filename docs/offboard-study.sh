@@ -1,6 +1,6 @@
 #!/bin/bash
-# Offboard auto-labelling on synthetic scenes (the paper's Table 5): a teacher that is told what is occupied learns from 6
-# labelled scenes and labels 74 more; students learn from ground truth and its labels, and "truth" from the ground truth
+# Offboard auto-labeling on synthetic scenes (the paper's Table 5): a teacher that is told what is occupied learns from 6
+# labeled scenes and labels 74 more; students learn from ground truth and its labels, and "truth" from the ground truth
 # alone, all for the same number of steps. Data of study-b2s.
 #   docs/offboard-study.sh [SEED …]
 #   STEPS=3360 SUFFIX=-longer ARMS="top2 truth" docs/offboard-study.sh [SEED …]

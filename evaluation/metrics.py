@@ -111,7 +111,7 @@ def ranges_of(grid: VoxelGrid, shape: tuple[int, int, int] | None = None) -> Ran
 
     Args:
         grid: of the labels.
-        shape: of a coarser one over the same box; voxels are sorted by their centres.
+        shape: of a coarser one over the same box; voxels are sorted by their centers.
     """
     shape = shape or grid.shape
     x, y = (

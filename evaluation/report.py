@@ -27,7 +27,7 @@ from occstream.sharding.schema import (
 )
 from occstream.sharding.voxelrays import first_hit
 
-BINARY_LOW, BINARY_HIGH = np.array([38, 70, 140]), np.array([250, 210, 90])  # colours of the lowest and highest voxel
+BINARY_LOW, BINARY_HIGH = np.array([38, 70, 140]), np.array([250, 210, 90])  # colors of the lowest and highest voxel
 BACKGROUND = 250
 SHADE = {-1: 1.0, 0: 0.72, 1: 0.86, 2: 1.0}  # by the axis of the face
 
@@ -58,7 +58,7 @@ def render(solid: np.ndarray, colors: np.ndarray, size: tuple[int, int] = (420, 
     voxel, axis = first_hit(np.ascontiguousarray(solid), np.broadcast_to(eye, rays.shape).copy(), rays)
     shade = np.array([SHADE[a] for a in (-1, 0, 1, 2)])[axis + 1]
     image = colors.reshape(-1, 3)[np.maximum(voxel, 0)] * shade[:, None]
-    # A dark line between neighbouring voxels makes their shape readable.
+    # A dark line between neighboring voxels makes their shape readable.
     picture = np.where((voxel >= 0)[:, None], image, BACKGROUND).reshape(height, width, 3)
     number = voxel.reshape(height, width)
     edge = np.zeros((height, width), bool)
@@ -69,24 +69,24 @@ def render(solid: np.ndarray, colors: np.ndarray, size: tuple[int, int] = (420, 
 
 
 def height_colors(shape: tuple[int, int, int]) -> np.ndarray:
-    """(X, Y, Z, 3) uint8 colours by height, for binary occupancy."""
+    """(X, Y, Z, 3) uint8 colors by height, for binary occupancy."""
     t = np.linspace(0, 1, shape[2])[:, None]
     column = (1 - t) * BINARY_LOW + t * BINARY_HIGH
     return np.broadcast_to(column.astype(np.uint8), (*shape, 3))
 
 
 def class_colors(semantic: np.ndarray, taxonomy: Taxonomy) -> np.ndarray:
-    """(X, Y, Z, 3) uint8 colours by class; unknown is grey."""
+    """(X, Y, Z, 3) uint8 colors by class; unknown is gray."""
     table = np.full((256, 3), 128, np.uint8)
     table[: taxonomy.num_classes] = taxonomy.colors
     return table[semantic]
 
 
 def overlay(image: np.ndarray, pixels: np.ndarray, depth: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Image with voxel centres as dots, near ones larger and in front.
+    """Image with voxel centers as dots, near ones larger and in front.
 
     Args:
-        image: (H, W, 3) uint8. pixels: (N, 2). depth: (N,) metres. colors: (N, 3) uint8.
+        image: (H, W, 3) uint8. pixels: (N, 2). depth: (N,) meters. colors: (N, 3) uint8.
     """
     out = image.copy()
     height, width = image.shape[:2]
@@ -137,7 +137,7 @@ def prediction_picture(
         logits = outputs.binary_logits[index]
         factors = [a // b for a, b in zip(grid.shape, logits.shape)]
         found = _numpy(logits > 0).repeat(factors[0], 0).repeat(factors[1], 1).repeat(factors[2], 2)
-        panels.append(("binary prediction (colour: height)", render(found & valid, height_colors(grid.shape))))
+        panels.append(("binary prediction (color: height)", render(found & valid, height_colors(grid.shape))))
     if has_semantic and outputs.semantic_logits is not None:
         classes = _numpy(classify(outputs.semantic_logits[index : index + 1], kind, threshold)[0])
         shown = (classes != taxonomy.free_id) & valid & (truth != IGNORE)
@@ -255,7 +255,7 @@ def _one(batch: OccBatch, index: int) -> OccBatch:
 
 
 def _surface(solid: np.ndarray) -> np.ndarray:
-    """Occupied voxels with a free neighbour (or at the border)."""
+    """Occupied voxels with a free neighbor (or at the border)."""
     padded = np.pad(solid, 1)
     inner = solid.copy()
     for axis in range(3):

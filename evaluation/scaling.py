@@ -199,12 +199,12 @@ def predict_largest(points: Mapping[float, Sequence[float]], law: Law) -> Predic
 
 @dataclass(frozen=True)
 class Worth:
-    """How many labelled scenes a score is worth.
+    """How many labeled scenes a score is worth.
 
     Attributes:
         scenes: on the curve of labels alone; inf above its end, 0 below its beginning.
         interval: 95 %, by resampling the seeds of both.
-        ends: smallest and largest number of labelled scenes of the curve.
+        ends: smallest and largest number of labeled scenes of the curve.
     """
 
     scenes: float
@@ -213,7 +213,7 @@ class Worth:
 
     def sentence(self) -> str:
         return (
-            f"worth {self._number(self.scenes)} labelled scenes (95 % {' to '.join(map(self._number, self.interval))})"
+            f"worth {self._number(self.scenes)} labeled scenes (95 % {' to '.join(map(self._number, self.interval))})"
         )
 
     def _number(self, value: float) -> str:
@@ -223,10 +223,10 @@ class Worth:
 
 
 def worth_in_labels(curve: Mapping[float, Sequence[float]], scores: Sequence[float], draws: int = 2000) -> Worth:
-    """Labelled scenes without pre-training that give the same score.
+    """Labeled scenes without pre-training that give the same score.
 
     Args:
-        curve: scores of the seeds by number of labelled scenes, without pre-training.
+        curve: scores of the seeds by number of labeled scenes, without pre-training.
         scores: of the seeds with pre-training.
         draws: of the bootstrap.
 
@@ -234,12 +234,12 @@ def worth_in_labels(curve: Mapping[float, Sequence[float]], scores: Sequence[flo
         NotFitted: the curve has fewer than two sizes, or does not rise by more than the seeds differ.
     """
     if len(curve) < 2:
-        raise NotFitted("labelled scenes without pre-training at one size only; add a label_curve to the study")
+        raise NotFitted("labeled scenes without pre-training at one size only; add a label_curve to the study")
     ends = [np.array(curve[n], float) for n in (min(curve), max(curve))]
     rise = ends[1].mean() - ends[0].mean()
     if min(map(len, ends)) < 2 or not rise > 0 or stats.ttest_ind(*ends, equal_var=False).pvalue > 1 - LEVEL:
         raise NotFitted(
-            f"from {min(curve):g} to {max(curve):g} labelled scenes the score changes by {rise:+.2f}, not more than its "
+            f"from {min(curve):g} to {max(curve):g} labeled scenes the score changes by {rise:+.2f}, not more than its "
             "spread over seeds: nothing can be read off such a curve; train longer, or take more seeds"
         )
     sizes = np.array(sorted(curve), float)

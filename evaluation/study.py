@@ -44,7 +44,7 @@ class Arm:
         parts = [self.family] if len({a.family for a in study.arms}) > 1 else []
         parts.append(self.strategy)
         several = len({a.finetune_scenes for a in study.arms}) > 1
-        return " ".join([*parts, *([f"{self.finetune_scenes} labelled"] if several else [])])
+        return " ".join([*parts, *([f"{self.finetune_scenes} labeled"] if several else [])])
 
 
 @dataclass
@@ -220,7 +220,7 @@ def findings(study: Study) -> list[str]:
 
 
 def label_curve(study: Study, family: str) -> dict[float, list[float]]:
-    """mIoU by labelled scenes without pre-training, of the strategy that the study's label curve has."""
+    """mIoU by labeled scenes without pre-training, of the strategy that the study's label curve has."""
     curve = {}
     for (control, arm, _), seeds in study.controls.items():
         if control == "labels" and arm.family == family:
@@ -252,7 +252,7 @@ def laws(study: Study) -> list[str]:
             try:
                 worth = worth_in_labels(curve, points[max(points)])
                 out.append(
-                    f"{arm.label(study)}: {arm.finetune_scenes} labelled scenes after pre-training on {max(points)} are "
+                    f"{arm.label(study)}: {arm.finetune_scenes} labeled scenes after pre-training on {max(points)} are "
                     f"{worth.sentence()} without pre-training"
                 )
             except NotFitted as error:
@@ -272,7 +272,7 @@ def table(study: Study) -> list[list[str]]:
             rows.append(_row(arm.label(study), n, study.cells[arm][n], base if n else None))
     names = {"longer": "trained longer", "more-s": "S frames for B frames", "labels": ""}
     for (control, arm, n), seeds in study.controls.items():
-        labelled = f", {arm.finetune_scenes} labelled" if control == "labels" else ""
+        labelled = f", {arm.finetune_scenes} labeled" if control == "labels" else ""
         rows.append(_row(f"{arm.label(study)} {names.get(control, control)}{labelled}".strip(), n, seeds, None))
     return rows
 
@@ -431,7 +431,7 @@ def draw_binary(study: Study) -> Figure | None:
 
 
 def draw_labels(study: Study) -> Figure | None:
-    """mIoU against labelled scenes without pre-training, and where pre-training comes to lie."""
+    """mIoU against labeled scenes without pre-training, and where pre-training comes to lie."""
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
     shown: list[float] = []
@@ -456,12 +456,12 @@ def draw_labels(study: Study) -> Figure | None:
     ticks = sorted({n for f in families for n in label_curve(study, f)})
     axes.set_xticks(ticks, [f"{n:g}" for n in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("labelled scenes")
+    axes.set_xlabel("labeled scenes")
     axes.set_ylabel("mIoU (%)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7, frameon=False)
-    axes.set_title("what pre-training is worth in labelled scenes", size=10)
+    axes.set_title("what pre-training is worth in labeled scenes", size=10)
     return figure
 
 

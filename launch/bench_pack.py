@@ -240,7 +240,7 @@ def _bench_memory(root: Path) -> dict:
 
 
 def memory_probe(out: str, scenes: int = 60) -> None:
-    """Packs small labelled scenes in this process; prints peak memory early and late, as JSON."""
+    """Packs small labeled scenes in this process; prints peak memory early and late, as JSON."""
     options = {"scenes": scenes, "frames": 4, "image_size": (64, 176), "grid": "tiny"}
     peaks = []
     pack(

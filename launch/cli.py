@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--max-black", type=float, default=10, help="percent of a rectified image that its lens may not have seen (10)"
     )
-    p.add_argument("--lidar-step", type=float, default=0.0, help="round points to so many metres (default 0: lossless)")
+    p.add_argument("--lidar-step", type=float, default=0.0, help="round points to so many meters (default 0: lossless)")
 
     p = command(
         "label",

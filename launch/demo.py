@@ -49,7 +49,7 @@ def demo(out: Path, seeds: int) -> int:
     _run([*shard, "--out", str(out / "shards"), "--scenes-per-shard", "8", "--workers", str(min(cores, 8))], env)
     _run([*occstream, "inspect", str(out / "shards")], env)
 
-    _heading("2. Pre-train on binary labels; fine-tune on 6 labelled scenes from scratch and from it")
+    _heading("2. Pre-train on binary labels; fine-tune on 6 labeled scenes from scratch and from it")
     with ThreadPoolExecutor(seeds) as pool:
         failures = [said for said in pool.map(lambda seed: _seed(out, seed, env), range(seeds)) if said]
     if failures:

@@ -88,8 +88,8 @@ class Study:
     reference: str = ""
     """Strategy of the control ``longer`` and of the label curve. Empty: the first."""
     label_curve: tuple[int, ...] = ()
-    """Further numbers of labelled scenes for the reference without pre-training, at the steps of ``finetune.scenes[0]``:
-    what pre-training is worth in labelled scenes is read off this curve."""
+    """Further numbers of labeled scenes for the reference without pre-training, at the steps of ``finetune.scenes[0]``:
+    what pre-training is worth in labeled scenes is read off this curve."""
     rate: float = 0.0
     """Frames per second of one run, for the estimate; 0: as finished runs of the study say."""
 

@@ -19,7 +19,7 @@ def sample(values: Tensor, locations: Tensor, weights: Tensor, counts: list[int]
     Args:
         values: (N, C, X, Y, Z) or (N, C, h, w), C divisible by the heads.
         locations: (T, heads, points, 3) as (x, y, z), or (T, heads, points, 2) as (u, v), in 0..1 over the volume or map;
-            cell i's centre is (i + 0.5) / X. fp32: bf16 knows 256 places in 0..1.
+            cell i's center is (i + 0.5) / X. fp32: bf16 knows 256 places in 0..1.
         weights: (T, heads, points) fp32.
         counts: queries of each of the N, which follow each other; T in all.
 

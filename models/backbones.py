@@ -72,7 +72,7 @@ class ImageEncoder(nn.Module):
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) normalised -> (N, channels, ceil(H / stride), ceil(W / stride))."""
+        """(N, 3, H, W) normalized -> (N, channels, ceil(H / stride), ceil(W / stride))."""
         levels = checkpointed(self.levels, images, when=self.checkpointing)
         merged = None
         for conv, level in zip(reversed(self.lateral), reversed(levels)):

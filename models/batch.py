@@ -20,7 +20,7 @@ class OccBatch:
     replayed or pre-training frames with binary labels only (B).
 
     Attributes:
-        images: (B, V, 3, H, W) uint8 RGB, augmented; the model normalises.
+        images: (B, V, 3, H, W) uint8 RGB, augmented; the model normalizes.
         intrinsics: (B, V, 3, 3) float32 of the un-augmented image.
         camera_to_ego: (B, V, 4, 4) float32, camera -> ego at the key-frame, corrected for time; -> LiDAR at
             the key-frame where the labels' grid is in that frame (OpenOccupancy, SemanticKITTI).
@@ -34,7 +34,7 @@ class OccBatch:
         keys: B frame keys.
         second, confidence: (S, X, Y, Z) uint8 and float32: second class of a soft label and the probability of the first,
             which ``semantic`` holds (B2S, App. D); None: labels are hard.
-        depth: (B, V, h, w) float32: distance of the nearest LiDAR point in each cell of the image features, metres, 0
+        depth: (B, V, h, w) float32: distance of the nearest LiDAR point in each cell of the image features, meters, 0
             where there is none; None unless a depth loss wants it.
     """
 
@@ -87,7 +87,7 @@ class OccOutputs:
             (pre-training). With S = 0 the part ran on one detached frame so that every parameter took part: the
             loss must weigh it with 0.
         selected: (S,) int64 number of voxels the sparse transformer worked on, for logging; or None.
-        depth, depth_bins: (B, V, D, h, w) float32 depth distribution of the lift and its (D,) bins, metres; None for
+        depth, depth_bins: (B, V, D, h, w) float32 depth distribution of the lift and its (D,) bins, meters; None for
             models without one.
     """
 

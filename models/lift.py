@@ -35,7 +35,7 @@ def unproject(points: Tensor, batch: OccBatch) -> Tensor:
         points: (…, 3) of (u, v, depth), the same for all cameras, fp32.
 
     Returns:
-        (B, V, …, 3) metres, fp32.
+        (B, V, …, 3) meters, fp32.
     """
     _fp32(points, batch.post_tran, batch.post_rot, batch.bda, batch.camera_to_ego, batch.intrinsics)
     with full_precision(points.device):
@@ -52,10 +52,10 @@ def project(points: Iterable[Tensor], batch: OccBatch) -> list[tuple[Tensor, Ten
     """Augmented ego frame -> augmented pixels, inverse of ``unproject``; in fp32 also under autocast.
 
     Args:
-        points: (N, 3) metres of each frame, fp32, each with an N of its own.
+        points: (N, 3) meters of each frame, fp32, each with an N of its own.
 
     Returns:
-        For each frame pixels (V, N, 2) of (u, v), and depth (V, N), metres along the camera's axis: pixels mean something
+        For each frame pixels (V, N, 2) of (u, v), and depth (V, N), meters along the camera's axis: pixels mean something
         only where it is positive.
     """
     _fp32(batch.post_tran, batch.post_rot, batch.bda, batch.camera_to_ego, batch.intrinsics)
@@ -84,7 +84,7 @@ def inverse(matrix: Tensor) -> Tensor:
 
 
 def _fp32(*tensors: Tensor) -> None:
-    """Geometry in less than fp32 is a programming error: metres would be off by voxels, pixels by several."""
+    """Geometry in less than fp32 is a programming error: meters would be off by voxels, pixels by several."""
     for tensor in tensors:
         assert tensor.dtype == torch.float32, f"geometry is {tensor.dtype}, must be float32"
 
@@ -121,7 +121,7 @@ def voxel_pool(depth: Tensor, context: Tensor, points: Tensor, grid: VoxelGrid) 
     Args:
         depth: (B, V, D, h, w) weights.
         context: (B, V, C, h, w).
-        points: (B, V, D, h, w, 3) metres in the grid's frame, fp32.
+        points: (B, V, D, h, w, 3) meters in the grid's frame, fp32.
 
     Returns:
         (B, C, X, Y, Z) fp32.
@@ -223,7 +223,7 @@ class LiftSplat(nn.Module):
     Args:
         channels: of the image features.
         context: channels to lift.
-        depth: (first, end, step) in metres; bin i is at first + i * step.
+        depth: (first, end, step) in meters; bin i is at first + i * step.
         grid: of the volume, ego frame.
         image_size: (H, W) of the network's input.
         blocks, aspp: see ``DepthNet``.

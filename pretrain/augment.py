@@ -1,7 +1,7 @@
 """Image and scene augmentation (after BEVDet), and the step from a ``Frame`` to the arrays of a sample.
 
 Every draw is keyed by (seed, epoch, frame key): threads, order, restarts and world size do not change it. Geometry is
-exact for our pixel convention (the centre of the top-left pixel is (0, 0)).
+exact for our pixel convention (the center of the top-left pixel is (0, 0)).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ cv2.setNumThreads(1)  # the stream's threads are the parallelism; OpenCV's own w
 
 @dataclass
 class AugmentConfig:
-    """What may vary in training; evaluation uses the centre of everything."""
+    """What may vary in training; evaluation uses the center of everything."""
 
     image_size: tuple[int, int] = (256, 704)
     """(H, W) of the network's input, pixels."""
@@ -57,12 +57,12 @@ def image_affine(rng: np.random.Generator | None, source: tuple[int, int], confi
     """Map from source pixels to pixels of the network's input.
 
     Args:
-        rng: None for evaluation: no jitter, centred crop.
+        rng: None for evaluation: no jitter, centered crop.
         source: (width, height) of the image.
         config: ranges.
 
     Returns:
-        (2, 3) float64: resize, crop (bottom-aligned, random or centred across), mirror, rotation about the centre.
+        (2, 3) float64: resize, crop (bottom-aligned, random or centered across), mirror, rotation about the center.
     """
     (height, width), (w, h) = config.image_size, source
     factor = width / w
@@ -77,7 +77,7 @@ def image_affine(rng: np.random.Generator | None, source: tuple[int, int], confi
     spare = max(0, new_w - width)
     left = rng.uniform(0, spare) if rng is not None else spare / 2
     sx, sy = new_w / w, new_h / h
-    # Pixel centres: x' = (x + 1/2) s - 1/2.
+    # Pixel centers: x' = (x + 1/2) s - 1/2.
     affine = np.array([[sx, 0, (sx - 1) / 2 - left], [0, sy, (sy - 1) / 2 - (new_h - height)], [0, 0, 1]])
     if rng is None:
         return affine[:2]
@@ -106,7 +106,7 @@ def warp_jpeg(jpeg: bytes, source: tuple[int, int], affine: np.ndarray, out: np.
     w, h = source
     factor = shrink_factor(affine)
     need = {"min_width": math.ceil(w / factor), "min_height": math.ceil(h / factor)} if factor > 1 else {}
-    # strict, because libjpeg fills what a truncated file lacks with grey.
+    # strict, because libjpeg fills what a truncated file lacks with gray.
     # Four channels, because OpenCV warps them twice as fast as three.
     image = simplejpeg.decode_jpeg(jpeg, "RGBX", strict=True, **need)
     if (math.ceil(h / factor), math.ceil(w / factor)) != image.shape[:2]:
@@ -167,7 +167,7 @@ def depth_map(
         affine: (2, 3) from the source's pixels to the augmented ones.
         image_size: (H, W) augmented.
         cell: pixels.
-        out: (ceil(H / cell), ceil(W / cell)) float32, metres; 0 where no point falls.
+        out: (ceil(H / cell), ceil(W / cell)) float32, meters; 0 where no point falls.
     """
     sweep = frame.lidar
     to_camera = compose(

@@ -45,7 +45,7 @@ class DeviceImages:
         else:
             backends = [nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)]
             place = nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY
-        # libjpeg's way of spreading colour over pixels, so that both decoders agree.
+        # libjpeg's way of spreading color over pixels, so that both decoders agree.
         self._decoder = nvimgcodec.Decoder(place, max(1, threads), backends, options=":fancy_upsampling=1")
         # Beside the network's kernels; whoever takes the images later need not wait for them.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -120,7 +120,7 @@ def warp(images: Tensor, affines: np.ndarray, factor: int, size: tuple[int, int]
     whole = np.tile(np.eye(3), (len(images), 1, 1))
     whole[:, :2] = affines
     whole = whole @ [[factor, 0, (factor - 1) / 2], [0, factor, (factor - 1) / 2], [0, 0, 1]]
-    # affine_grid counts from -1 to 1 between the centres of the outermost pixels.
+    # affine_grid counts from -1 to 1 between the centers of the outermost pixels.
     back = _to_unit(*pixels.shape[:1:-1]) @ np.linalg.inv(whole) @ np.linalg.inv(_to_unit(size[1], size[0]))
     theta = torch.from_numpy(back[:, :2]).to(pixels)
     grid = F.affine_grid(theta, [len(images), 3, *size], align_corners=True)

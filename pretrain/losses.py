@@ -1,4 +1,4 @@
-"""Binary, semantic and depth losses (B2S, Sec. 3.3), fp32, normalised over all ranks.
+"""Binary, semantic and depth losses (B2S, Sec. 3.3), fp32, normalized over all ranks.
 
 DeepSpeed averages gradients over ranks. So that this equals one process with the joint batch, each rank returns
 ``sum * world / count`` with its own sum and the count of all ranks.
@@ -46,7 +46,7 @@ class LossConfig:
     replay leaves the weight of the semantic frames' losses as it is; or joint: one mean over both kinds of frames, in which
     replaying as many frames halves it."""
     class_weights: tuple[float, ...] | None = None
-    """One weight per class: of its sigmoid, or of the voxels that are labelled so (softmax; then free comes last). None:
+    """One weight per class: of its sigmoid, or of the voxels that are labeled so (softmax; then free comes last). None:
     all 1."""
 
     def __post_init__(self):
@@ -147,7 +147,7 @@ def _counts(outputs: OccOutputs, batch: OccBatch, config: LossConfig) -> list[Te
 
 
 def _roles(outputs: OccOutputs, batch: OccBatch, config: LossConfig) -> list[slice]:
-    """Frames whose losses have a normaliser of their own: in fine-tuning the semantic frames and the replayed ones, either of
+    """Frames whose losses have a normalizer of their own: in fine-tuning the semantic frames and the replayed ones, either of
     which a rank may lack; else all. The same number on every rank."""
     if outputs.semantic_logits is None or config.replay_normaliser == "joint":
         return [slice(None)]
@@ -198,7 +198,7 @@ def _known_depth(outputs: OccOutputs, batch: OccBatch) -> tuple[Tensor, Tensor]:
     if outputs.depth is None:
         raise ValueError("loss.depth_weight is set, but this model predicts no depth; use a lifting model (b2s_ls)")
     bins = outputs.depth_bins
-    distances = batch.depth.to(bins.device)  # metres, 0 = none
+    distances = batch.depth.to(bins.device)  # meters, 0 = none
     index = ((distances - bins[0]) / (bins[1] - bins[0])).floor().long()
     return index, (distances > 0) & (index >= 0) & (index < len(bins))
 

@@ -46,7 +46,7 @@ class Coding:
 
     Attributes:
         level: zstd level. Grids decode faster from 19 than from 3, and are written once.
-        lidar_step: metres; coordinates of points are rounded to multiples of it. 0: lossless.
+        lidar_step: meters; coordinates of points are rounded to multiples of it. 0: lossless.
 
     Raises:
         ValueError: a value is out of range.

@@ -50,7 +50,7 @@ def data_card(manifest: Manifest, other: str = "", frames: int = 100) -> dict[st
     Returns:
         Shares in percent: ``occupied_share`` of the voxels that the labels know; ``observed_share`` (those that they know)
         and ``in_view_share`` of all voxels; ``occluded_share``: occupied voxels that no camera sees; ``class/<name>`` of the
-        occupied voxels; occupied is what is also known; metres:
+        occupied voxels; occupied is what is also known; meters:
         ``distance_p50``, ``distance_p90`` of occupied voxels from the ego; ``black_share`` of the
         image of a rectified camera that its lens did not see, the largest of all cameras; and of the other labels, where
         they claim to know: ``recall``, ``precision`` of occupied voxels, ``known_share`` of all voxels. ``scenes``, ``frames``

@@ -20,8 +20,8 @@ class VoxelGrid:
 
     Attributes:
         name: how recipes, manifests and error messages call it.
-        lower, upper: corners of the box, metres, in ``frame``.
-        voxel: edge lengths of one voxel, metres.
+        lower, upper: corners of the box, meters, in ``frame``.
+        voxel: edge lengths of one voxel, meters.
         frame: ``"ego"`` (vehicle frame at the key-frame) or ``"lidar"`` (LiDAR frame at the key-frame).
 
     Raises:
@@ -76,7 +76,7 @@ class VoxelGrid:
         """Voxel of each point.
 
         Args:
-            points: (..., 3) metres in ``frame``.
+            points: (..., 3) meters in ``frame``.
 
         Returns:
             index: (..., 3) int32, only meaningful where ``inside``.
@@ -88,7 +88,7 @@ class VoxelGrid:
         return index, inside
 
     def centers(self, index: np.ndarray | None = None) -> np.ndarray:
-        """Voxel centres in metres, float64: (X, Y, Z, 3) for the whole grid, or (..., 3) of integer ``index``."""
+        """Voxel centers in meters, float64: (X, Y, Z, 3) for the whole grid, or (..., 3) of integer ``index``."""
         if index is None:
             index = np.stack(np.meshgrid(*(np.arange(n) for n in self.shape), indexing="ij"), axis=-1)
         return np.asarray(self.lower) + (np.asarray(index) + 0.5) * self.voxel

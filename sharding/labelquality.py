@@ -1,7 +1,7 @@
 """How good generated labels are, measured by sweeps that were left out when they were made.
 
 A sweep that took no part is a test: its returns should lie in occupied voxels, and its rays should cross none before
-they end. The baseline is what a single sweep gives: the nearest one that was kept, voxelised.
+they end. The baseline is what a single sweep gives: the nearest one that was kept, voxelized.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from occstream.sharding.levelling import level
 from occstream.sharding.schema import LidarSweep, Scene, Taxonomy
 from occstream.sharding.voxelrays import crossings
 
-SLACK = 1.0  # metres before its end in which a ray may touch what it hits
+SLACK = 1.0  # meters before its end in which a ray may touch what it hits
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Score:
     Attributes:
         returns: inside the grid; ``hits`` of them in occupied voxels, ``unknown`` in unseen ones.
         rays: that enter the grid; ``crossing`` of them pass an occupied voxel more than ``SLACK`` before they end. A ray
-            that comes in flat over the road passes the road's own voxels for metres, so this is never near zero.
+            that comes in flat over the road passes the road's own voxels for meters, so this is never near zero.
         passed: voxels that the rays pass, once for each ray; ``wrong`` of these are occupied.
     """
 

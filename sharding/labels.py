@@ -38,7 +38,7 @@ from occstream.sharding.schema import (
 from occstream.sharding.voxelrays import count_points, first_box, mark_free, mark_visible, place_returns
 
 VERSION = "lidar-3"
-TILE = 16.0  # metres: edge of the squares that the static cloud is sorted by
+TILE = 16.0  # meters: edge of the squares that the static cloud is sorted by
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class LabelConfig:
     Attributes:
         min_points: so many points make a voxel occupied.
         dilation: occupied voxels grow by so many voxels through their faces, into voxels that no ray passed.
-        max_range: metres; returns further from their sensor are not used. 0: all.
-        box_margin: metres by which boxes are grown when points are assigned to them.
+        max_range: meters; returns further from their sensor are not used. 0: all.
+        box_margin: meters by which boxes are grown when points are assigned to them.
         ray_frames: rays of so many key-frames before and after a frame tell what is free in it.
         max_rays: at most about so many rays for a frame, beside those of its own sweep, spread evenly over all.
         level: correct height and tilt of the poses by the ground, before anything is gathered (see ``levelling``).
         supported: a voxel that rays passed is free only if the one below it was passed or hit, too; else it is unknown.
-            Rays that come in flat pass the upper part of ground voxels for metres before they hit.
-        vehicle: (x, y, z low; x, y, z high) metres, ego frame: returns from there are the vehicle itself.
+            Rays that come in flat pass the upper part of ground voxels for meters before they hit.
+        vehicle: (x, y, z low; x, y, z high) meters, ego frame: returns from there are the vehicle itself.
 
     Raises:
         ValueError: a value is out of range.
@@ -279,7 +279,7 @@ def _rays(scene: Scene, number: int, config: LabelConfig) -> Iterator[tuple[Lida
 
 
 def _dilate(occupied: np.ndarray, semantic: np.ndarray | None, unseen: np.ndarray, times: int):
-    """Grown ``occupied``, and ``semantic`` with the class of a neighbour in the new voxels."""
+    """Grown ``occupied``, and ``semantic`` with the class of a neighbor in the new voxels."""
     for _ in range(times):
         grown = ndimage.binary_dilation(occupied) & (unseen | occupied)
         if semantic is not None:
@@ -298,7 +298,7 @@ def _camera_mask(frame: Frame, solid: np.ndarray, wanted: np.ndarray, grid: Voxe
     seen = np.zeros(grid.shape, bool)
     from_ego = compose(inverse(_grid_to_global(frame, grid)), frame.ego_to_global)
     scale = np.diag([*grid.voxel, 1.0])
-    scale[:3, 3] = grid.lower  # voxel units -> metres
+    scale[:3, 3] = grid.lower  # voxel units -> meters
     for camera in frame.cameras.values():
         pose = compose(inverse(scale), from_ego, camera_to_key_ego(frame, camera))
         to_camera = np.ascontiguousarray(inverse(pose)[:3])
@@ -338,7 +338,7 @@ def _boxes_at(before: Frame | None, frame: Frame, timestamp: int) -> Boxes | Non
 
 
 def sweep_to_grid(frame: Frame, sweep: LidarSweep, grid: VoxelGrid) -> np.ndarray:
-    """LiDAR axes of any sweep -> metres of the grid of a key-frame, (4, 4) float64."""
+    """LiDAR axes of any sweep -> meters of the grid of a key-frame, (4, 4) float64."""
     return compose(inverse(_grid_to_global(frame, grid)), sweep.ego_to_global, sweep.sensor_to_ego)
 
 

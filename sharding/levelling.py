@@ -1,8 +1,8 @@
-"""Corrects the height and tilt of ego poses by the ground that neighbouring key-frames both see.
+"""Corrects the height and tilt of ego poses by the ground that neighboring key-frames both see.
 
-nuScenes' poses have no height (nuscenes-devkit issue 721): on a slope, sweeps drift apart by decimetres within a second,
+nuScenes' poses have no height (nuscenes-devkit issue 721): on a slope, sweeps drift apart by decimeters within a second,
 and aggregated roads become thick. Each key-frame's ground is laid onto that of the frames before it: a robust fit of one
-plane through the differences of the two height maps. Poses that are right already stay as they are, to centimetres.
+plane through the differences of the two height maps. Poses that are right already stay as they are, to centimeters.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from occstream.sharding.exactmath import cos_sin
 from occstream.sharding.poses import apply, compose, inverse, rotate
 from occstream.sharding.schema import LidarSweep, Scene
 
-CELL = 1.0  # metres: edge of the cells of the height maps
-NEAR, FAR = 3.0, 30.0  # metres from the vehicle: where ground is looked for
-FLAT = 0.15  # metres: a cell of ground has its points within this height
+CELL = 1.0  # meters: edge of the cells of the height maps
+NEAR, FAR = 3.0, 30.0  # meters from the vehicle: where ground is looked for
+FLAT = 0.15  # meters: a cell of ground has its points within this height
 FEWEST = 60  # cells that two frames must share; else the last correction is kept
 KEPT = 4  # frames whose ground the next one is laid onto
 

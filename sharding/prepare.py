@@ -222,7 +222,7 @@ def encoded(camera: Camera, quality: int) -> Camera:
 def shrink(camera: Camera, short_side: int, quality: int) -> Camera:
     """A camera with a smaller image and the intrinsics that belong to it; unchanged if it is small enough.
 
-    The centre of the top-left pixel is (0, 0): u' = (u + 0.5) * scale - 0.5, for each axis with its own exact scale.
+    The center of the top-left pixel is (0, 0): u' = (u + 0.5) * scale - 0.5, for each axis with its own exact scale.
     """
     if min(camera.width, camera.height) <= short_side:
         return camera

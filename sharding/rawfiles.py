@@ -210,7 +210,7 @@ def numbered(folder: Path, ending: str) -> list[int]:
 
 
 def pose_of(translation: Sequence[float], rotation: Sequence[float]) -> np.ndarray:
-    """(4, 4) float64 of a translation in metres and a quaternion w, x, y, z."""
+    """(4, 4) float64 of a translation in meters and a quaternion w, x, y, z."""
     w, x, y, z = (float(part) for part in rotation)
     length = math.sqrt(w * w + x * x + y * y + z * z)
     if not length > 0:

@@ -12,7 +12,7 @@ import numpy as np
 
 from occstream.sharding.rawfiles import pose_of
 
-FARTHEST = 1e8  # metres from the origin of a map: further than any projection of the earth puts a vehicle
+FARTHEST = 1e8  # meters from the origin of a map: further than any projection of the earth puts a vehicle
 LARGEST = 2**53  # whole numbers beyond it do not survive JSON
 
 
@@ -114,7 +114,7 @@ class Row:
         return pose_of((0, 0, 0), (w, x, y, z))[:3, :3]
 
     def pose(self, translation: str, rotation: str) -> np.ndarray:
-        """(4, 4) float64 of a translation in metres and a rotation."""
+        """(4, 4) float64 of a translation in meters and a rotation."""
         pose = np.eye(4)
         pose[:3, 3], pose[:3, :3] = self.numbers(translation, 3), self.rotation(rotation)
         return pose

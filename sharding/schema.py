@@ -2,12 +2,12 @@
 
 Conventions, everywhere:
 
-* A pose ``a_to_b`` is a 4x4 float64 matrix that maps homogeneous points of frame a to frame b, metres.
+* A pose ``a_to_b`` is a 4x4 float64 matrix that maps homogeneous points of frame a to frame b, meters.
 * Frames: *camera* (x right, y down, z forward), *lidar* (as the data set has it), *ego* (x forward, y left, z up,
   of the vehicle at the key-frame, i.e. at ``Frame.timestamp``, unless said otherwise), *global* (fixed in the world).
 * The origin of the ego frame is on the road, below the middle of the rear axle: returns from the ground within 10 m lie at
   z = 0 to within 0.15 m. Sources whose data set has it elsewhere convert poses, calibration and boxes, and say in
-  ``Scene.attributes["ego_height"]`` how many metres above the road it was.
+  ``Scene.attributes["ego_height"]`` how many meters above the road it was.
 * Time stamps are integer microseconds.
 * Voxel arrays are (X, Y, Z), see ``grid``.
 * What a data set lacks is ``None``, never zeros.
@@ -160,7 +160,7 @@ class Camera:
     Attributes:
         jpeg: the encoded image, as the data set has it or re-encoded at packing; b"" where ``image`` is given.
         width, height: pixels of the image.
-        intrinsics: (3, 3) float64, pixels; the centre of the top-left pixel is (0, 0).
+        intrinsics: (3, 3) float64, pixels; the center of the top-left pixel is (0, 0).
         sensor_to_ego: camera -> ego at ``timestamp``.
         ego_to_global: ego -> global at *this camera's* ``timestamp`` (not the key-frame's).
         timestamp: microseconds.
@@ -190,7 +190,7 @@ class LidarSweep:
     compensated them itself, or gives each point's time and the source calls ``motion.deskew``.
 
     Attributes:
-        xyz: (N, 3) float32, metres, LiDAR frame at ``timestamp``.
+        xyz: (N, 3) float32, meters, LiDAR frame at ``timestamp``.
         intensity: (N,) float32 in the data set's unit, or None.
         ring: (N,) uint8 beam number, or None.
         time_lag: (N,) float32 seconds from the measurement to ``timestamp`` (positive: measured before it), or None.
@@ -217,9 +217,9 @@ class Boxes:
     """3D boxes of a key-frame.
 
     Attributes:
-        boxes: (N, 7) float32: centre x, y, z; length (along the heading), width, height; yaw (rad, counter-clockwise
-            about z from x). Metres, ego frame of the key-frame. Boxes are upright in that frame: where the vehicle is
-            tilted against the road, they lean by as much; centre, sizes and heading are exact.
+        boxes: (N, 7) float32: center x, y, z; length (along the heading), width, height; yaw (rad, counter-clockwise
+            about z from x). Meters, ego frame of the key-frame. Boxes are upright in that frame: where the vehicle is
+            tilted against the road, they lean by as much; center, sizes and heading are exact.
         names: N class names (of the scene's taxonomy where it has them, else the data set's own).
         track_ids: N identities that persist over the scene.
         velocity: (N, 2) float32 m/s, ego axes, NaN where unknown; or None.

@@ -264,7 +264,7 @@ class Stream:
         allocate: makes a buffer of a shape and dtype (for pinned memory); default numpy.
         max_skipped: a corrupt sample is replaced by the next frame of its scene (the same on every rank and in every
             replay), counted and named, up to this many; then it is an error. Incomplete ones are, too, but do not count
-            towards the limit, and each is named once.
+            toward the limit, and each is named once.
         warn: gets one line for each skipped sample.
         lookahead: batches beyond those in the ring whose shards are fetched into the cache ahead of need.
         deadline: seconds that the consumer waits for a batch before it is an error that names what is not there.

@@ -153,14 +153,14 @@ def _look(solid, seen, origin, a, b, c):
 
 @numba.njit(cache=True, nogil=True)
 def mark_visible(solid, wanted, seen, origin, to_camera, intrinsics, width, height):
-    """Marks what a camera sees: on the way to every voxel centre in its image, all voxels up to the first solid one.
+    """Marks what a camera sees: on the way to every voxel center in its image, all voxels up to the first solid one.
 
     Args:
         solid: (X, Y, Z) bool.
         wanted: (X, Y, Z) bool: of other voxels it does not matter whether they are marked.
         seen: (X, Y, Z) bool, set in place.
         origin: (3,) float64 of the camera.
-        to_camera: (3, 4) float64: position in voxel units -> camera axes, metres.
+        to_camera: (3, 4) float64: position in voxel units -> camera axes, meters.
         intrinsics: (3, 3) float64 pixels.
         width, height: of the image.
     """
@@ -194,7 +194,7 @@ def place_returns(xyz, to_ego, to_scene, low, high, reach):
         xyz: (N, 3) float32 in the sensor's axes.
         to_ego, to_scene: (3, 4) float64.
         low, high: (3,) float64 corners of the vehicle itself in its frame; returns within are not used.
-        reach: metres; returns further away are not used. 0: all are.
+        reach: meters; returns further away are not used. 0: all are.
 
     Returns:
         (M, 3) float32 in the scene's axes, of those that are used; (N,) bool which.
@@ -228,7 +228,7 @@ def count_points(xyz, classes, pose, lower, voxel, counts, votes):
     Args:
         xyz: (N, 3) float32.
         classes: (N,) uint8; ids beyond ``votes`` do not vote.
-        pose: (3, 4) float64, points -> metres of the grid.
+        pose: (3, 4) float64, points -> meters of the grid.
         lower, voxel: (3,) float64 of the grid.
         counts: (X, Y, Z) uint16, saturating, in place.
         votes: (X, Y, Z, K) uint16, saturating, in place; K may be 0.
@@ -256,7 +256,7 @@ def first_box(points, into_box, half):
 
     Args:
         points: (N, 3) float32.
-        into_box: (B, 3, 4) float64, points -> axes of a box from its centre.
+        into_box: (B, 3, 4) float64, points -> axes of a box from its center.
         half: (B, 3) float64.
 
     Returns:

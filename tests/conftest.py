@@ -20,7 +20,7 @@ def repo_root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data(repo_root: Path) -> Path:
-    """Folder with real nuScenes, SemanticKITTI and Occ3D samples (non-commercial licences, so never in the repository)."""
+    """Folder with real nuScenes, SemanticKITTI and Occ3D samples (non-commercial licenses, so never in the repository)."""
     path = repo_root.parent / "shared" / "data"
     if not path.is_dir():
         pytest.skip("real data samples are not beside this checkout (../shared/data)")

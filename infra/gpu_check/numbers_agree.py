@@ -116,7 +116,7 @@ def geometry(check: Check) -> str:
 
 
 def _places(model: nn.Module, frames, device: torch.device, bf16: bool) -> list[tuple[str, Tensor]]:
-    """What the geometry gave during a forward pass: points in metres, and pixels of points before the camera."""
+    """What the geometry gave during a forward pass: points in meters, and pixels of points before the camera."""
     found: list[tuple[str, Tensor]] = []
 
     def watched(name, work):

@@ -40,7 +40,7 @@ from occstream.sharding.schema import (
 RAW_FREE = 11
 _TO_OURS = np.array([0, IGNORE, IGNORE, IGNORE, 1, 2, 3, 4, 5, 6, 7, OPENSCENE.free_id], np.uint8)
 
-EGO_HEIGHT = 0.325  # metres: nuPlan's ego frame has its origin in the rear axle, above the road
+EGO_HEIGHT = 0.325  # meters: nuPlan's ego frame has its origin in the rear axle, above the road
 _TO_ROAD = np.eye(4)
 _TO_ROAD[2, 3] = EGO_HEIGHT
 

@@ -53,7 +53,7 @@ _LEARNING = {
 FIRST_MOVING = 252
 LIDAR_TO_EGO = np.eye(4)
 LIDAR_TO_EGO[:3, 3] = 0.76, 0.0, 1.73
-EGO_HEIGHT = 1.73  # metres above the road: where the origin would be without that
+EGO_HEIGHT = 1.73  # meters above the road: where the origin would be without that
 STEP_US = 100_000  # 10 turns a second, where there is no times.txt
 
 
@@ -203,7 +203,7 @@ class SemanticKitti:
         projection = calibration["P2"].reshape(3, 4)
         offset = np.eye(4)
         whole = np.concatenate([projection, [[0, 0, 0, 1]]])
-        offset[:3, 3] = -inverse(whole)[:3, 3]  # left grey camera -> left colour camera
+        offset[:3, 3] = -inverse(whole)[:3, 3]  # left gray camera -> left color camera
         to_ego = compose(LIDAR_TO_EGO, inverse(compose(offset, velo_to_cam)))
         return Camera(jpeg, width, height, projection[:, :3].copy(), to_ego, pose, time)
 

@@ -5,7 +5,7 @@ the frame number in front; the calibration to the LiDAR is of the camera before 
 one into the other. The ego frame is placed as SemanticKITTI's, whose car it is.
 
 Raw turns carry no times of their points, so they stay as measured: at 10 m/s, what was seen at the start or the end of a
-turn is half a metre off.
+turn is half a meter off.
 """
 
 from __future__ import annotations

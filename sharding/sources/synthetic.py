@@ -39,14 +39,14 @@ from occstream.sharding.voxelrays import mark_free
 PERIOD = 0.5  # seconds between key-frames
 START = 1_500_000_000_000_000  # microseconds
 CAMERA_RANGE, LIDAR_RANGE, BOX_RANGE = 110.0, 70.0, 60.0
-BINS = 4.0  # metres of the cells that rays walk through
+BINS = 4.0  # meters of the cells that rays walk through
 AZIMUTHS = 1084  # LiDAR firings per turn
 LIDAR_AT = (0.94, 0.0, 1.84)
 
 
 @dataclass(frozen=True)
 class _Mount:
-    """One camera of a rig: where it sits (metres, degrees to the left), its focal length in pixels, its delay."""
+    """One camera of a rig: where it sits (meters, degrees to the left), its focal length in pixels, its delay."""
 
     name: str
     at: tuple[float, float, float]
@@ -232,7 +232,7 @@ class Synthetic:
         (height, width), rig, world = self.image_size, RIGS[self.rig], moment.world
         scale = width / rig.width
         cut = rig.height * scale - height  # bottom-aligned
-        # Pixel centres: x' = (x + 1/2) s - 1/2.
+        # Pixel centers: x' = (x + 1/2) s - 1/2.
         intrinsics = np.array(
             [
                 [mount.focal * scale, 0, rig.width / 2 * scale - 0.5],

@@ -1,6 +1,6 @@
 """Compiled kernels of the synthetic source: ray casting, shading and exact voxel labels of analytic solids.
 
-A solid is one row of ``solids`` (float64): KIND, centre x y z, half sizes x y z in its own frame, cos and sin of its yaw.
+A solid is one row of ``solids`` (float64): KIND, center x y z, half sizes x y z in its own frame, cos and sin of its yaw.
 Solids are binned in a 2-D grid that rays walk through; the ground is a height raster.
 """
 
@@ -141,7 +141,7 @@ def cast(origin, directions, solids, starts, items, bins, height, raster, limit)
         origin: (3,) world. directions: (N, 3) unit vectors.
         solids, starts, items: see ``bin_solids``; bins: (x0, y0, cell, nx, ny) of its grid.
         height: ground raster; raster: (x0, y0, cell) of it.
-        limit: farthest distance, metres.
+        limit: farthest distance, meters.
 
     Returns:
         distance (N,) float64, ``limit`` where nothing was hit; what (N,) int64: solid number, GROUND or NOTHING; normal
@@ -221,7 +221,7 @@ def _noise(a, b, c, seed):
 
 @numba.njit(cache=True, nogil=True)
 def shade(directions, distance, what, normal, local, colors, textures, ground, raster, ground_colors, light, seed):
-    """Colour of each ray.
+    """Color of each ray.
 
     Args:
         directions, distance, what, normal, local: of ``cast``.

@@ -26,14 +26,14 @@ from occstream.sharding.sources.synthetic_rays import (
 
 ID = {name: i for i, name in enumerate(OCC3D.classes)}
 VERSION = 2  # of the generator: another number, other scenes
-CELL = 0.4  # metres of the ground raster
-MARGIN = 70.0  # metres around the drive
+CELL = 0.4  # meters of the ground raster
+MARGIN = 70.0  # meters around the drive
 SURFACES = ("driveable_surface", "other_flat", "sidewalk", "terrain")  # numbers in the ground raster; 4 is a marking
 
 
 @dataclass
 class Part:
-    """One solid of an object, in the object's frame (x forward, origin on the ground at its centre)."""
+    """One solid of an object, in the object's frame (x forward, origin on the ground at its center)."""
 
     kind: float
     center: tuple[float, float, float]
@@ -49,8 +49,8 @@ class Actor:
     Attributes:
         name: class name (Occ3D), or czone_sign.
         parts: its solids.
-        s, l, yaw: place along and across the road, metres, and heading relative to it, radians.
-        speed: metres per second along its heading.
+        s, l, yaw: place along and across the road, meters, and heading relative to it, radians.
+        speed: meters per second along its heading.
         size: (length, width, height) of its box; None: it gets no box.
     """
 
@@ -113,7 +113,7 @@ class World:
 
 
 class Road:
-    """Centre line as points every half metre, from s = -90 m."""
+    """Center line as points every half meter, from s = -90 m."""
 
     def __init__(self, rng: np.random.Generator, length: float):
         self.step, self.start = 0.5, -90.0

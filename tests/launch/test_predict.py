@@ -1,4 +1,4 @@
-"""Auto-labelling as a user does it: offboard training, ``occstream predict``, a student on its labels."""
+"""Auto-labeling as a user does it: offboard training, ``occstream predict``, a student on its labels."""
 
 import subprocess
 import sys

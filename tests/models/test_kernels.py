@@ -74,7 +74,7 @@ def test_in_bf16_the_reference_sums_in_fp32_as_the_kernels_do():
             found.append((sampled, pooled, *torch.autograd.grad(total, inputs)))
     for name, mine, theirs in zip(["sampled", "pooled", "values", "locations", "weights", "depth", "features"], *found):
         assert mine.dtype == theirs.dtype, name
-        # One unit of bf16's last place: sums are rounded to it, by Triton's interpreter towards zero.
+        # One unit of bf16's last place: sums are rounded to it, by Triton's interpreter toward zero.
         loose = 2**-7 if mine.dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(mine, theirs, rtol=loose, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 

@@ -67,7 +67,7 @@ def test_flips_reverse_labels_and_geometry_alike():
         centers = grid.centers() @ flip_matrix(flips).T.astype(float)
         index, inside = grid.to_index(centers)
         assert inside.all()
-        # What was at voxel v is now where bda takes the centre of v.
+        # What was at voxel v is now where bda takes the center of v.
         assert (mirrored[tuple(index.reshape(-1, 3).T)] == labels.reshape(-1)).all()
 
 

@@ -86,7 +86,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("kind", GOLDEN)
 def test_golden_curve(runs, kind):
-    """Losses as they were: a change of order, data, initialisation or loss shows, rounding on another CPU does not.
+    """Losses as they were: a change of order, data, initialization or loss shows, rounding on another CPU does not.
 
     Measured with the kernels of OpenBLAS for Haswell, SkylakeX, Zen and Nehalem, and of PyTorch, MKL and oneDNN for SSE 4,
     AVX2 and AVX-512: equal to 4e-6 after 20 steps.

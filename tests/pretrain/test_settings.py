@@ -145,7 +145,7 @@ def scenes_of(data, *words, replay=False):
 
 
 def test_seeds_of_subsets_choose_other_scenes(data):
-    """Of the labelled data, of the replayed data, and of each further source of it."""
+    """Of the labeled data, of the replayed data, and of each further source of it."""
     plain = scenes_of(data, "data.scenes=2")
     others = [scenes_of(data, "data.scenes=2", f"data.subset_seed={n}") for n in range(1, 5)]
     assert all(len(other) == 2 for other in others)

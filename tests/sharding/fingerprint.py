@@ -11,7 +11,7 @@ from occstream.sharding.sources import open_source
 
 
 def digests() -> dict[str, str]:
-    """BLAKE2b of the encoded members of every frame; "made" are labels from LiDAR, boxes and levelled poses."""
+    """BLAKE2b of the encoded members of every frame; "made" are labels from LiDAR, boxes and leveled poses."""
     options = {"scenes": 1, "first": 3, "frames": 3, "image_size": (64, 176), "sweeps": 1, "grid": "tiny"}
     source = open_source("synthetic", options)
     scene = source.load(source.scene_names()[0])

@@ -48,7 +48,7 @@ def test_a_mover_is_gathered_in_its_box_and_leaves_no_trail():
     def box(x):
         return Boxes(np.array([[x, 0.5, 0.5, 1.8, 0.9, 0.9, 0.0]], np.float32), ["car"], ["t"])
 
-    # Rear end seen in the first frame, front end in the second, two metres further.
+    # Rear end seen in the first frame, front end in the second, two meters further.
     frames = [frame_of([[3.7, 0.5, 0.5]], 0, boxes=box(4.5)), frame_of([[7.3, 0.5, 0.5]], 1, boxes=box(6.5))]
     first, second = label(frames)
     assert np.argwhere(first.binary).tolist() == [[3, 2, 2], [5, 2, 2]]

@@ -131,7 +131,7 @@ def test_missing_root_is_one_clear_error(tmp_path):
 
 
 def near_the_ground(frame):
-    """Heights in the ego frame of the returns within 10 m and half a metre of z = 0, and their share of those within 10 m."""
+    """Heights in the ego frame of the returns within 10 m and half a meter of z = 0, and their share of those within 10 m."""
     pose = frame.lidar.sensor_to_ego
     ego = frame.lidar.xyz.astype(np.float64) @ pose[:3, :3].T + pose[:3, 3]
     far = np.hypot(ego[:, 0], ego[:, 1])
@@ -374,7 +374,7 @@ def test_the_most_frequent_of_many_rows_by_a_loop():
 
 
 def test_boxes_are_upright_in_a_tilted_ego_frame(opened):
-    """The vehicle pitches by 3 degrees: centre and heading are exact, the box leans with the vehicle."""
+    """The vehicle pitches by 3 degrees: center and heading are exact, the box leans with the vehicle."""
     source = opened("nuscenes", 0)
     [name, *_] = source.scene_names()
     frame = source.load(name).frames[0]
