@@ -4,7 +4,7 @@ import torch
 
 from occstream.evaluation.evaluate import evaluate
 from occstream.models.batch import OccOutputs
-from occstream.pretrain import trainer
+from occstream.pretrain import trained
 from occstream.pretrain.augment import FrameFiller
 from occstream.pretrain.config import load_config
 from occstream.pretrain.engine import World
@@ -48,10 +48,10 @@ def test_a_frame_that_cannot_be_read_is_left_out_and_no_other_counts_twice(tmp_p
         return call(self, frame, epoch, views)
 
     monkeypatch.setattr(FrameFiller, "__call__", fill)
-    drawer = trainer.Drawer(config, held_out.cameras, 5, tmp_path, 0)
+    drawer = trained.Drawer(config, held_out.cameras, 5, tmp_path, 0)
     drawn = []
-    monkeypatch.setattr(trainer, "prediction_picture", lambda path, *_, **words: drawn.append(path.name))
-    found = trainer.evaluate_on(config, Says(other), held_out, drawer)
+    monkeypatch.setattr(trained, "prediction_picture", lambda path, *_, **words: drawn.append(path.name))
+    found = trained.evaluate_on(config, Says(other), held_out, drawer)
     assert (found.frames, found.left_out) == (held_out.total - 1, 1)
     assert (found.iou, found.per_class["bus"]) == (right.iou, right.per_class["bus"])
     assert found.summary().endswith("; without 1 more that cannot be read")
