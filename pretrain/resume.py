@@ -149,11 +149,7 @@ def _read(path: Path, step: int, url: str, hashed: bool = True) -> tuple[Checkpo
 
 def check_same_run(config: Config, fingerprints: dict[str, str], saved: Checkpoint) -> None:
     """Raises ValueError if the folder holds another run than the one that is asked for."""
-    # Parsed: settings that did not exist then had their defaults.
-    was = redacted(_as_meant(saved.state["config"]))
-    old, new = flatten(parse_config(was).to_dict()), flatten(config.to_dict())
-    if config.replay.url and "replay_normaliser" not in saved.state["config"].get("loss", {}):
-        old["loss.replay_normaliser"] = "joint"  # what was done before there was a choice
+    old, new = settings_then(saved, config), flatten(config.to_dict())
     # Labels choose the voxels of an offboard model: there the limit changes nothing that is learned.
     free = (*_FREE, "model.cap") if config.model.strategy == "offboard" else _FREE
     changed = [k for k in new if old.get(k) != new[k] and not k.startswith(free)]
@@ -171,8 +167,11 @@ def check_same_run(config: Config, fingerprints: dict[str, str], saved: Checkpoi
         )
 
 
-def _as_meant(config: dict) -> dict:
-    """A checkpoint's settings, with what those of earlier versions, which have fewer, meant."""
+def settings_then(saved: Checkpoint, now: Config) -> dict[str, object]:
+    """What a checkpoint was trained with, by dotted key: settings that did not exist then are as the code was."""
+    config = redacted(saved.state["config"])
     if "resize_relative" not in config.get("augment", {}):
-        return merge(config, {"augment": {"resize_relative": True}})
-    return config
+        config = merge(config, {"augment": {"resize_relative": True}})
+    if now.replay.url and "replay_normaliser" not in config.get("loss", {}):
+        config = merge(config, {"loss": {"replay_normaliser": "joint"}})
+    return flatten(parse_config(config).to_dict())

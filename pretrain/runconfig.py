@@ -7,11 +7,11 @@ from pathlib import Path
 import yaml
 
 from occstream.pretrain.checkpoint import Checkpoint
-from occstream.pretrain.config import Config, parse_config
+from occstream.pretrain.config import Config
 from occstream.pretrain.events import flatten
+from occstream.pretrain.resume import settings_then
 from occstream.pretrain.tracking import Tracker
 from occstream.sharding import storage
-from occstream.sharding.secrets import redacted
 
 
 def write_config(run: Path, config: Config, ranks: int, saved: Checkpoint | None, tracker: Tracker) -> None:
@@ -26,10 +26,7 @@ def write_config(run: Path, config: Config, ranks: int, saved: Checkpoint | None
     text = yaml.safe_dump(config.to_dict(), sort_keys=False)
     changed: dict[str, tuple[object, object]] = {}
     if saved:
-        # Parsed: settings that did not exist then had their defaults.
-        old = flatten(parse_config(redacted(saved.state["config"])).to_dict()) | {
-            "world_size": saved.state.get("world_size")
-        }
+        old = settings_then(saved, config) | {"world_size": saved.state.get("world_size")}
         new = flatten(config.to_dict()) | {"world_size": ranks}
         changed = {k: (old.get(k), new[k]) for k in new if old.get(k) != new[k]}
     if changed or not path.exists():

@@ -335,3 +335,16 @@ def test_what_a_resumed_run_changes_is_noted(tmp_path, capsys):
     events = read_events(tmp_path / EVENTS)
     assert {"changed": {"train.steps": [2, 4]}, "step": 2} in events
     assert {"artifact": kept.name} in events
+
+
+def test_settings_that_an_older_run_did_not_have_yet_are_not_changes(tmp_path, capsys):
+    words = ["replay.url=b", "loss.replay_normaliser=joint", "augment.resize_relative=true"]
+    config = load_config(RECIPE, words, stage="finetune")
+    older = config.to_dict()
+    del older["loss"]["replay_normaliser"], older["augment"]["resize_relative"]
+    saved = SimpleNamespace(state={"config": older, "world_size": 1, "step": 2})
+    tracker = _tracker(tmp_path, "")
+    write_config(tmp_path, config, 1, saved, tracker)
+    tracker.close()
+    assert "changed" not in capsys.readouterr().out
+    assert not any("changed" in event for event in read_events(tmp_path / EVENTS))
