@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from occstream.launch import data
@@ -41,6 +41,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(work=work)
         return sub
 
+    _shard_command(command)
+    _data_commands(command)
+    _run_commands(command)
+    _machine_commands(command)
+    return parser
+
+
+def _shard_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     p = command(
         "shard",
         data.shard,
@@ -72,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--lidar-step", type=float, default=0.0, help="round points to so many meters (default 0: lossless)")
 
+
+def _data_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p = command(
         "label",
         data.label,
@@ -129,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--group", default=None, help="draw the labels of this sidecar group")
     p.add_argument("--out", default="preview.png")
 
+
+def _run_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p = command("evaluate", _evaluate, "evaluate a checkpoint on a packed data set")
     p.add_argument("checkpoint", help="a run's folder or one of its step-… folders")
     p.add_argument("--data", default="", help="data set to evaluate on (default: as in training)")
@@ -200,6 +212,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--uri", default="", help="MLflow tracking URI (default MLFLOW_TRACKING_URI)")
     p.add_argument("--experiment", default="", help="where the run is new there (default: the run's own)")
 
+
+def _machine_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p = command("recipe", _recipe, "list the packaged recipes, or show what the keys of one are and mean")
     p.add_argument("name", nargs="?", default="", help="a packaged recipe, or the path of a .yaml file")
     p.add_argument("key", nargs="?", default="", help="one key or section, like train.lr or augment")
@@ -231,7 +245,6 @@ def _parser() -> argparse.ArgumentParser:
     p = command("demo", _demo, "the whole path on synthetic scenes: shards, pre-training, fine-tuning, comparison")
     p.add_argument("--out", default="demo", help="folder (default demo)")
     p.add_argument("--seeds", type=data.at_least(1), default=2)
-    return parser
 
 
 def _evaluate(args) -> int:
