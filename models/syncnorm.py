@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -176,6 +177,12 @@ def steps_for(x: Tensor) -> SimpleNamespace:
     return FUSED if x.is_cuda else PLAIN
 
 
+def joins_for(x: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """How statistics of ranks that hold as much as ``x``, or up to twice of it, are joined. The fused function adds up their
+    counts as int32, which ends at 2**31: a full grid of 640,000 voxels reaches it with 420 ranks of 8 frames."""
+    return steps_for(x).join if world_size() * x.numel() // x.shape[1] < 2**30 else join
+
+
 # --- opaque to torch.compile: collectives and recall happen when they run, not when they are traced ---------------------
 
 
@@ -198,7 +205,7 @@ def sync_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tens
         width, counts = x.shape[1], rows[:, -1].contiguous()
         means, invstds = rows[:, :width].contiguous(), rows[:, width:-1].contiguous()
         _, unbiased = moments = torch.zeros_like(mean), torch.zeros_like(mean)
-        mean, invstd = steps.join(x, means, invstds, *moments, 1.0, eps, counts)
+        mean, invstd = joins_for(x)(x, means, invstds, *moments, 1.0, eps, counts)
         found = (mean, invstd, unbiased, counts.to(torch.int32))
         if recall is not None:
             recall.kept.append(tuple(t.detach().clone() for t in found))

@@ -167,3 +167,17 @@ def test_one_process_uses_torchs_own_batch_norm():
     for key, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[key], value), key
     assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+def test_more_elements_than_int32_counts_are_joined_exactly(monkeypatch):
+    """The fused function adds up counts as int32."""
+    monkeypatch.setattr(syncnorm, "steps_for", lambda x: syncnorm.FUSED)
+    x = torch.empty(1).expand(8, 4, 640_000)
+    for ranks, wanted in ((8, torch.batch_norm_gather_stats_with_counts), (500, syncnorm.join)):
+        monkeypatch.setattr(syncnorm, "world_size", lambda ranks=ranks: ranks)
+        assert syncnorm.joins_for(x) is wanted
+    means = torch.tensor([1.0, -1.0]).repeat(250).unsqueeze(1)
+    moments, counts = (torch.zeros(1), torch.zeros(1)), torch.full((500,), 5_120_000.0)
+    mean, invstd = syncnorm.joins_for(x)(x, means, torch.ones(500, 1), *moments, 1.0, 0.0, counts)
+    torch.testing.assert_close([mean, invstd], [torch.zeros(1), torch.full((1,), 0.5**0.5)])
+    torch.testing.assert_close(moments, (torch.zeros(1), torch.full((1,), 2.0)))
