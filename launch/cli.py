@@ -53,16 +53,16 @@ def _shard_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         "shard",
         data.shard,
         "pack a raw data set into shards",
-        "Options of the source are given as key=value; see them with --options. Rerunning skips what is published. "
-        "Split over machines with --part 1/8 … 8/8, then `occstream merge URL`.",
+        "Give options of the source as key=value; --options lists them. Rerunning skips what is already published. "
+        "Split the job across machines with --part 1/8 … 8/8, then run `occstream merge URL`.",
     )
     data.job_arguments(p)
     p.add_argument(
         "--labels",
         choices=("auto", "native", "lidar", "none"),
         default="auto",
-        help="native: the labels that the source brings; lidar: made from sweeps, poses and boxes; "
-        "auto: native where there are any, else lidar",
+        help="native: the labels that come with the source; lidar: made from sweeps, poses and boxes; "
+        "auto: native where available, otherwise lidar",
     )
     p.add_argument("--groups", default="cameras,lidar,labels", help="comma-separated (default cameras,lidar,labels)")
     p.add_argument("--cameras", default="", help="comma-separated names of the cameras to keep (default all)")
@@ -70,15 +70,20 @@ def _shard_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--short-side",
         type=data.at_least(0),
         default=0,
-        help="shrink images to so many pixels (default 0: as they are)",
+        help="shrink images to this many pixels on the short side (default 0: unchanged)",
     )
     p.add_argument(
         "--jpeg-quality", type=data.at_least(1), default=90, help="of shrunk or rectified images (default 90)"
     )
     p.add_argument(
-        "--max-black", type=float, default=10, help="percent of a rectified image that its lens may not have seen (10)"
+        "--max-black", type=float, default=10, help="largest black share of a rectified image, in percent (default 10)"
     )
-    p.add_argument("--lidar-step", type=float, default=0.0, help="round points to so many meters (default 0: lossless)")
+    p.add_argument(
+        "--lidar-step",
+        type=float,
+        default=0.0,
+        help="round points to multiples of this, in meters (default 0: lossless)",
+    )
 
 
 def _data_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -86,55 +91,59 @@ def _data_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "label",
         data.label,
         "make occupancy labels from LiDAR sweeps, poses and boxes",
-        "Writes a data set with labels alone; `occstream attach` adds them to one with images. --quality measures "
-        "instead, with sweeps left out.",
+        "Writes a data set with labels only; `occstream attach` adds them to one with images. --quality measures "
+        "the labels against held-out sweeps instead.",
     )
     data.job_arguments(p)
+    p.add_argument("--quality", action="store_true", help="write nothing; test the labels against held-out sweeps")
     p.add_argument(
-        "--quality", action="store_true", help="write nothing: leave sweeps out and test the labels with them"
+        "--every", type=data.at_least(2), default=None, help="with --quality: hold out every N-th sweep (default 4)"
     )
     p.add_argument(
-        "--every", type=data.at_least(2), default=None, help="with --quality: leave out one of so many (default 4)"
-    )
-    p.add_argument(
-        "--scenes", type=data.at_least(1), default=None, help="with --quality: at most so many scenes (default 10)"
+        "--scenes", type=data.at_least(1), default=None, help="with --quality: maximum number of scenes (default 10)"
     )
 
-    p = command("merge", data.merge, "publish a data set whose parts are packed (`shard --part`)")
+    p = command("merge", data.merge, "publish a data set packed in parts (`shard --part`)")
     p.add_argument("url")
 
-    p = command("attach", data.attach, "add labels or pseudo-labels to a packed data set, beside its images")
+    p = command("attach", data.attach, "add labels or pseudo-labels to a packed data set, alongside its images")
     p.add_argument("url", help="the data set")
     p.add_argument("labels", help="a data set with labels of the same scenes")
     p.add_argument("--name", required=True, help="of the new group: labels-… or pseudo-…; train with data.labels=NAME")
 
-    p = command("subset", data.subset, "write the names of a nested subset of scenes (2000 are in 4000 are in 8000)")
+    p = command("subset", data.subset, "write the names of a nested subset of scenes (2000 within 4000 within 8000)")
     p.add_argument("url")
-    p.add_argument("--scenes", type=data.at_least(1), default=None, help="how many (default all that are not held out)")
+    p.add_argument(
+        "--scenes", type=data.at_least(1), default=None, help="number of scenes (default: all that are not held out)"
+    )
     p.add_argument("--seed", type=data.at_least(0), default=0)
     p.add_argument("--holdout", type=data.at_least(0), default=0, help="scenes that belong to no subset")
 
-    p = command("inspect", data.inspect, "show what a packed data set holds")
+    p = command("inspect", data.inspect, "show what a packed data set contains")
     p.add_argument("url")
     p.add_argument("--group", default=None, help="show the labels of this sidecar group")
-    p.add_argument("--frames", type=data.at_least(1), default=200, help="read at most so many (default 200)")
+    p.add_argument(
+        "--frames", type=data.at_least(1), default=200, help="maximum number of frames to read (default 200)"
+    )
 
-    p = command("card", data.card, "statistics of a packed data set: classes, occupancy, occlusion, quality of labels")
+    p = command("card", data.card, "show statistics of a packed data set: classes, occupancy, occlusion, label quality")
     p.add_argument("url")
     p.add_argument("--labels", default="", help="compare this sidecar group with the set's own labels")
-    p.add_argument("--frames", type=data.at_least(1), default=100, help="read at most so many (default 100)")
+    p.add_argument(
+        "--frames", type=data.at_least(1), default=100, help="maximum number of frames to read (default 100)"
+    )
 
     p = command("verify", data.verify, "check hashes, members, joins, labels and calibration, and decode every frame")
     p.add_argument("url")
     p.add_argument(
-        "--sample", default="100%", help="share of the shards whose content is read, like 1%% (default 100%%)"
+        "--sample", default="100%", help="share of the shards whose content is read, e.g. 1%% (default 100%%)"
     )
-    p.add_argument("--seed", type=data.at_least(0), default=0, help="of the sample")
+    p.add_argument("--seed", type=data.at_least(0), default=0, help="seed of the sample")
     p.add_argument("--group", default=None, help="check this sidecar group as well")
 
     p = command("preview", data.preview, "draw one frame: cameras with occupancy projected into them, LiDAR, labels")
     p.add_argument("url")
-    p.add_argument("--scene", default="", help="name (default the first)")
+    p.add_argument("--scene", default="", help="name of the scene (default: the first)")
     p.add_argument("--frame", type=data.at_least(0), default=0)
     p.add_argument("--group", default=None, help="draw the labels of this sidecar group")
     p.add_argument("--out", default="preview.png")
@@ -143,19 +152,19 @@ def _data_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 def _run_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p = command("evaluate", _evaluate, "evaluate a checkpoint on a packed data set")
     p.add_argument("checkpoint", help="a run's folder or one of its step-… folders")
-    p.add_argument("--data", default="", help="data set to evaluate on (default: as in training)")
+    p.add_argument("--data", default="", help="data set to evaluate on (default: the one used in training)")
     p.add_argument("--picture", default="", help="also write pictures to this folder (eval.pictures scenes)")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. eval.mask=camera")
 
-    p = command("export", _export, "write a checkpoint's weights as one .safetensors file, with a model card beside it")
+    p = command("export", _export, "write a checkpoint's weights to one .safetensors file, with a model card")
     p.add_argument("checkpoint", help="a run's folder or one of its step-… folders")
-    p.add_argument("out", help="a .safetensors file; train.init= takes it")
+    p.add_argument("out", help="a .safetensors file, which train.init= accepts")
 
     p = command(
         "predict",
         _predict,
-        "write a checkpoint's predictions beside a data set's images, as labels to train on",
-        "Rerunning skips what is done. Split over machines or GPUs with --part 1/8 … 8/8; the last one publishes.",
+        "write a checkpoint's predictions alongside a data set's images, as training labels",
+        "Rerunning skips what is done. Split the job across machines or GPUs with --part 1/8 … 8/8; the last part publishes.",
     )
     p.add_argument("checkpoint", help="a fine-tuned run's folder or one of its step-… folders")
     p.add_argument("url", help="the data set")
@@ -166,67 +175,74 @@ def _run_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         default="top1",
         help="the best class (default), the two best with their logits (train with data.soft=true), or all logits",
     )
-    p.add_argument("--flips", action="store_true", help="average over mirror images of the scene (four forwards)")
+    p.add_argument("--flips", action="store_true", help="average over mirror images of the scene (four forward passes)")
     p.add_argument(
-        "--truth", type=data.at_least(0), default=0, help="so many scenes of the nested subset keep their own labels"
+        "--truth",
+        type=data.at_least(0),
+        default=0,
+        help="number of scenes of the nested subset that keep their own labels",
     )
-    p.add_argument("--holdout", type=data.at_least(0), default=0, help="with --truth: as data.holdout")
+    p.add_argument("--holdout", type=data.at_least(0), default=0, help="with --truth: same as data.holdout")
     p.add_argument("--part", default="1/1", help="i/n: only every n-th shard, on the i-th GPU of this machine")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. eval.batch=2")
 
     p = command(
         "compare",
         _compare,
-        "compare the runs of an MLflow experiment; of a study: curves, laws and a report",
+        "compare the runs of an MLflow experiment; for a study: curves, scaling laws and a report",
     )
     p.add_argument(
-        "--uri", default="", help="MLflow tracking URI (default MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db)"
+        "--uri",
+        default="",
+        help="MLflow tracking URI (default MLFLOW_TRACKING_URI, otherwise sqlite:///runs/mlflow.db)",
     )
     p.add_argument("--experiment", default="occstream")
     p.add_argument(
         "--by", default="", help="tag that names the rows of a plain table (default: arm, unless it is a study)"
     )
-    p.add_argument("--partial", action="store_true", help="of a study: report although cells are missing")
-    p.add_argument("--out", default="", help="folder for tables and, of a study, pictures and report.html")
+    p.add_argument("--partial", action="store_true", help="for a study: report even if cells are missing")
+    p.add_argument("--out", default="", help="folder for tables and, for a study, pictures and report.html")
 
     p = command(
         "sweep",
         _sweep,
         "run a scaling study: scenes, strategies, seeds",
-        "Rerunning does what is missing. key=value changes the study, for example seeds=[0,1].",
+        "Rerunning runs only what is missing. key=value changes the study, for example seeds=[0,1].",
     )
     p.add_argument("study", help="name of a packaged study, or path of a .yaml file")
     p.add_argument(
-        "--jobs", type=data.at_least(0), default=0, help="trainings at a time (default: one per core, at most 4)"
+        "--jobs", type=data.at_least(0), default=0, help="training runs at a time (default: one per core, at most 4)"
     )
     p.add_argument(
-        "--dry-run", action="store_true", help="make the data, check every cell, show the plan, train nothing"
+        "--dry-run", action="store_true", help="make the data, check every cell and show the plan; train nothing"
     )
     p.add_argument(
         "--write", default="", metavar="KIND", help="write jobs instead of running them: slurm or kubernetes"
     )
     p.add_argument("settings", nargs="*", metavar="key=value")
 
-    p = command("sync", _sync, "send the numbers of a run that MLflow has not got yet")
+    p = command("sync", _sync, "send a run's metrics that MLflow does not have yet")
     p.add_argument("run", help="the run's folder")
     p.add_argument("--uri", default="", help="MLflow tracking URI (default MLFLOW_TRACKING_URI)")
-    p.add_argument("--experiment", default="", help="where the run is new there (default: the run's own)")
+    p.add_argument(
+        "--experiment", default="", help="experiment to create the run in if it is new there (default: the run's own)"
+    )
 
 
 def _machine_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
-    p = command("recipe", _recipe, "list the packaged recipes, or show what the keys of one are and mean")
+    p = command("recipe", _recipe, "list the packaged recipes, or show the keys of one and their meanings")
     p.add_argument("name", nargs="?", default="", help="a packaged recipe, or the path of a .yaml file")
-    p.add_argument("key", nargs="?", default="", help="one key or section, like train.lr or augment")
+    p.add_argument("key", nargs="?", default="", help="one key or section, e.g. train.lr or augment")
 
-    p = command("doctor", _doctor, "say what this machine has and what to install")
-    p.add_argument("--data", default="", help="URL of a packed data set whose access is to be checked")
+    p = command("doctor", _doctor, "show what this machine has and what to install")
+    p.add_argument("--data", default="", help="URL of a packed data set to check access to")
 
-    p = command("bench", _bench, "measure our speed against what this machine can do, as ratios within one run")
+    p = command("bench", _bench, "measure the speed against what this machine can do, as ratios within one run")
     p.add_argument(
         "what",
         choices=("pack", "stream", "step"),
         help="pack: against reading, JPEG work, zstd and hashing; stream: against the same "
-        "decoding from memory, and the peers that are installed; step: a training step of --recipe, taken apart",
+        "decoding from memory, and other installed loaders; step: a breakdown of a training step of --recipe",
     )
     p.add_argument("--recipe", default="r50", help="with step (default r50)")
     p.add_argument("--stage", choices=("pretrain", "finetune"), default="pretrain", help="with step")
@@ -235,14 +251,17 @@ def _machine_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--workers", type=data.at_least(1), default=2)
     p.add_argument("--repeats", type=data.at_least(1), default=3)
     p.add_argument(
-        "--scenes", type=data.at_least(1), default=None, help="default 12 of 4 frames (pack), 30 of 10 (stream)"
+        "--scenes",
+        type=data.at_least(1),
+        default=None,
+        help="number of scenes (default 12 of 4 frames for pack, 30 of 10 for stream)",
     )
     p.add_argument(
         "--jpeg", type=Path, nargs="+", default=[], help="with stream: 900 x 1600 images to decode and shrink"
     )
     p.add_argument("--json", default="", help="also write the numbers here")
 
-    p = command("demo", _demo, "the whole path on synthetic scenes: shards, pre-training, fine-tuning, comparison")
+    p = command("demo", _demo, "run everything on synthetic scenes: shards, pre-training, fine-tuning, comparison")
     p.add_argument("--out", default="demo", help="folder (default demo)")
     p.add_argument("--seeds", type=data.at_least(1), default=2)
 

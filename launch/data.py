@@ -26,24 +26,29 @@ def at_least(low: int) -> Callable[[str], int]:
 def job_arguments(p: argparse.ArgumentParser) -> None:
     from occstream.sharding.labels import LabelConfig
 
-    p.add_argument("source", help="name of a source, like nuscenes; a wrong one lists them")
+    p.add_argument("source", help="name of a source, e.g. nuscenes; an unknown name lists all")
     p.add_argument("settings", nargs="*", metavar="key=value", help="options of the source")
     p.add_argument(
-        "--options", action="store_true", dest="list_options", help="list the options of the source and stop"
+        "--options", action="store_true", dest="list_options", help="list the options of the source and exit"
     )
     p.add_argument("--root", help="folder of the raw data set")
     p.add_argument("--out", help="where to publish: a folder, file:// or s3://")
     p.add_argument("--grid", help="voxel grid of the labels: a preset or x,y,z low, x,y,z high, voxel (default occ3d)")
-    p.add_argument("--taxonomy", default="occ3d", help="classes of the labels, where the source has a choice")
+    p.add_argument("--taxonomy", default="occ3d", help="classes of the labels, where the source offers a choice")
     p.add_argument("--scenes-per-shard", type=at_least(1), default=1)
     p.add_argument("--workers", type=at_least(1), default=1, help="processes")
     p.add_argument("--part", default="1/1", help="i/n: pack only every n-th shard, for n machines")
     p.add_argument(
-        "--max-failures", type=at_least(0), default=0, help="so many scenes may fail and are left out (default 0)"
+        "--max-failures", type=at_least(0), default=0, help="number of scenes that may fail and be skipped (default 0)"
     )
     p.add_argument("--recheck", action="store_true", help="hash what is published before skipping it")
-    p.add_argument("--zstd-level", type=at_least(1), default=19, help="of labels (default 19: small and quick to read)")
-    p.add_argument("--dry-run", action="store_true", help="try a few scenes, say what the job will take, write nothing")
+    p.add_argument(
+        "--zstd-level",
+        type=at_least(1),
+        default=19,
+        help="compression level of labels (default 19: small and fast to read)",
+    )
+    p.add_argument("--dry-run", action="store_true", help="try a few scenes and estimate the job; write nothing")
     made = p.add_argument_group("labels from LiDAR")
     for name, default in (
         ("min_points", 1),
@@ -57,7 +62,11 @@ def job_arguments(p: argparse.ArgumentParser) -> None:
         kind = at_least(0) if isinstance(default, int) else float
         made.add_argument(flag, type=kind, default=default, help=f"{text.split(':', 1)[1].strip()} ({default})")
     made.add_argument("--no-level", action="store_true", help="trust the height and tilt of the poses")
-    made.add_argument("--flat-rays", action="store_true", help="call free what rays pass, also just above the ground")
+    made.add_argument(
+        "--flat-rays",
+        action="store_true",
+        help="mark everything that rays pass through as free, even just above the ground",
+    )
 
 
 def _opened(args):

@@ -43,9 +43,11 @@ def parser(stage: str) -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="check everything and estimate memory and time; start nothing"
     )
     dry.add_argument("--world-size", type=at_least(1), default=1, help="processes that the run will have (default 1)")
-    dry.add_argument("--memory-gb", type=float, default=0.0, help="memory of a GPU: refuse what does not fit")
-    dry.add_argument("--rate", type=float, default=0.0, help="frames/s of a GPU, for the time (a short run prints it)")
-    dry.add_argument("--price", type=float, default=0.0, help="of a GPU-hour, for the cost")
+    dry.add_argument("--memory-gb", type=float, default=0.0, help="memory of a GPU; refuse a run that does not fit")
+    dry.add_argument(
+        "--rate", type=float, default=0.0, help="frames/s per GPU, to estimate the time (a short run prints it)"
+    )
+    dry.add_argument("--price", type=float, default=0.0, help="price of a GPU-hour, to estimate the cost")
     return made
 
 
