@@ -76,6 +76,7 @@ class DataError(ValueError):
     """Some rank could not get its data."""
 
 
+BUCKET = 50_000_000  # elements; buckets of DeepSpeed's default size (5e8) would take 2 GB each
 _timeout = datetime.timedelta(minutes=10)
 
 
@@ -160,9 +161,8 @@ def build_engine(model: nn.Module, config: TrainConfig, world: World):
         "zero_optimization": {
             "stage": config.zero_stage,
             "overlap_comm": world.device.type == "cuda" and config.zero_stage > 0,
-            # Buckets of DeepSpeed's default size (5e8 elements) would take 2 GB each.
-            "reduce_bucket_size": 50_000_000,
-            "allgather_bucket_size": 50_000_000,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
             # Everything is partitioned and freed after use, so that EMA and checkpoints see one kind of parameter.
             "stage3_param_persistence_threshold": 0,
             "stage3_max_reuse_distance": 0,

@@ -166,7 +166,10 @@ def full_kernels(check: Check) -> str:
     }
     shape, tokens, heads, width = ((3, 4, 5), [9, 7], 2, 4) if check.dry else ((100, 100, 8), [20_000, 10_000], 8, 256)
     values = draw(2, width, *shape).requires_grad_()
-    places = (0.5 + 0.4 * draw(sum(tokens), heads, 4, 3)).requires_grad_()
+    cells = torch.tensor(shape, device=device) * (0.5 + 0.4 * draw(sum(tokens), heads, 4, 3)) - 0.5
+    # Away from whole cells, where the gradient jumps and rounding picks the side.
+    cells = cells.floor() + 0.1 + 0.8 * (cells - cells.floor())
+    places = ((cells + 0.5) / torch.tensor(shape, device=device)).requires_grad_()
     weights = draw(sum(tokens), heads, 4).requires_grad_()
     inputs = (values, places, weights)
     cases["sampling"] = (lambda: attention.sample(*inputs, tokens), lambda: kernels.sample(*inputs, tokens), inputs)

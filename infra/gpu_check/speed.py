@@ -110,7 +110,8 @@ def _waits(device: torch.device) -> Iterator[collections.Counter]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     for warning in caught:
-        if "synchroniz" in str(warning.message):
+        # Not what torch says once of the debug mode itself, which "does not yet detect all synchronizing operations".
+        if "called a synchronizing" in str(warning.message):
             path = Path(warning.filename)
             name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
             lines[f"{name}:{warning.lineno}"] += 1
@@ -161,12 +162,27 @@ def bevformer(check: Check) -> str:
     return _bench(check, "r50-bevformer", "pretrain", 2, 1.0)
 
 
-@section("offboard", "an offboard fine-tuning step at batch 1: fits into 80 GB")
+@section("offboard", "an offboard fine-tuning step at batch 1, with and without kernels: fits into 80 GB")
 def offboard(check: Check) -> str:
-    return _bench(check, "r50-offboard", "finetune", 1, 1.0, 74.5)
+    """Without a build in plain fp32, which need not fit."""
+    device, said, most = check.device, [], 0.0
+    config = check.sized("r50-offboard", "finetune", "replay.url=")
+    model = create_model(config).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=not check.dry)
+    frames = frames_like(config, 1, 0).to(device)
+    for with_kernels in (False,) if check.dry else (False, True):
+        accelerate(model, device, with_kernels, False)
+        with peak(device) as so_far:
+            for _ in range(1 if check.dry else 3):  # from the second on with the optimizer's moments
+                _step(model, frames, config, device)
+                optimizer.step()
+                optimizer.zero_grad()
+            most = max(most, so_far())
+        said.append(f"{'with' if with_kernels else 'without'} kernels: {so_far():.1f} GiB at its peak")
+    return need(most < 74.5, "\n".join(said))
 
 
-def _bench(check: Check, recipe: str, stage: str, batch: int, faster: float, memory: float = 0.0) -> str:
+def _bench(check: Check, recipe: str, stage: str, batch: int, faster: float) -> str:
     """Speed against plain fp32 and peak memory of the fastest build."""
     words: tuple[str, ...] = ()
     if check.dry:
@@ -175,12 +191,11 @@ def _bench(check: Check, recipe: str, stage: str, batch: int, faster: float, mem
         words = (f"model_name={c.model_name}", f"model.strategy={c.model.strategy}", "replay.url=")
         words += (f"model.dense_layers={c.model.dense_layers}", f"model.cap={c.model.cap}")
         words += (f"data.binary_from={c.data.binary_from}",)
-    with peak(check.device):
-        found = bench_step(recipe, words, stage, batch, 1 if check.dry else 5)
+    found = bench_step(recipe, words, stage, batch, 1 if check.dry else 5)
     (check.out / f"step-{stage}-{Path(recipe).stem}.json").write_text(json.dumps(found, indent=1))
     builds = found["builds"]
     best = min(builds, key=lambda name: builds[name]["step"])
     ratio = builds["plain fp32"]["step"] / builds[best]["step"]
     gib = builds[best].get("peak_bytes", 0) / 2**30
     said = f"{best}: {batch / builds[best]['step']:.1f} frames/s, {ratio:.1f} x plain fp32, {gib:.1f} GiB at its peak"
-    return need(check.dry or (ratio >= faster and (not memory or gib < memory)), said)
+    return need(check.dry or ratio >= faster, said)
