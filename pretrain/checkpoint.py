@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -172,12 +173,14 @@ def remote_steps(url: str) -> list[int]:
 
 
 def download(url: str, step: int, root: Path) -> Path:
-    """Brings a remote checkpoint into ``root``, verified, unless it is there.
+    """Brings a remote checkpoint into ``root``, verified, unless it is there. Nodes that share ``root`` may do so at once.
 
     Raises:
         ValueError: it is not complete there, or damaged.
     """
-    final, partial = root / f"step-{step:08d}", root / f".partial-{step:08d}-{os.getpid()}"
+    final = root / f"step-{step:08d}"
+    # Containers of one job often have the same process number.
+    partial = root / f".partial-{step:08d}-{socket.gethostname()}-{os.getpid()}"
     if (final / COMPLETE).is_file():
         return final
     source = storage.join(url, final.name)
@@ -192,9 +195,12 @@ def download(url: str, step: int, root: Path) -> Path:
         for path in partial.iterdir():
             _sync(path)
         storage.sync_folder(partial)
-        if not final.exists():
+        try:
             partial.rename(final)
-            storage.sync_folder(root)
+        except OSError:
+            if not (final / COMPLETE).is_file():  # of a node that was faster
+                raise
+        storage.sync_folder(root)
     except FileNotFoundError as error:
         raise Damaged(f"{source}: incomplete ({error}); remove {LATEST} there to start without it") from None
     finally:

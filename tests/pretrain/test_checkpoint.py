@@ -75,6 +75,24 @@ def test_a_copy_at_a_url_is_complete_or_not_there(tmp_path):
     assert not list((tmp_path / "third").iterdir()), "nothing half is left"
 
 
+def test_nodes_that_share_a_disk_may_download_at_once(tmp_path, monkeypatch):
+    """In containers, which all have the same process number."""
+    checkpoint.upload(_write(tmp_path / "here", 4), f"{tmp_path}/store")
+    node, read = ["one"], checkpoint.Checkpoint
+    monkeypatch.setattr("socket.gethostname", lambda: node[0])
+
+    def while_the_first_verifies(path, **options):
+        if node == ["one"]:
+            node[0] = "two"
+            checkpoint.download(f"{tmp_path}/store", 4, tmp_path / "shared")
+        return read(path, **options)
+
+    monkeypatch.setattr(checkpoint, "Checkpoint", while_the_first_verifies)
+    got = checkpoint.download(f"{tmp_path}/store", 4, tmp_path / "shared")
+    assert read(got).tensors("model")["w"].shape == (2, 3)
+    assert [p.name for p in (tmp_path / "shared").iterdir()] == [got.name]
+
+
 def test_a_store_that_fails_does_not_end_the_run(tmp_path, capsys):
     (tmp_path / "store").write_text("a file where a folder should be")
     uploader = checkpoint.Uploader(f"file://{tmp_path}/store/run")
