@@ -12,12 +12,12 @@ import numpy as np
 from occstream.evaluation.predict import Keep, predict
 from occstream.pretrain.augment import FrameFiller
 from occstream.pretrain.replay import camera_names, device_batches, open_stream, unknown_line, unknown_share
-from occstream.pretrain.trained import load_trained
+from occstream.pretrain.trained import Trained, load_trained
 from occstream.sharding.attach import Sidecar
 from occstream.sharding.codec import Coding, encode
 from occstream.sharding.manifest import Manifest, SceneEntry
 from occstream.sharding.order import evaluation_batches
-from occstream.sharding.schema import Frame
+from occstream.sharding.schema import Frame, Labels
 from occstream.sharding.shardfile import ShardWriter
 from occstream.sharding.stream import ShardReader
 
@@ -74,102 +74,127 @@ def predict_checkpoint(
     """
     if not 1 <= part[0] <= part[1]:
         raise ValueError(f"part {part[0]}/{part[1]}: needs i/n with 1 <= i <= n")
-    trained = load_trained(checkpoint, overrides, part[0] - 1)
+    trained, base = load_trained(checkpoint, overrides, part[0] - 1), Manifest.load(url)
     config = trained.config
     if config.stage != "finetune":
         raise ValueError(f"{trained.path}: is of a pre-training run, which predicts no classes; give a fine-tuned one")
-    offboard = config.model.strategy == "offboard"
-    base = Manifest.load(url)
-    labelled = "labels" in base.groups
-    if labelled:
-        base.check(config.voxel_grid, config.taxonomy, ("cameras", "labels"))
-    elif offboard or truth:
-        raise ValueError(f"{url}: has no labels; an offboard model and --truth need them")
     config.data.url, config.loss.depth_weight = url, 0.0
-    kept = {base.scenes[i].name for i in base.subset(truth, config.data.subset_seed, holdout)} if truth else set()
-    cameras = camera_names(base, 0, trained.cameras)
-    if offboard and (share := unknown_share(base, range(len(base.scenes)), config.data.mask, config.data.binary_from)):
-        print(unknown_line("data.mask", config.data.mask, share))
-    filler = FrameFiller(
-        config.augment,
-        cameras,
-        config.voxel_grid,
-        config.classes,
-        0,
-        False,
-        config.data.mask,
-        False,
-        config.data.binary_from,
-        labels=labelled,
-        history=config.data.history,
-        decode=config.train.decoder == "cpu",
-    )
-    origin = {
-        "checkpoint": trained.digest,
-        "keep": keep,
-        "flips": flips,
-        "truth": sorted(kept),
-        "overrides": list(overrides),
-    }
-    about = f"{keep} of {config.model_name} {config.model.strategy} {trained.digest}"
-    about += f", truth for {len(kept)} scenes" if kept else ""
-    sidecar = Sidecar(
-        base, name, config.voxel_grid, config.taxonomy, config.classes.classes, about, origin, base.convention
-    )
-    numbers = {scene.name: number for number, scene in enumerate(base.scenes)}
-    reader = ShardReader(base, ("labels",) if labelled else ("cameras",))
-    done, began = Predicted(None), time.perf_counter()
-
-    def write(writer: ShardWriter, scenes: list[SceneEntry]) -> None:
-        made = {}
-        chosen = [s for s in scenes if s.name not in kept]
-        if chosen:
-            plan = evaluation_batches(
-                [numbers[s.name] for s in chosen], [s.frames for s in chosen], config.eval.batch, 0, 1
-            )
-            with open_stream(base, plan, filler, config.eval.batch, config, trained.world) as stream:
-                batches = device_batches(stream, trained.world.device)
-                made = dict(
-                    predict(
-                        trained.model,
-                        batches,
-                        keep=keep,
-                        kind=config.loss.kind,
-                        threshold=config.eval.threshold,
-                        flips=flips,
-                        occupied="labels" if offboard else "predicted",
-                    )
-                )
-        for scene in scenes:
-            for index in range(scene.frames):
-                frame = reader.frame(numbers[scene.name], index)
-                labels = made.get(frame.key)
-                if labels is None and scene.name not in kept:
-                    raise ValueError(
-                        f"{base.url}: frame {frame.key} cannot be predicted: an image is missing or damaged (named above); pack "
-                        "its scene again, or predict on a set without it"
-                    )
-                if labels is not None:
-                    own = frame.labels if labelled else None
-                    labels.mask_lidar = own.mask_lidar if own else None
-                    labels.mask_camera = own.mask_camera if own else None
-                    frame = Frame(
-                        frame.scene, frame.index, frame.token, frame.timestamp, frame.ego_to_global, labels=labels
-                    )
-                    done.voxels += int(np.count_nonzero(labels.binary))
-                members = encode(frame, "labels", Coding())
-                writer.add(frame.key, members)
-                done.frames += 1
-                done.bytes += sum(len(data) for _, data in members)
-
+    job = _Job(trained, base, keep, flips, truth, holdout)
+    sidecar = job.sidecar(name, overrides)
     try:
         mine = sorted(sidecar.scenes)[part[0] - 1 :: part[1]]
         for count, number in enumerate(mine, 1):
-            done.skipped += sidecar.published(number) is not None
-            sidecar.write(number, write)
+            job.done.skipped += sidecar.published(number) is not None
+            sidecar.write(number, job.write)
             if progress:
                 progress(count, len(mine))
     finally:
-        reader.close()
-    done.seconds, done.manifest = time.perf_counter() - began, sidecar.publish()
-    return done
+        job.reader.close()
+    job.done.seconds, job.done.manifest = time.perf_counter() - job.began, sidecar.publish()
+    return job.done
+
+
+class _Job:
+    """Frames of one data set, predicted by one network and written as labels.
+
+    Attributes:
+        done: counts so far.
+        kept: scenes that keep the set's own labels.
+    """
+
+    def __init__(self, trained: Trained, base: Manifest, keep: Keep, flips: bool, truth: int, holdout: int):
+        self.trained, self.base, self.keep, self.flips = trained, base, keep, flips
+        config = trained.config
+        self.offboard, self.labeled = config.model.strategy == "offboard", "labels" in base.groups
+        if self.labeled:
+            base.check(config.voxel_grid, config.taxonomy, ("cameras", "labels"))
+        elif self.offboard or truth:
+            raise ValueError(f"{base.url}: has no labels; an offboard model and --truth need them")
+        chosen = base.subset(truth, config.data.subset_seed, holdout) if truth else []
+        self.kept = {base.scenes[i].name for i in chosen}
+        self.numbers = {scene.name: number for number, scene in enumerate(base.scenes)}
+        self.filler = self._filler()
+        self.reader = ShardReader(base, ("labels",) if self.labeled else ("cameras",))
+        self.done, self.began = Predicted(None), time.perf_counter()
+
+    def _filler(self) -> FrameFiller:
+        config, base = self.trained.config, self.base
+        if self.offboard:
+            share = unknown_share(base, range(len(base.scenes)), config.data.mask, config.data.binary_from)
+            if share:
+                print(unknown_line("data.mask", config.data.mask, share))
+        return FrameFiller(
+            config.augment,
+            camera_names(base, 0, self.trained.cameras),
+            config.voxel_grid,
+            config.classes,
+            0,
+            False,
+            config.data.mask,
+            False,
+            config.data.binary_from,
+            labels=self.labeled,
+            history=config.data.history,
+            decode=config.train.decoder == "cpu",
+        )
+
+    def sidecar(self, name: str, overrides: tuple[str, ...]) -> Sidecar:
+        """The group that is written; what it is made by is its origin."""
+        config, base, trained = self.trained.config, self.base, self.trained
+        origin = {
+            "checkpoint": trained.digest,
+            "keep": self.keep,
+            "flips": self.flips,
+            "truth": sorted(self.kept),
+            "overrides": list(overrides),
+        }
+        about = f"{self.keep} of {config.model_name} {config.model.strategy} {trained.digest}"
+        about += f", truth for {len(self.kept)} scenes" if self.kept else ""
+        classes = config.classes.classes
+        return Sidecar(base, name, config.voxel_grid, config.taxonomy, classes, about, origin, base.convention)
+
+    def write(self, writer: ShardWriter, scenes: list[SceneEntry]) -> None:
+        """Writes the labels of a shard's scenes."""
+        made = self._predict([s for s in scenes if s.name not in self.kept])
+        for scene in scenes:
+            for index in range(scene.frames):
+                frame = self.reader.frame(self.numbers[scene.name], index)
+                if scene.name not in self.kept:
+                    frame = self._labeled(frame, made)
+                members = encode(frame, "labels", Coding())
+                writer.add(frame.key, members)
+                self.done.frames += 1
+                self.done.bytes += sum(len(data) for _, data in members)
+
+    def _predict(self, scenes: list[SceneEntry]) -> dict[str, Labels]:
+        """Predictions of all frames of scenes by frame key; frames that cannot be read are not among them."""
+        if not scenes:
+            return {}
+        config, trained = self.trained.config, self.trained
+        numbers, frames = [self.numbers[s.name] for s in scenes], [s.frames for s in scenes]
+        plan = evaluation_batches(numbers, frames, config.eval.batch, 0, 1)
+        with open_stream(self.base, plan, self.filler, config.eval.batch, config, trained.world) as stream:
+            found = predict(
+                trained.model,
+                device_batches(stream, trained.world.device),
+                keep=self.keep,
+                kind=config.loss.kind,
+                threshold=config.eval.threshold,
+                flips=self.flips,
+                occupied="labels" if self.offboard else "predicted",
+            )
+            return dict(found)
+
+    def _labeled(self, frame: Frame, made: dict[str, Labels]) -> Frame:
+        """A frame with its prediction, which knows the voxels that the set's own labels know."""
+        labels = made.get(frame.key)
+        if labels is None:
+            raise ValueError(
+                f"{self.base.url}: frame {frame.key} cannot be predicted: an image is missing or damaged (named above); pack "
+                "its scene again, or predict on a set without it"
+            )
+        own = frame.labels if self.labeled else None
+        labels.mask_lidar = own.mask_lidar if own else None
+        labels.mask_camera = own.mask_camera if own else None
+        self.done.voxels += int(np.count_nonzero(labels.binary))
+        return Frame(frame.scene, frame.index, frame.token, frame.timestamp, frame.ego_to_global, labels=labels)
