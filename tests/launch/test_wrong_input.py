@@ -1,14 +1,13 @@
 """Each wrong input: one clear line, a non-zero exit code, nothing half-written."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from occstream.launch import cli
 from occstream.launch.run import main
 from occstream.pretrain.events import read_events
+from tests.forked import Forked
 from tests.pretrain.small import RECIPE, ROOT, environment, pack_small
 from tests.sharding import toy_nuscenes
 
@@ -37,20 +36,12 @@ def pretrain(data, out, *overrides):
 
 
 def trained(data, out, *overrides, code=0):
-    """A run in a process of its own, because DeepSpeed cannot be started twice in one. Returns its stderr."""
-    command = [
-        sys.executable,
-        str(ROOT / "launch/pretrain.py"),
-        "--recipe",
-        RECIPE,
-        f"data.url={data}",
-        f"output={out}",
-    ]
-    done = subprocess.run(
-        [*command, "train.steps=1", *overrides], env=environment(), capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == code, done.stderr
-    return done.stderr
+    """A run in a process of its own, because DeepSpeed cannot be started twice in one. Returns what it printed."""
+    command = [ROOT / "launch/pretrain.py", "--recipe", RECIPE, f"data.url={data}", f"output={out}", "train.steps=1"]
+    process = Forked([*command, *overrides], environment(), out.with_name(f"{out.name}.log"))
+    text, _ = process.communicate(200)
+    assert process.returncode == code, text
+    return text
 
 
 def test_missing_table(tmp_path, said):

@@ -7,7 +7,7 @@ import torch
 
 from occstream.models import backbones
 from occstream.pretrain.config import load_config
-from occstream.pretrain.trainer import accelerate, compile_encoder
+from occstream.pretrain.networks import accelerate, compile_encoder
 from tests.models.helpers import two_equal_ranks
 from tests.models.test_b2s import build
 from tests.pretrain.small import RECIPE
