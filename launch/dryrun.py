@@ -16,7 +16,7 @@ from torch import nn
 from occstream.models import OccBatch
 from occstream.models.layers import SyncBatchNorm
 from occstream.pretrain.config import Config, load_config
-from occstream.pretrain.engine import World
+from occstream.pretrain.engine import BUCKET, World
 from occstream.pretrain.losses import occupancy_loss
 from occstream.pretrain.networks import create_model
 from occstream.pretrain.replay import EvalData, TrainData
@@ -65,8 +65,9 @@ def states(parameters: int, stage: int, ranks: int, ema: bool) -> dict[str, floa
         "gradients": share(2),
         "optimizer": 2 * share(1),
         "average": share(3) if ema else 0.0,
-        # Stages 1 to 3 work on a flat fp32 copy of this rank's part; reduce and gather buffers hold 50 M elements at most.
-        "buckets": (share(1) if stage else 0.0) + (2 * min(parameters, 50_000_000) * 4 if stage and ranks > 1 else 0.0),
+        # Stages 1 to 3 work on a flat fp32 copy of this rank's part. Gradients are reduced in buckets of one size, however small
+        # the network and however few the ranks: at stages 1 and 2 one is filled on CUDA while another is reduced.
+        "buckets": (share(1) if stage else 0.0) + 4 * BUCKET * (0, 2, 2, 1)[stage],
     }
 
 

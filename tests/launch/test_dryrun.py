@@ -45,6 +45,8 @@ def test_states_are_divided_as_zero_says():
     assert third["weights"] == third["gradients"] == third["average"] == 4 * size / 8
     assert states(size, 1, 8, True)["gradients"] == 4 * size
     assert states(size, 2, 8, True)["optimizer"] == 8 * size / 8
+    buckets = [states(size, stage, 8, True)["buckets"] for stage in range(4)]
+    assert buckets == [0, 4e8 + 4 * size / 8, 4e8 + 4 * size / 8, 2e8 + 4 * size / 8]
 
 
 def test_activations_grow_with_frames_and_shrink_with_checkpointing():
