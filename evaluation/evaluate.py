@@ -188,7 +188,7 @@ def _check_seen(seen: int, voxels: int, expected: int | None, mask: str) -> None
     if not seen or (expected is not None and seen != expected):
         planned = "some" if expected is None else expected
         raise ValueError(
-            f"evaluated {seen} frames where {planned} were to be: its data ended early, and there is no score"
+            f"evaluated {seen} frames where {planned} were to be: its data ended early, so there is no score"
         )
     if not voxels:
         raise ValueError(
@@ -227,7 +227,7 @@ def _in_step(batches: Iterable[OccBatch]) -> Iterator[tuple[OccBatch, bool]]:
         except Exception as problem:
             error = problem
         if error is None and batch is None and last is None:
-            error = ValueError(f"rank {dist.get_rank()} had no frames to evaluate, and there is no score")
+            error = ValueError(f"rank {dist.get_rank()} had no frames to evaluate, so there is no score")
         most = _most(_FAILED if error else int(batch is not None))
         if most == _FAILED:
             raise error or ValueError("another rank could not read its frames to evaluate; its message says why")

@@ -151,7 +151,7 @@ def bench_pack(scenes: int = 12, frames: int = 4, workers: int = 2, repeats: int
         source.write()
         total = scenes * frames
         raw = sum(p.stat().st_size for p in (root / "raw").rglob("*") if ".raw" not in p.suffix and p.is_file()) / total
-        print(f"raw: {raw / 1e3:.0f} kB a frame")
+        print(f"raw: {raw / 1e3:.0f} kB per frame")
         context = multiprocessing.get_context("spawn")
         for short_side in (0, 450):
             ours, limit, sizes = [], [], {}
@@ -176,10 +176,10 @@ def bench_pack(scenes: int = 12, frames: int = 4, workers: int = 2, repeats: int
                 sizes = {g: sum(p.stat().st_size for p in (made / g).glob("*.tar")) / total for g in groups}
                 shutil.rmtree(out)
             a, b = statistics.median(ours), statistics.median(limit)
-            what = "images as they are" if not short_side else f"images shrunk to {short_side}"
+            what = "original images" if not short_side else f"images shrunk to {short_side}"
             listed = ", ".join(f"{g} {size / 1e3:.0f}" for g, size in sizes.items())
             print(
-                f"{what:<22} ours {a:6.2f} frames/s, limit {b:6.2f}, ratio {a / b:.2f}   kB a frame: {listed}",
+                f"{what:<22} ours {a:6.2f} frames/s, limit {b:6.2f}, ratio {a / b:.2f}   kB per frame: {listed}",
                 flush=True,
             )
             result[f"short side {short_side}"] = {"ours": a, "limit": b, "ratio": a / b, "bytes": sizes}

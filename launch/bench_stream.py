@@ -196,7 +196,7 @@ def litdata(folder: Path, workers: int, skip: int) -> Iterator:
 
 def _resumed(loader: Callable, skip: int, save: Callable, restore: Callable) -> Iterator:
     """All batches of a peer that has states, or those after ``skip`` samples: None, when the clock starts, then what a new
-    loader gives that goes on from the state of one that has read so far."""
+    loader gives that continues from the state of one that has read so far."""
     first = loader()
     if not skip:
         yield from first
@@ -272,7 +272,7 @@ def installed(name: str) -> bool:
         why = error
     except Exception as error:
         why = error
-    print(f"{name} is left out, it cannot be imported: {str(why)[:100]}")
+    print(f"{name} is skipped: it cannot be imported: {str(why)[:100]}")
     return False
 
 
@@ -435,7 +435,7 @@ def bench_stream(scenes: int = 30, repeats: int = 3, files: Sequence[Path] = ())
         ideal = min(r["cpu_ms"] for r in runs["memory", 0, 0])
         print(
             f"best of {repeats} runs each, and x memory: CPU time over that of bare decoding, in turns within one process, "
-            "with workers of separate runs; peers decode by our functions, 'webdataset, Pillow' as it does by itself"
+            "with workers of separate runs; other loaders decode with our functions, 'webdataset, Pillow' as it does by itself"
         )
         head = f"{'loader':<17} {'threads':>7} {'samples/s':>10} {'CPU ms':>8} {'x memory':>9} {'first s':>8} {'resume s':>9}"
         print(f"{head} {'peak MiB':>9} {'kB/sample':>10}")
@@ -515,8 +515,8 @@ def _bench_full_size(files: Sequence[Path]) -> dict:
         found = {name: ms + best[name] * 1e3 / len(jpegs) for name, ms in found.items()}
     kilobytes = sum(map(len, jpegs)) / len(jpegs) / 1e3
     print(
-        f"900x1600 ({len(jpegs)} of {kilobytes:.0f} kB) trained at 256x704, ms an image: ours {found['ours']:.2f}; "
-        "decoded whole and resized:"
+        f"900x1600 ({len(jpegs)} of {kilobytes:.0f} kB) trained at 256x704, ms per image: ours {found['ours']:.2f}; "
+        "decoded at full size and resized:"
     )
     print("; ".join(f"{n} {t:.2f} ({t / found['ours']:.2f} x)" for n, t in found.items() if n != "ours"))
     return found

@@ -285,7 +285,7 @@ def _export(args) -> int:
 
 def _predict(args) -> int:
     if args.holdout and not args.truth:
-        raise ValueError("--holdout goes with --truth; without it every scene is predicted")
+        raise ValueError("--holdout requires --truth; without it every scene is predicted")
     from occstream.launch.predict import predict_checkpoint
 
     found = predict_checkpoint(
@@ -303,10 +303,10 @@ def _predict(args) -> int:
     if found.frames:
         print(
             f"{args.name}: {found.frames} frames in {found.seconds:.0f} s, {found.voxels / found.frames:,.0f} voxels and "
-            f"{found.bytes / found.frames / 1e3:.1f} kB a frame"
+            f"{found.bytes / found.frames / 1e3:.1f} kB per frame"
         )
     if found.skipped:
-        print(f"{found.skipped} shards were there")
+        print(f"{found.skipped} shards already existed")
     if found.manifest is None:
         print(f"part {args.part} is done; the part that finishes last publishes {args.name}")
     else:

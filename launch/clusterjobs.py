@@ -28,7 +28,7 @@ set -euo pipefail
 cd {folder}
 mapfile -t commands < {list}
 echo "${{commands[$SLURM_ARRAY_TASK_ID]}}"
-# A rerun or requeue goes on from the newest complete checkpoint.
+# A rerun or requeue resumes from the newest complete checkpoint.
 exec bash -c "${{commands[$SLURM_ARRAY_TASK_ID]}}"
 """
 

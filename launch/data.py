@@ -15,7 +15,7 @@ def at_least(low: int) -> Callable[[str], int]:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
         if value < low:
             raise argparse.ArgumentTypeError(f"must be at least {low}, not {value}")
         return value
@@ -149,7 +149,7 @@ def label(args) -> int:
         return 0
     grid, config = get_grid(args.grid or "occ3d"), _label_config(args)
     if not args.quality and (args.every is not None or args.scenes is not None):
-        raise ValueError("--every and --scenes go with --quality; without it all scenes are labeled")
+        raise ValueError("--every and --scenes require --quality; without it all scenes are labeled")
     if args.quality:
         from occstream.sharding.labelquality import Quality, measure
 
@@ -157,7 +157,7 @@ def label(args) -> int:
         for name in source.scene_names()[: 10 if args.scenes is None else args.scenes]:
             scene = source.load(name)
             if len(scene.frames) < 2:
-                print(f"{name}: one frame, nothing to leave out")
+                print(f"{name}: only one frame, nothing to hold out")
                 continue
             total.add(measure(scene, grid, source.taxonomy, config, 4 if args.every is None else args.every))
         print(total.table())
@@ -172,7 +172,7 @@ def _run_job(args, source, groups, grid, label, images, coding, reason) -> int:
     from occstream.sharding.summary import after, before, plural
 
     if not args.out:
-        raise ValueError("where to? give --out FOLDER, file://… or s3://…")
+        raise ValueError("no target: give --out FOLDER, file://… or s3://…")
     part = parse_part(args.part)
     print("\n".join(before(source, reason, grid or source.grid)), flush=True)
     if args.dry_run:
@@ -182,13 +182,13 @@ def _run_job(args, source, groups, grid, label, images, coding, reason) -> int:
             name, reason = next(iter(found.failed.items()))
             print(
                 f"{len(found.failed)} of {plural(found.tried + len(found.failed), 'scene')} tried cannot be packed, such as "
-                f"{name}: {reason}\n--max-failures N leaves such scenes out"
+                f"{name}: {reason}\n--max-failures N skips such scenes"
             )
         share = f"the about {found.whole:.0f} that can be packed" if found.failed else "all"
         print(f"estimated from {plural(found.tried, 'scene')} for {share}:")
         print(f"  frames   {found.frames:,.0f}")
         for group, size in found.bytes.items():
-            print(f"  {group:<8} {size / 1e9:,.3f} GB, {size / max(1, found.frames) / 1e3:.1f} kB a frame")
+            print(f"  {group:<8} {size / 1e9:,.3f} GB, {size / max(1, found.frames) / 1e3:.1f} kB per frame")
         hours = found.seconds / 3600 / args.workers / part[1]
         rate = found.frames / found.seconds
         print(

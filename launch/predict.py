@@ -53,7 +53,7 @@ def predict_checkpoint(
     overrides: tuple[str, ...] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Predicted:
-    """Predicts all frames of a data set in this process, shard by shard; a rerun goes on where it was.
+    """Predicts all frames of a data set in this process, shard by shard; a rerun continues where it stopped.
 
     Offboard models label the voxels that the set's labels call occupied, other models those that they predict to be.
 

@@ -21,7 +21,7 @@ def main(stage: str, argv: Sequence[str] | None = None) -> int:
         words = (args.world_size, args.memory_gb, args.rate, args.price)
         return guarded(lambda: dry_run(stage, args.recipe, args.overrides, *words))
     if args.world_size != 1 or args.memory_gb or args.rate or args.price:
-        parser(stage).error("--world-size, --memory-gb, --rate and --price go with --dry-run")
+        parser(stage).error("--world-size, --memory-gb, --rate and --price require --dry-run")
     overrides = [*args.overrides, *([f"train.profile={args.profile}"] if args.profile else [])]
     return guarded(lambda: _run(stage, args.recipe, overrides))
 
@@ -73,7 +73,7 @@ def _run(stage: str, recipe: str, overrides: Sequence[str]) -> int:
             if result.stopped:
                 print(
                     f"stopped by {result.stopped} after step {result.steps}; saved at {result.checkpoint}. The same command "
-                    f"goes on from there (exit code {REQUEUE})",
+                    f"resumes from there (exit code {REQUEUE})",
                     flush=True,
                 )
                 return REQUEUE
@@ -119,8 +119,8 @@ def guarded(work: Callable[[], int]) -> int:
             raise
         if _ranks_lost(error):
             print(
-                f"{where}error: another rank ended or did not answer in time ({' '.join(str(error).split())[:160]}): look for "
-                "the first message of another rank. The same command goes on from the newest checkpoint",
+                f"{where}error: another rank failed or did not answer in time ({' '.join(str(error).split())[:160]}): look for "
+                "the first message of another rank. The same command resumes from the newest checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
@@ -144,5 +144,5 @@ def guarded(work: Callable[[], int]) -> int:
         if type(error).__name__ != "MlflowException" or os.environ.get("OCCSTREAM_TRACEBACK"):
             raise
         said = " ".join(str(error).split())[:300]
-        print(f"{where}error: MLflow: {said}; is the server up, and the URI right?", file=sys.stderr, flush=True)
+        print(f"{where}error: MLflow: {said}; is the server up, and is the URI right?", file=sys.stderr, flush=True)
         return 2

@@ -109,7 +109,7 @@ class Study:
             raise ValueError(f"name {names[0]!r}: use letters, digits, blanks and + * . _ -")
         moved = [name for name, arm in self.strategies.items() if "subset_seed" in arm.source]
         if moved:
-            raise ValueError(f"strategies.{moved[0]}.source.subset_seed would move the evaluation set; leave it out")
+            raise ValueError(f"strategies.{moved[0]}.source.subset_seed would change the evaluation set; remove it")
         self.reference = self.reference or next(iter(self.strategies))
         if self.reference not in self.strategies:
             raise ValueError(f"reference is {self.reference!r}, must be one of {', '.join(self.strategies)}")

@@ -74,14 +74,14 @@ def sweep(
     except Exception as error:  # the server's trouble is not training's
         page = ""
         print(
-            f"MLflow at {study.uri} does not take the data card ({str(error).splitlines()[0][:160]}); runs go on and keep "
+            f"MLflow at {study.uri} does not accept the data card ({str(error).splitlines()[0][:160]}); runs go on and keep "
             "their numbers, `occstream sync RUN` sends them later",
             file=sys.stderr,
             flush=True,
         )
     failed = _execute(study, runs, done, jobs)
     if failed:
-        print(f"\n{len(failed)} of {len(runs)} runs failed; the others are done. Correct the cause and run this again:")
+        print(f"\n{len(failed)} of {len(runs)} runs failed; the others are done. Fix the cause and run this again:")
         for name, reason in failed.items():
             print(f"  {name}: {reason}")
         return 1
@@ -183,7 +183,7 @@ def _execute(study: Study, runs: Sequence[Run], done: set[str], jobs: int) -> di
                 if in_use(Path(study.output) / run.name):
                     # What a sweep that was killed has left is about to save and stop; another sweep's is not.
                     if run.name not in busy:
-                        print(f"{run.name}: another process trains it; waiting for its end", flush=True)
+                        print(f"{run.name}: another process is training it; waiting for it to finish", flush=True)
                     busy.add(run.name)
                     continue
                 if run.name in busy and finished(study, run):

@@ -90,7 +90,7 @@ def _load(body: nn.Module, weights: str) -> None:
     if not path.exists() and not path.suffix and weights.count("/") == 1:
         path = _from_hub(weights)
     if not path.is_file():
-        raise ValueError(f"backbone weights {weights!r}: no such file, and not a hub id such as microsoft/resnet-50")
+        raise ValueError(f"backbone weights {weights!r}: no such file, and not a Hub ID such as microsoft/resnet-50")
     values = (
         load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     )

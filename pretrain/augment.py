@@ -110,7 +110,9 @@ def warp_jpeg(jpeg: bytes, source: tuple[int, int], affine: np.ndarray, out: np.
     # Four channels, because OpenCV warps them twice as fast as three.
     image = simplejpeg.decode_jpeg(jpeg, "RGBX", strict=True, **need)
     if (math.ceil(h / factor), math.ceil(w / factor)) != image.shape[:2]:
-        raise ValueError(f"image has {image.shape[1]}x{image.shape[0]} pixels (at 1/{factor}), its record says {w}x{h}")
+        raise ValueError(
+            f"image has {image.shape[1]}x{image.shape[0]} pixels (at 1/{factor}), its metadata says {w}x{h}"
+        )
     to_source = np.array([[factor, 0, (factor - 1) / 2], [0, factor, (factor - 1) / 2], [0, 0, 1.0]])
     size = (out.shape[2], out.shape[1])
     warped = cv2.warpAffine(

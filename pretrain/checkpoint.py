@@ -88,8 +88,8 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(root).free / 2**30
         raise OSError(
-            f"{final}: cannot be written ({error}; {free:.1f} GiB free there): make room and start the run again, it goes "
-            "on from the checkpoint before"
+            f"{final}: cannot be written ({error}; {free:.1f} GiB free there): make room and start the run again; it "
+            "resumes from the previous checkpoint"
         ) from error
     return final
 
@@ -229,7 +229,7 @@ class Uploader:
             while len(self.busy) > self.MOST:
                 # The oldest is the one under way, unless nothing gets through.
                 left = self.busy.pop(0 if self.failed else 1)
-                self._say(f"{left.name} will not be uploaded to {self.url}: {self.MOST} newer ones wait")
+                self._say(f"{left.name} will not be uploaded to {self.url}: {self.MOST} newer ones are waiting")
             self._fresh = True
             self._change.notify_all()
 
@@ -268,7 +268,7 @@ class Uploader:
             upload(path, self.url)
         except Exception as error:  # the store's trouble is not training's
             if str(error) != self.failed:
-                self._say(f"{path.name} was not uploaded to {self.url} ({error}); it stays here and is tried again")
+                self._say(f"{path.name} was not uploaded to {self.url} ({error}); it stays here and will be retried")
             self.failed = str(error)
             if (path / COMPLETE).is_file():
                 return False

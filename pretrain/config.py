@@ -457,7 +457,7 @@ def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict:
         if not isinstance(base, str):
             raise ValueError(f"recipe {name!r}: base is {str(base)[:40]!r}, not the name of a recipe or file")
         if len(above) > 20:
-            raise ValueError(f"recipe {above[0]!r}: its bases go in a circle: {' -> '.join([*above[:3], name])}")
+            raise ValueError(f"recipe {above[0]!r}: its bases form a cycle: {' -> '.join([*above[:3], name])}")
         below = folder / base
         data = merge(read_recipe(str(below) if below.suffix else base, (*above, name)), data)
     return data

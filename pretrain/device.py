@@ -40,7 +40,7 @@ def pick_device(number: int = 0, share: bool = False) -> torch.device:
         if not found and wanted != "cuda":
             return torch.device("cpu")
         raise ValueError(
-            f"{found or 'DS_ACCELERATOR=cuda'}, but torch cannot use a GPU: {_reason()}. To run on the CPU all the same, set "
+            f"{found or 'DS_ACCELERATOR=cuda'}, but torch cannot use a GPU: {_reason()}. To run on the CPU anyway, set "
             "DS_ACCELERATOR=cpu"
         )
     count = torch.cuda.device_count()

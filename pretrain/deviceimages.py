@@ -57,7 +57,7 @@ class DeviceImages:
         """Adds the images, complete; its other arrays stay as they are. For one thread at a time.
 
         Raises:
-            ValueError: a JPEG cannot be decoded, or has another size than its record says.
+            ValueError: a JPEG cannot be decoded, or has another size than its metadata says.
         """
         if self._stream is None:
             return self._add(batch)
@@ -95,7 +95,7 @@ class DeviceImages:
                 )
             if image.shape != (3, camera.height, camera.width):
                 raise ValueError(
-                    f"{name}: image has {image.shape[2]}x{image.shape[1]} pixels, its record says "
+                    f"{name}: image has {image.shape[2]}x{image.shape[1]} pixels, its metadata says "
                     f"{camera.width}x{camera.height}"
                 )
             # Without a CUDA driver its images cannot be handed on by DLPack.

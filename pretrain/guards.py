@@ -191,15 +191,16 @@ class Watchdog:
         faulthandler.dump_traceback(self.file, all_threads=True)
         print(
             f"{'' if self.rank == 0 else f'[rank {self.rank}] '}error: a step has taken longer than {self.minutes:g} minutes "
-            f"(train.timeout_minutes): this process hangs and is ended. The stacks of all its threads are in {self.path}. "
-            "The same command goes on from the newest checkpoint",
+            f"(train.timeout_minutes): this process hangs and is terminated. The stack traces "
+            f"of all its threads are in {self.path}. "
+            "The same command resumes from the newest checkpoint",
             file=sys.stderr,
             flush=True,
         )
         os._exit(HUNG)
 
     def _unwatched(self, error: BaseException) -> None:
-        print(f"hangs are not watched for any more ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
+        print(f"hangs are no longer detected ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
 
 
 class FiniteGuard:

@@ -83,7 +83,7 @@ def newest(root: Path, url: str, world: World) -> tuple[Checkpoint | None, int]:
     for path in aside:
         path.rename(path.with_name(path.name.removeprefix(checkpoint.ASIDE)))
     world.agree(error)
-    raise ValueError(f"{root}: no checkpoint there is whole")
+    raise ValueError(f"{root}: no checkpoint there is complete")
 
 
 def _steps(root: Path, url: str, world: World) -> tuple[list[int], list[int]]:
@@ -126,12 +126,12 @@ def _everywhere(root: Path, url: str, world: World, here: list[int], there: list
         return common, [*there, newest]
     if not common and not there:
         raise ValueError(
-            f"{path} is on the main rank's disk alone, so other ranks cannot go on from it: give an output= that all nodes "
+            f"{path} is only on the main rank's disk, so other ranks cannot resume from it: give an output= that all nodes "
             "share, or train.upload=, or start on the nodes that have it"
         )
     if world.is_main:
         print(
-            f"WARNING: {path} is not on every node's disk; going on from step {max([*common, *there])}, which all have",
+            f"WARNING: {path} is not on every node's disk; resuming from step {max([*common, *there])}, which all have",
             file=sys.stderr,
             flush=True,
         )

@@ -111,7 +111,7 @@ class Sender:
             self._post(client, again)
             if left := lost():
                 raise ConnectionError(
-                    f"{len(left)} of {len(wanted)} numbers do not stay at {redact(self.uri)}; look at the server"
+                    f"{len(left)} of {len(wanted)} metrics do not stay at {redact(self.uri)}; look at the server"
                 )
         known, files = client.get_run(self.run_id), {a.path for a in client.list_artifacts(self.run_id)}
         for event in events:
@@ -171,7 +171,7 @@ class Sender:
             self.refused.add(name)
             reason = redact(" ".join(str(error).split()))[:160]
             print(
-                f"MLflow at {redact(self.uri)} refuses {name} for good ({reason}); it is in {self.folder / EVENTS} alone",
+                f"MLflow at {redact(self.uri)} rejects {name} permanently ({reason}); it is only in {self.folder / EVENTS}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -301,7 +301,7 @@ def sync(run: Path, uri: str = "", experiment: str = "") -> str:
     refuse_secrets(uri, "--uri")
     if not uri:
         last = sender.uri or "sqlite:///runs/mlflow.db"
-        raise ValueError(f"{run}: say which server: --uri {redact(last)} (or set {VARIABLE})")
+        raise ValueError(f"{run}: give the server: --uri {redact(last)} (or set {VARIABLE})")
     sender = Sender(run, uri, experiment or sender.state["experiment"] or "occstream")
     try:
         sender.begin_anew_if_gone()
@@ -311,9 +311,9 @@ def sync(run: Path, uri: str = "", experiment: str = "") -> str:
         if isinstance(error, ConnectionError):
             raise
         later = "" if refuses(error) else "; try again later"
-        raise ConnectionError(f"{trouble(uri, error)}{later}; the numbers stay in {run / EVENTS}") from error
+        raise ConnectionError(f"{trouble(uri, error)}{later}; the metrics stay in {run / EVENTS}") from error
     lost = f" ({again} of them were missing there and have been sent again)" if again else ""
-    left = f"; it refuses {', '.join(sorted(sender.refused))}" if sender.refused else ""
+    left = f"; it rejects {', '.join(sorted(sender.refused))}" if sender.refused else ""
     return f"{run}: all {total} numbers are at {describe_uri(uri)}, run {sender.run_id}{lost}{left}"
 
 
@@ -338,7 +338,7 @@ def trouble(uri: str, error: BaseException) -> str:
             "MLFLOW_TRACKING_TOKEN; a 403 for a server reached by another name: name it in its MLFLOW_SERVER_ALLOWED_HOSTS"
         )
     if refuses(error):
-        return f"{where} refuses what it is sent ({type(error).__name__}: {reason}): look at the URI, or restore the run there"
+        return f"{where} rejects what it is sent ({type(error).__name__}: {reason}): look at the URI, or restore the run there"
     return f"{where} does not answer ({type(error).__name__}: {reason})"
 
 

@@ -122,7 +122,7 @@ class Tracker:
             self._thread.join(wait)
             if not self._sender.done():
                 print(
-                    f"MLflow has not got all numbers; they are safe in {self.folder / EVENTS}. "
+                    f"MLflow does not have all metrics yet; they are safe in {self.folder / EVENTS}. "
                     f"Send them later with: occstream sync {self.folder} --uri {redact(self._sender.uri)}",
                     file=sys.stderr,
                 )
@@ -135,7 +135,7 @@ class Tracker:
 
     def _ended(self, error: BaseException) -> None:
         print(
-            f"nothing more is sent to MLflow ({type(error).__name__}: {redact(str(error))[:160]}); training goes on, numbers "
+            f"nothing more is sent to MLflow ({type(error).__name__}: {redact(str(error))[:160]}); training continues, numbers "
             f"wait in {self.folder / EVENTS}",
             file=sys.stderr,
             flush=True,
@@ -148,7 +148,7 @@ class Tracker:
             try:
                 self._sender.send()
                 if told:
-                    print("MLflow answers again, and has all numbers so far", file=sys.stderr, flush=True)
+                    print("MLflow answers again and has all metrics so far", file=sys.stderr, flush=True)
                 pause, told = 1.0, ""
             except Exception as error:  # whatever MLflow raises must not reach training
                 pause = min(60.0, pause * 3)
@@ -156,7 +156,7 @@ class Tracker:
                 if said.split(" (")[0] != told:
                     told = said.split(" (")[0]
                     print(
-                        f"{said}; training goes on, numbers wait in {self.folder / EVENTS}",
+                        f"{said}; training continues, metrics wait in {self.folder / EVENTS}",
                         file=sys.stderr,
                         flush=True,
                     )

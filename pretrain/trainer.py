@@ -139,7 +139,9 @@ class _Training:
         # Checkpoints of earlier versions name no rule: their order hung on the content of the data.
         self.data.load_state_dict(state["data"], state.get("order", BY_CONTENT))
         if self.data.rule == BY_CONTENT:
-            world.say("goes on in the order by content, as the checkpoint was trained; new runs are ordered by scenes")
+            world.say(
+                "continues in the order by content that the checkpoint was trained with; new runs are ordered by scenes"
+            )
         world.say(f"resumed from {saved.path} at step {self.step}")
 
     def _tracker(self, state: Mapping[str, Any]) -> Tracker:

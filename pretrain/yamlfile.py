@@ -57,11 +57,13 @@ def read_yaml(text: str, where: str) -> Any:
     except yaml.reader.ReaderError as error:
         raise NotYaml(f"{where} is not valid YAML: character {error.position + 1}: {error.reason}") from None
     except RecursionError:
-        raise ValueError(f"{where}: values are more than {DEEPEST} deep in each other") from None
+        raise ValueError(f"{where}: values are nested more than {DEEPEST} deep") from None
     except (ValueError, OverflowError, TypeError) as error:
-        # Of our own checks, or of a date or number that looks like one and is none.
+        # Of our own checks, or of something that looks like a date or number but is not.
         said = str(error)
-        raise (error if said.startswith(where) else ValueError(f"{where}: a value is none: {said[:120]}")) from None
+        raise (
+            error if said.startswith(where) else ValueError(f"{where}: a value is not valid: {said[:120]}")
+        ) from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -78,10 +80,10 @@ def _place(error: yaml.MarkedYAMLError) -> str:
 def _size(node: yaml.Node, known: dict[int, int], depth: int, where: str) -> int:
     """Number of values below a node with aliases written out. Raises ValueError if there are too many, or a circle."""
     if depth > DEEPEST:
-        raise ValueError(f"{where}: values are more than {DEEPEST} deep in each other")
+        raise ValueError(f"{where}: values are nested more than {DEEPEST} deep")
     if id(node) in known:
         if not known[id(node)]:
-            raise ValueError(f"{where}: an alias stands for what it lies in (line {node.start_mark.line + 1})")
+            raise ValueError(f"{where}: an alias refers to a value that contains it (line {node.start_mark.line + 1})")
         return known[id(node)]
     known[id(node)] = 0
     total = 1
@@ -90,6 +92,6 @@ def _size(node: yaml.Node, known: dict[int, int], depth: int, where: str) -> int
         for part in parts:
             total += _size(part, known, depth + 1, where)
             if total > MOST_VALUES:
-                raise ValueError(f"{where}: its aliases stand for more than {MOST_VALUES} values")
+                raise ValueError(f"{where}: its aliases expand to more than {MOST_VALUES} values")
     known[id(node)] = total
     return total

@@ -146,5 +146,5 @@ def attach(url: str, labels_url: str, group: str) -> Manifest:
     reader.close()
     joined = sidecar.publish()
     if joined is None:
-        raise ValueError(f"{url}: labels of {group} have gone while they were attached; attach them again")
+        raise ValueError(f"{url}: labels of {group} disappeared while they were attached; attach them again")
     return joined

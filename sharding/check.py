@@ -81,7 +81,7 @@ def _ego_frame(manifest: Manifest) -> Iterator[str]:
     if old and manifest.source in OFF_THE_ROAD:
         yield (
             f"{manifest.url}: the ego frame is not on the road in {len(old)} scenes ({old[0]}, …) but "
-            f"{OFF_THE_ROAD[manifest.source]}: they do not fit sets and networks of now; pack the data set again"
+            f"{OFF_THE_ROAD[manifest.source]}: they do not match current sets and networks; pack the data set again"
         )
 
 
@@ -145,13 +145,13 @@ def _ranges(manifest: Manifest, entry: ShardEntry, data: bytes, where: str) -> t
         if header.get(name) != value:
             problems.append(f"{where}: its header says {name} {header.get(name)!r}, the manifest {value!r}")
     doubles = [name for name, n in Counter(m.name for m in members).items() if n > 1]
-    problems += [f"{where}: member {name} is there twice" for name in doubles]
+    problems += [f"{where}: member {name} appears twice" for name in doubles]
     starts: dict[str, list[int]] = {}
     for member in members[1:]:
         key = member.name.split(".", 1)[0]
         if not order or order[-1] != key:
             if key in starts:
-                problems.append(f"{where}: frame {key} is there twice")
+                problems.append(f"{where}: frame {key} appears twice")
             order.append(key)
         end = member.offset_data + -(-member.size // 512) * 512
         starts.setdefault(key, [member.offset, end])[1] = end
@@ -177,7 +177,7 @@ def _check_frame(frame: Frame, manifest: Manifest) -> Iterator[str]:
             image = simplejpeg.decode_jpeg(camera.jpeg, "GRAY", strict=True)
             if image.shape[:2] != (camera.height, camera.width):
                 size = f"{image.shape[1]}x{image.shape[0]}"
-                yield f"{name}: image has {size} pixels, its record says {camera.width}x{camera.height}"
+                yield f"{name}: image has {size} pixels, its metadata says {camera.width}x{camera.height}"
         except ValueError as error:
             yield f"{name}: image cannot be decoded ({error})"
         yield from (f"{name}: {problem}" for problem in _check_camera(camera))

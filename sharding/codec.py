@@ -156,7 +156,7 @@ def check_jpeg(camera: Camera) -> None:
         raise ValueError(f"JPEG is in {space}, not in color or gray; read it with rawfiles.read_jpeg")
     if (width, height) != (camera.width, camera.height):
         raise ValueError(
-            f"image has {width}x{height} pixels, its record says {camera.width}x{camera.height}; one of them is wrong"
+            f"image has {width}x{height} pixels, its metadata says {camera.width}x{camera.height}; one of them is wrong"
         )
     if b"\xff\xd9" not in camera.jpeg[-1024:]:
         raise ValueError(f"JPEG is truncated ({len(camera.jpeg)} bytes); fetch the image again")
@@ -193,7 +193,7 @@ def _decode_head(head: dict) -> Frame:
     scene, index, token, timestamp = head["scene"], head["index"], head["token"], head["timestamp"]
     check_scene_name(scene)
     if type(index) is not int or not 0 <= index < 10**7 or not isinstance(token, str):
-        raise ValueError(f"index {str(index)[:40]!r} or token {str(token)[:40]!r} is none")
+        raise ValueError(f"index {str(index)[:40]!r} or token {str(token)[:40]!r} is not valid")
     return Frame(scene, index, token, _time(timestamp, optional=True), _pose(head["ego_to_global"], optional=True))
 
 
@@ -233,7 +233,7 @@ def _decode_group(frame: Frame, head: dict, members: dict[str, bytes]) -> None:
             or not isinstance(tracks, list)
             or not all(isinstance(word, str) for word in (*names, *tracks))
         ):
-            raise ValueError("names or tracks of boxes are no lists of texts")
+            raise ValueError("names or tracks of boxes are not lists of strings")
         if len(names) != len(tracks):
             raise ValueError(f"boxes have {len(names)} names and {len(tracks)} tracks")
         frame.boxes = Boxes(
@@ -296,7 +296,7 @@ def _unpack(data: bytes, spec: dict) -> np.ndarray:
         _local.zstd = zstandard.ZstdDecompressor()
     dtype, shape, coding = _plain(spec["dtype"]), tuple(spec["shape"]), spec["coding"]
     if not 1 <= len(shape) <= 5 or not all(type(n) is int and 0 <= n <= LARGEST_ARRAY for n in shape):
-        raise ValueError(f"shape {str(shape)[:40]} is none")
+        raise ValueError(f"shape {str(shape)[:40]} is not valid")
     count = math.prod(shape)
     stored = _plain(spec["stored"]) if coding == "steps" else dtype
     length = -(-count // 8) if coding == "bits" else count * stored.itemsize
@@ -369,7 +369,7 @@ def _time(value: Any, optional: bool = False) -> int | None:
     if value is None and optional:
         return None
     if type(value) is not int or not -(2**63) <= value < 2**63:
-        raise ValueError(f"time stamp {str(value)[:40]!r} is no whole number")
+        raise ValueError(f"time stamp {str(value)[:40]!r} is not an integer")
     return value
 
 

@@ -48,7 +48,9 @@ def only_writer(url: str, name: str, part: tuple[int, int] = (1, 1)) -> Iterator
 
 def _refuse(url: str, holder: dict) -> ValueError:
     who = f"process {holder.get('process')} on {holder.get('host')}"
-    return ValueError(f"{url}: another packer writes there ({who}); wait for its end, or give each its own --part i/n")
+    return ValueError(
+        f"{url}: another packer is writing there ({who}); wait for it to finish, or give each its own --part i/n"
+    )
 
 
 @contextlib.contextmanager
@@ -115,8 +117,8 @@ def _wait_until_free(url: str, place: str, mine: dict) -> None:
             return
         if not told:
             print(
-                f"{url}: process {seen.get('process')} on {seen.get('host')} has packed there; seeing whether it lives "
-                f"(at most {EXPIRED:.0f} s)",
+                f"{url}: process {seen.get('process')} on {seen.get('host')} has packed there; checking whether it still "
+                f"runs (at most {EXPIRED:.0f} s)",
                 file=sys.stderr,
                 flush=True,
             )

@@ -243,7 +243,7 @@ class Manifest:
         wanted = free if scenes is None else scenes
         if free < 1 or wanted > free:
             raise ValueError(
-                f"{self.url}: {wanted} scenes asked for, but it has {len(self.scenes)}, {holdout} of them held out; "
+                f"{self.url}: {wanted} scenes requested, but it has {len(self.scenes)}, {holdout} of them held out; "
                 "ask for fewer or pack more"
             )
         return self._permutation(seed)[:wanted]
@@ -277,11 +277,11 @@ class Manifest:
         if self.grid is None or not self.grid.same_voxels(grid):
             have = f"{self.grid.name!r} {self.grid.shape} from {self.grid.lower}" if self.grid else "none"
             raise ValueError(
-                f"{self.url}: its labels are on grid {have}, the recipe wants {grid.name!r} {grid.shape} from "
+                f"{self.url}: its labels are on grid {have}, the recipe expects {grid.name!r} {grid.shape} from "
                 f"{grid.lower}; set grid= to that of the data or pack it with --grid {grid.name}"
             )
         if self.taxonomy != taxonomy:
-            raise ValueError(f"{self.url}: labels use taxonomy {self.taxonomy!r}, the recipe wants {taxonomy!r}")
+            raise ValueError(f"{self.url}: labels use taxonomy {self.taxonomy!r}, the recipe expects {taxonomy!r}")
 
     def shard(self, group: str, number: int) -> ShardEntry:
         """Entry of a shard. Raises ValueError if there is none."""

@@ -72,7 +72,7 @@ class Trajectory:
         if len(times) and (times.min() < first - TOLERANCE or times.max() > last + TOLERANCE):
             bad = times.min() if times.min() < first - TOLERANCE else times.max()
             raise ValueError(
-                f"scene {self.scene}: no pose at {int(bad)} µs, they reach from {first} to {last} µs; leave out the sweep"
+                f"scene {self.scene}: no pose at {int(bad)} µs, they reach from {first} to {last} µs; omit the sweep"
             )
         # Seconds from the first pose: microseconds since 1970 have too many digits for what follows.
         at = (np.clip(times, first, last) - first) / 1e6

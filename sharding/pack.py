@@ -240,7 +240,7 @@ def _pack(
         if len(state.failed) > max_failures:
             reasons = "; ".join(list(state.failed.values())[:5])
             allowed = f" ({len(state.failed)} failures, {max_failures} allowed)" if max_failures else ""
-            raise ValueError(f"{reasons}{allowed}. To pack the others all the same: --max-failures N")
+            raise ValueError(f"{reasons}{allowed}. To pack the others anyway: --max-failures N")
     outcome = {
         "job": job.digest([name for names in plan for name in names]),
         "part": part,
@@ -267,7 +267,7 @@ def merge(url: str) -> Manifest:
     if len(counts) > 1 or len({o["job"] for o in outcomes}) > 1:
         raise ValueError(
             f"{storage.join(url, PARTS)}: parts of different jobs ({', '.join(sorted(names))}): other settings, scenes or "
-            "number of parts; remove those of the job that is not wanted"
+            "number of parts; remove those of the unwanted job"
         )
     [count] = counts
     missing = sorted({*range(1, count + 1)} - {o["part"][0] for o in outcomes})
@@ -365,7 +365,7 @@ def _build_all(
                     yield running.pop(future), future.result()
         except BrokenProcessPool:
             raise ValueError(
-                "a worker process was killed, probably for want of memory: use fewer --workers; what is done is kept"
+                "a worker process was killed, probably because it ran out of memory: use fewer --workers; finished work is kept"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -401,7 +401,7 @@ def _build(job: Job, number: int, names: Sequence[str], published: dict[str, int
         free = shutil.disk_usage(folder).free / 2**30
         raise ValueError(
             f"{os.strerror(error.errno)} ({free:.1f} GiB free in {folder}, target {job.url}): set TMPDIR to a larger disk, "
-            "use fewer --workers or --scenes-per-shard; what is done is kept"
+            "use fewer --workers or --scenes-per-shard; finished work is kept"
         ) from None
 
 

@@ -39,7 +39,7 @@ class _Kind:
         # (version, byte order, sub-array, names, fields, item size, alignment, flags): only the order is taken over.
         order = state[1] if isinstance(state, tuple) and len(state) >= 5 else None
         if order not in ("<", ">", "=", "|") or any(part is not None for part in state[2:5]):
-            raise pickle.UnpicklingError("an array of a composed type")
+            raise pickle.UnpicklingError("an array of a structured type")
         if order != "|":
             self.dtype = self.dtype.newbyteorder(order)
 
@@ -63,7 +63,7 @@ def _filled(data: Any, kind: Any, shape: Any, order: Any) -> np.ndarray:
     if not isinstance(kind, _Kind) or not isinstance(data, (bytes, bytearray)):
         raise pickle.UnpicklingError("an array of objects")
     if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
-        raise pickle.UnpicklingError("an array of a shape that cannot be")
+        raise pickle.UnpicklingError("an array of an impossible shape")
     if math.prod(shape) * kind.dtype.itemsize != len(data) or order not in ("C", "F"):
         raise pickle.UnpicklingError(f"an array of shape {shape} with {len(data)} bytes")
     return np.frombuffer(bytes(data), kind.dtype).reshape(shape, order=order)
@@ -169,7 +169,7 @@ def _settled(value: Any, done: dict[int, Any], depth: int) -> Any:
     if not isinstance(value, (list, dict, tuple, set, frozenset)) or id(value) in done:
         return done.get(id(value), value)
     if depth > DEEPEST:
-        raise pickle.UnpicklingError(f"values more than {DEEPEST} deep in each other")
+        raise pickle.UnpicklingError(f"values nested more than {DEEPEST} deep")
     done[id(value)] = value
     if isinstance(value, list):
         value[:] = [_settled(v, done, depth + 1) for v in value]

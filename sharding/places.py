@@ -38,6 +38,6 @@ def place(text: str) -> str:
     if text.startswith("~"):
         path = os.path.expanduser(text)
         if path.startswith("~"):
-            raise ValueError(f"{text}: there is no home folder of that user; write ./{text} for a folder of that name")
+            raise ValueError(f"{text}: that user has no home folder; write ./{text} for a folder of that name")
         return path
     return text

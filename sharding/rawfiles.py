@@ -96,7 +96,7 @@ def read_values(path: Path, dtype: str) -> np.ndarray:
     """(N,) of a bare binary file of one type. Raises ValueError if its size does not fit."""
     data = read_file(path)
     if len(data) % np.dtype(dtype).itemsize:
-        raise ValueError(f"{path}: {len(data)} bytes are not a whole number of {np.dtype(dtype)}; fetch it again")
+        raise ValueError(f"{path}: {len(data)} bytes are not a multiple of {np.dtype(dtype)}; fetch it again")
     return np.frombuffer(data, dtype)
 
 
@@ -106,7 +106,7 @@ def read_points(path: Path, columns: int) -> np.ndarray:
     if not data or len(data) % (4 * columns):
         others = [c for c in (3, 4, 5, 6) if data and c != columns and len(data) % (4 * c) == 0]
         hint = f"it looks like {others[0]} columns" if len(others) == 1 else "it is damaged, fetch it again"
-        raise ValueError(f"{path}: {len(data)} bytes are not a whole number of {columns} x float32 points; {hint}")
+        raise ValueError(f"{path}: {len(data)} bytes are not a multiple of {columns} x float32 points; {hint}")
     return np.frombuffer(data, np.float32).reshape(-1, columns)
 
 
@@ -170,8 +170,8 @@ def read_jpeg(path: Path, why: str = "", quality: int = 95) -> tuple[bytes, int,
         turn = 1
     if turn not in (0, 1):
         raise ValueError(
-            f"{path}: is marked as to be shown turned (EXIF orientation {turn}), so width, height and intrinsics may mean the "
-            "stored or the turned image; turn the pixels and remove the mark (jpegtran -rotate, exiftool -Orientation=)"
+            f"{path}: is marked for rotated display (EXIF orientation {turn}), so width, height and intrinsics may refer "
+            "to the stored or the rotated image; rotate the pixels and remove the mark (jpegtran -rotate, exiftool -Orientation=)"
         )
     try:
         if data.startswith(b"\xff\xd8"):

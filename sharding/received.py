@@ -85,7 +85,7 @@ class Received:
             if math.prod(grid.shape) > MOST_VOXELS:
                 raise ValueError(f"{math.prod(grid.shape)} voxels, at most {MOST_VOXELS}")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise self.fail(f"grid is no grid ({type(error).__name__}: {error})") from None
+            raise self.fail(f"grid is not valid ({type(error).__name__}: {error})") from None
         return grid
 
     def rows(self, field: str, needed: set[str], optional: set[str] = frozenset()) -> list[dict]:
@@ -97,7 +97,7 @@ class Received:
         for number, row in enumerate(value):
             if not needed <= row.keys() <= known:
                 odd = sorted(needed - row.keys()) or sorted(row.keys() - known)
-                raise self.fail(f"{field}[{number}] lacks or has too much: {str(odd)[:80]}")
+                raise self.fail(f"{field}[{number}] has missing or extra fields: {str(odd)[:80]}")
         return value
 
     def whole(self, field: str, values: Iterable[Any], low: int, high: int) -> np.ndarray:
@@ -105,13 +105,13 @@ class Received:
         values = list(values)
         for number, value in enumerate(values):
             if type(value) is not int or not low <= value <= high:
-                raise self.fail(f"{field}, entry {number}: {str(value)[:40]!r} is no whole number {low} to {high}")
+                raise self.fail(f"{field}, entry {number}: {str(value)[:40]!r} is not an integer from {low} to {high}")
         return np.array(values, np.int64)
 
     def matches(self, field: str, values: Iterable[Any], pattern: re.Pattern) -> None:
         for number, value in enumerate(values):
             if type(value) is not str or not pattern.fullmatch(value):
-                raise self.fail(f"{field}, entry {number}: {str(value)[:80]!r} cannot be used as that")
+                raise self.fail(f"{field}, entry {number}: {str(value)[:80]!r} cannot be used for it")
 
 
 def check_shards(received: Received, groups: tuple[str, ...]) -> dict[str, dict[int, int]]:

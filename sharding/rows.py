@@ -135,7 +135,7 @@ class Row:
         if isinstance(value, np.ndarray) and value.ndim == 1:
             value = value.tolist()
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
-            raise self.error(field, f"is {_short(value)}, not a list of texts")
+            raise self.error(field, f"is {_short(value)}, not a list of strings")
         return list(value)
 
 

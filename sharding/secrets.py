@@ -13,8 +13,8 @@ _INSTEAD = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
     "http": "of an MLflow server set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; of "
     "data give its s3:// URL and AWS credentials",
-    "postgresql": "use PGPASSWORD or ~/.pgpass, or an MLflow server in front of the data base",
-    "mysql": "use ~/.my.cnf, or an MLflow server in front of the data base",
+    "postgresql": "use PGPASSWORD or ~/.pgpass, or an MLflow server in front of the database",
+    "mysql": "use ~/.my.cnf, or an MLflow server in front of the database",
 }
 
 
@@ -44,9 +44,9 @@ def refuse_secrets(uri: str, where: str) -> str:
     shown = redact(uri)
     if shown != uri:
         scheme = uri.partition("://")[0].partition("+")[0].removesuffix("s") if "://" in uri else ""
-        instead = _INSTEAD.get(scheme, "give it by the environment or a file of the client library")
+        instead = _INSTEAD.get(scheme, "set it in the environment or in a file of the client library")
         raise ValueError(
-            f"{where} ({shown}) has a password or token in it, which would be written into config.yaml, checkpoints and "
-            f"MLflow: leave it out there and {instead}"
+            f"{where} ({shown}) contains a password or token, which would be written into config.yaml, checkpoints and "
+            f"MLflow: remove it there and {instead}"
         )
     return uri

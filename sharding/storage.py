@@ -125,13 +125,13 @@ def retry(work: Callable[[], T], what: str) -> T:
             said = redact(f"{type(error).__name__}: {' '.join(str(error).split())}")[:220]
             if waited + pause > patience:
                 raise ConnectionError(
-                    f"{what}: still failing after {attempt + 1} tries in {waited:.0f} s ({said}); see whether the store is "
-                    "up and AWS_ENDPOINT_URL_S3 right; OCCSTREAM_STORAGE_MINUTES says how long to wait"
+                    f"{what}: still failing after {attempt + 1} tries in {waited:.0f} s ({said}); check that the store is "
+                    "up and AWS_ENDPOINT_URL_S3 is correct; OCCSTREAM_STORAGE_MINUTES sets how long to wait"
                 ) from error
             attempt += 1
             _count("retries")
             if waited + pause > NOTICE:
-                _notice(f"{what}: does not answer ({said}); asked again for {minutes():g} minutes")
+                _notice(f"{what}: does not answer ({said}); retrying for {minutes():g} minutes")
             time.sleep(pause)
 
 
@@ -381,7 +381,7 @@ class ShardCache:
                 file = None
                 path.unlink(missing_ok=True)
         raise ValueError(
-            f"{url}: size or SHA-256 differ from the manifest, also after fetching it again; pack it again"
+            f"{url}: size or SHA-256 differ from the manifest, even after fetching it again; pack it again"
         )
 
     def path(self, url: str, sha256: str) -> Path:

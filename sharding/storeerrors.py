@@ -26,8 +26,8 @@ _MEANING = {
         "IllegalLocationConstraintException",
         "InvalidLocationConstraint",
     ): "the bucket is in another region or at another endpoint; set AWS_DEFAULT_REGION, or AWS_ENDPOINT_URL_S3",
-    ("NoSuchBucket",): "there is no such bucket; look at its name and at AWS_ENDPOINT_URL_S3",
-    ("InvalidBucketName",): "not a name that a bucket can have (3 to 63 lower-case letters, digits, dots and hyphens)",
+    ("NoSuchBucket",): "the bucket does not exist; check its name and AWS_ENDPOINT_URL_S3",
+    ("InvalidBucketName",): "not a valid bucket name (3 to 63 lower-case letters, digits, dots and hyphens)",
     ("QuotaExceeded", "XMinioStorageFull", "StorageFull", "507"): "the store is full; make room there",
     (
         "NotImplemented",
@@ -81,22 +81,22 @@ def explain(error: BaseException, url: str) -> Exception:
     name, said = type(error).__name__, redact(" ".join(str(error).split()))[:200]
     if isinstance(error, ConnectionError) and said.startswith(url):
         return error
-    if isinstance(error, ValueError) and "has a password or token in it" in said:
+    if isinstance(error, ValueError) and "contains a password or token" in said:
         return error
     meaning = _meaning(error)
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{url}: {meaning or 'no such object'}")
     if _CREDENTIALS.search(name):
         return PermissionError(
-            f"{url}: no credentials found that work ({said}): {CREDENTIALS}; a public bucket needs none with {ANONYMOUS}=1"
+            f"{url}: no working credentials found ({said}): {CREDENTIALS}; for a public bucket, set {ANONYMOUS}=1"
         )
     if isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403):
         if meaning:
             return PermissionError(f"{url}: {meaning} ({said})")
         if getattr(error, "filename", None):
-            return PermissionError(f"{url}: {said}; check the rights of the file and its folder")
+            return PermissionError(f"{url}: {said}; check the permissions of the file and its folder")
         return PermissionError(
-            f"{url}: access denied; check the credentials and their rights ({said}): {CREDENTIALS}; a public bucket needs "
+            f"{url}: access denied; check the credentials and their permissions ({said}): {CREDENTIALS}; a public bucket needs "
             f"none with {ANONYMOUS}=1"
         )
     if meaning:

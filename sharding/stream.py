@@ -424,8 +424,8 @@ class Stream:
         shards = sorted({manifest.scenes[s.scene].shard for s in missing})
         listed = ", ".join(f"{shard_path(g, n)}" for n in shards[:3] for g in self._reader.groups)
         return (
-            f"{manifest.url}: {len(missing)} frames of the next batch did not come within {self._deadline:.0f} s, of shards "
-            f"{listed}; see whether the store answers, or raise train.data_timeout"
+            f"{manifest.url}: {len(missing)} frames of the next batch did not arrive within {self._deadline:.0f} s, of shards "
+            f"{listed}; check that the store answers, or raise train.data_timeout"
         )
 
     def _idle(self) -> bool:

@@ -132,7 +132,7 @@ def _findings(folder: Path, labels: str | None, where: Path | None, records: dic
             f"{folder}: {listed('scene', bare)} without lidarseg, but {with_classes[0]} has it; choose scenes=, so that all "
             "labels have classes or none"
         )
-    why, unused = "no label set was asked for with labels=, and none lies below the root", ""
+    why, unused = "no label set was requested with labels=, and there is none below the root", ""
     if there := [name for name, kind in LABEL_SETS.items() if (folder / kind.root).is_dir()]:
         folders = ", ".join(f"{name} ({LABEL_SETS[name].root}/)" for name in there)
         why, unused = "", f"{folder}: holds public labels, {folders}; read them with labels={there[0]}"
@@ -233,8 +233,8 @@ class Nuscenes:
         points = read_points(self.root / row["filename"], 5)
         if not ((points[:, 4] >= 0) & (points[:, 4] <= 255) & (points[:, 4] == np.floor(points[:, 4]))).all():
             raise ValueError(
-                f"{self.root / row['filename']}: the ring of its points is no whole number 0 to 255; it looks like 4 columns, "
-                "this layout has 5 (x, y, z, intensity, ring): write the ring, or 0, as fifth"
+                f"{self.root / row['filename']}: the ring of its points is not an integer from 0 to 255; it looks like 4 "
+                "columns, this layout has 5 (x, y, z, intensity, ring): write the ring, or 0, as fifth"
             )
         classes = None
         if row.get("lidarseg"):
@@ -339,7 +339,7 @@ def _chain(scene: Row, samples: dict[str, Row], table: Table) -> list[str]:
         if token not in samples:
             raise row.error(field, f"is {token!r}, which {table.path.name} does not have for this scene")
         if token in chain:
-            raise row.error(field, f"leads back to {token!r}: the samples go in a circle; unpack the archive again")
+            raise row.error(field, f"leads back to {token!r}: the samples form a cycle; unpack the archive again")
         row, field = samples[token], "next"
         if row.text("scene_token") != scene.text("token"):
             raise row.error("scene_token", f"is not {scene.text('token')!r}, whose samples lead here")

@@ -169,7 +169,7 @@ class OpenScene:
             try:
                 lens = lens_of(width, height, intrinsics, distortion)
             except ValueError as error:
-                raise camera.error("distortion", f"is no lens: {error}") from None
+                raise camera.error("distortion", f"is not a lens: {error}") from None
             cameras[name] = Camera(
                 jpeg=jpeg,
                 width=width,
@@ -212,7 +212,7 @@ class OpenScene:
         path = self._find(row.text("occ_gt_final_path"))
         rows = read_npy(path)
         if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "iuf" or not np.isfinite(rows).all():
-            raise ValueError(f"{path}: is no array of finite numbers")
+            raise ValueError(f"{path}: is not an array of finite numbers")
         if rows.ndim != 2 or rows.shape[1] != 2:
             raise ValueError(f"{path}: shape {rows.shape}, expected (N, 2) of flat index and class")
         x, y, _ = self.grid.shape
@@ -227,7 +227,7 @@ class OpenScene:
             where = self._find(row.text("flow_gt_final_path"))
             velocity = read_npy(where)
             if not isinstance(velocity, np.ndarray) or velocity.dtype.kind not in "iuf":
-                raise ValueError(f"{where}: is no array of numbers")
+                raise ValueError(f"{where}: is not an array of numbers")
             if velocity.shape != (len(rows), 2):
                 raise ValueError(f"{where}: shape {velocity.shape} does not fit the {len(rows)} voxels of {path.name}")
             grid = np.zeros((*self.grid.shape, 2), np.float32)

@@ -99,7 +99,7 @@ class WaymoOcc3d:
     def _frame(self, scene: str, index: int, number: int, path: Path) -> Frame:
         arrays = read_npy(path)
         if not isinstance(arrays, dict):
-            raise ValueError(f"{path}: is no archive of arrays (.npz)")
+            raise ValueError(f"{path}: is not an archive of arrays (.npz)")
         missing = [k for k in ("voxel_label", "origin_voxel_state", "final_voxel_state") if k not in arrays]
         if missing:
             raise ValueError(f"{path}: has no array {missing[0]!r}, only {', '.join(arrays)}")

@@ -31,7 +31,7 @@ def test_every_whole_number_says_from_where_on():
         ("subset x --scenes 0", "--scenes: must be at least 1, not 0"),
         ("subset x --holdout -1", "--holdout: must be at least 0, not -1"),
         ("shard synthetic --max-failures -1", "--max-failures: must be at least 0, not -1"),
-        ("shard synthetic --workers two", "--workers: 'two' is not a whole number"),
+        ("shard synthetic --workers two", "--workers: 'two' is not an integer"),
     ],
 )
 def test_numbers_out_of_range_are_named_with_their_option(words, said, capsys):

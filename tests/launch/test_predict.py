@@ -82,7 +82,7 @@ def test_the_loop_closes(place, capsys):
     command = ["predict", str(place / "teacher"), str(place / "data"), "--name", "pseudo-two", "--keep", "top2"]
     # Batches of one frame: more of them than the stream has buffers.
     assert main([*command, "--truth", "2", "--holdout", "1", "eval.batch=1"]) == 0
-    assert "kB a frame" in capsys.readouterr().out
+    assert "kB per frame" in capsys.readouterr().out
     assert main(["verify", str(place / "data"), "--group", "pseudo-two"]) == 0
     base = Manifest.load(str(place / "data"))
     theirs, ours = labels_of(base), labels_of(base.with_sidecar("pseudo-two"))

@@ -101,10 +101,10 @@ def test_binary_scenes_of_another_world_change_nothing_but_where_they_come_from(
 def test_wrong_studies_are_named(data, tmp_path):
     for changes, reason in (
         ({"seeds": []}, "seeds must not be empty"),
-        ({"strategies": {"A": {"source": {"subset_seed": 1}}}, "reference": "A"}, "would move the evaluation set"),
+        ({"strategies": {"A": {"source": {"subset_seed": 1}}}, "reference": "A"}, "would change the evaluation set"),
         ({"reference": "x"}, "reference is 'x', must be one of Multi"),
         ({"stratgies": {}}, "unknown key 'stratgies'; did you mean 'strategies'"),
-        ({"finetune": {"recipe": RECIPE, "scenes": [50]}}, "50 scenes asked for"),
+        ({"finetune": {"recipe": RECIPE, "scenes": [50]}}, "50 scenes requested"),
         ({"set": {"data": {"url": data, "holdout": 0}, "eval": {"url": data}}}, "are trained on and evaluated on"),
         ({"set": {"train": {"lerning": 1}}}, "unknown key 'train.lerning'"),
     ):

@@ -83,7 +83,7 @@ def test_unknown_source_option_grid_and_recipe(tmp_path, said):
         ("model.flor=3", "did you mean 'model.floor'"),
         ("train.zero_stage=4", "zero_stage is 4, must be 0, 1, 2 or 3"),
         ("train.batch=many", "train.batch = 'many'"),
-        ("data.scenes=50", "50 scenes asked for, but it has 3"),
+        ("data.scenes=50", "50 scenes requested, but it has 3"),
         ("data.scene_names=[synthetic-v2-s0-00001]", "did you mean 'synthetic-v2-s0-000001'"),
         ("model.compact_factor=8", "compact_factor is 8"),
         ("train.steps", "write key=value"),
@@ -97,19 +97,19 @@ def test_wrong_recipe_values(data, tmp_path, said, override, message):
 
 def test_options_that_need_another_say_so(tmp_path, said, capsys):
     assert cli.main(["predict", "run", "data", "--name", "pseudo-a", "--holdout", "2"]) == 2
-    assert "--holdout goes with --truth" in said()
+    assert "--holdout requires --truth" in said()
     assert cli.main(["label", "synthetic", "--out", str(tmp_path / "out"), "--scenes", "2"]) == 2
-    assert "--every and --scenes go with --quality" in said()
+    assert "--every and --scenes require --quality" in said()
     with pytest.raises(SystemExit):
         main("pretrain", ["--recipe", "demo", "--price", "2"])
-    assert "go with --dry-run" in capsys.readouterr().err
+    assert "require --dry-run" in capsys.readouterr().err
 
 
 def test_manifest_of_another_grid_or_taxonomy(data, tmp_path, said):
     assert pretrain(data, tmp_path / "run", "grid=occ3d") == 2
     assert "its labels are on grid 'tiny' (48, 48, 8)" in said()
     assert pretrain(data, tmp_path / "run", "taxonomy=openscene") == 2
-    assert "labels use taxonomy 'occ3d', the recipe wants 'openscene'" in said()
+    assert "labels use taxonomy 'occ3d', the recipe expects 'openscene'" in said()
 
 
 def test_no_data_and_missing_shard(tmp_path, said):

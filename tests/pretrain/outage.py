@@ -60,7 +60,7 @@ def wait_for(look, what: str, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not look():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{what} did not come within {seconds:.0f} s")
+            raise TimeoutError(f"{what} did not arrive within {seconds:.0f} s")
         time.sleep(0.5)
 
 

@@ -108,7 +108,7 @@ def test_empty_shares_and_damage():
     )
     with pytest.raises(ValueError, match=r"frame s-0003, CAM_FRONT: nvImageCodec cannot decode its JPEG"):
         completed(stored(jpeg[:4] + b"\xff\xd8" * 100))
-    with pytest.raises(ValueError, match=r"CAM_FRONT: image has 352x198 pixels, its record says 400x198"):
+    with pytest.raises(ValueError, match=r"CAM_FRONT: image has 352x198 pixels, its metadata says 400x198"):
         completed(stored(jpeg, (400, 198)))
 
 

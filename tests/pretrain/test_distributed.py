@@ -364,11 +364,11 @@ def test_nodes_with_disks_of_their_own_go_on_from_what_all_have(tmp_path):
     assert first["hashed"] > 0
     assert second["hashed"] == 0, "another rank of its node has done it"
     assert [f["step"] for f in found("older")] == [1, 1]
-    assert all("disk alone" in f["error"] for f in found("alone"))
+    assert all("only on the main rank" in f["error"] for f in found("alone"))
     for name in ("upload", "again"):
         assert [(f["step"], f["uploaded"]) for f in found(name)] == [(3, 3), (3, 3)]
     assert [p.name for p in complete_steps(tmp_path / "f")] == ["step-00000003"]
-    assert "step-00000002 is not on every node's disk; going on from step 1" in (tmp_path / "log/rank0.log").read_text()
+    assert "step-00000002 is not on every node's disk; resuming from step 1" in (tmp_path / "log/rank0.log").read_text()
 
 
 def test_shares_of_replay_sources_are_exact_and_logged(runs):

@@ -153,7 +153,7 @@ def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(data, tmp_path):
     assert process.returncode == 2, said
     [line] = [x for x in said.splitlines() if x.startswith("error:")]
     assert "cannot be written" in line
-    assert "goes on from the checkpoint before" in line
+    assert "resumes from the previous checkpoint" in line
     assert Checkpoint(tmp_path / "run").state["step"] == 2
     process = start(tmp_path / "run", *words)
     process.communicate(timeout=100)
@@ -184,7 +184,7 @@ def test_ranks_that_went_away_are_one_line(kind, capsys):
 
     assert guarded(lonely) == 3
     [line] = capsys.readouterr().err.splitlines()
-    assert "another rank ended" in line
+    assert "another rank failed" in line
     assert "Connection closed by peer [10.0.0.7]" in line
 
 

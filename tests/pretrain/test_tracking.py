@@ -79,7 +79,7 @@ def test_dead_server_costs_nothing_and_is_made_up_for(tmp_path, capsys, monkeypa
     assert time.perf_counter() - began < 2
     tracker.close(wait=20)
     said = capsys.readouterr().err
-    assert "training goes on" in said
+    assert "training continues" in said
     assert "occstream sync" in said
     assert "secret" not in said
     later = Sender(folder, _uri(tmp_path), "study")
@@ -212,9 +212,9 @@ def test_what_the_server_refuses_for_good_is_named_and_holds_nothing_up(server, 
     assert sender.done()
     assert _steps(server, sender.run_id) == list(range(1, 9))
     said = capsys.readouterr().err
-    assert said.count("refuses y for good (bad name)") == 1
+    assert said.count("rejects y permanently (bad name)") == 1
     assert "does not answer" not in said
-    assert "it refuses y" in sync(tmp_path, "http://tracker")
+    assert "it rejects y" in sync(tmp_path, "http://tracker")
 
 
 def test_sync_sends_what_the_server_has_lost(server, tmp_path):
@@ -297,7 +297,7 @@ def test_sync_does_not_send_to_a_server_that_only_the_folder_names(tmp_path, mon
     _write(tmp_path, (1,))
     (tmp_path / STATE).write_text(json.dumps({"uri": "http://theirs", "experiment": "e", "run_id": None, "sent": 0}))
     assert cli.main(["sync", str(tmp_path)]) == 2
-    assert "say which server: --uri http://theirs" in capsys.readouterr().err
+    assert "give the server: --uri http://theirs" in capsys.readouterr().err
 
 
 def test_artifacts_stay_below_the_folder(server, tmp_path):

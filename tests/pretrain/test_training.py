@@ -86,7 +86,7 @@ def test_a_checkpoint_of_the_old_rule_goes_on_in_its_order(data, tmp_path, capsy
         train(world, "pretrain", data, run, "train.steps=3", "train.log_keys=true")
     words = ["train.steps=3", "train.log_keys=true", "augment.resize_relative=true"]
     train(world, "pretrain", data, run, *words)
-    assert "goes on in the order by content" in capsys.readouterr().out
+    assert "continues in the order by content" in capsys.readouterr().out
     manifest = Manifest.load(data)
     scenes = manifest.subset(None, 0, 1)
     entries = [manifest.scenes[i] for i in scenes]

@@ -67,7 +67,7 @@ def test_images_that_a_viewer_opens(tmp_path, kind):
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_an_image_that_is_to_be_shown_turned_is_refused(tmp_path, orientation):
     (tmp_path / "a.jpg").write_bytes(turned(orientation))
-    with pytest.raises(ValueError, match=rf"a.jpg: is marked as to be shown turned \(EXIF orientation {orientation}\)"):
+    with pytest.raises(ValueError, match=rf"a.jpg: is marked for rotated display \(EXIF orientation {orientation}\)"):
         rawfiles.read_jpeg(tmp_path / "a.jpg")
 
 
@@ -172,7 +172,7 @@ def test_dry_run_says_how_many_are_there_and_packing_how_to_go_on(partial, capsy
     assert "is missing (the tables name it); complete the download" in said
     assert "estimated from 1 scene for the about 1 that can be packed:" in said
     assert main(command) == 2
-    assert "To pack the others all the same: --max-failures N" in capsys.readouterr().err
+    assert "To pack the others anyway: --max-failures N" in capsys.readouterr().err
     assert main([*command, "--max-failures", "3"]) == 0
     assert verify(str(partial / "out")) == []
 

@@ -53,7 +53,7 @@ def test_the_second_is_refused_while_the_first_lives(target):
                 thread.start()
                 thread.join()
         assert len(errors) == 2
-        assert all("another packer writes there" in e for e in errors)
+        assert all("another packer is writing there" in e for e in errors)
     assert left(target) == []
     with only_writer(target, "pack"):
         pass
@@ -77,7 +77,7 @@ def test_what_a_killed_one_left_expires(tmp_path, monkeypatch):
 
 
 def test_packing_holds_the_lease_and_leaves_nothing(tmp_path):
-    with only_writer(str(tmp_path), "pack"), pytest.raises(ValueError, match="another packer writes there"):
+    with only_writer(str(tmp_path), "pack"), pytest.raises(ValueError, match="another packer is writing there"):
         pack(ToySource((1,)), str(tmp_path), grid=GRID)
     pack(ToySource((1,)), str(tmp_path), grid=GRID)
     assert left(str(tmp_path)) == []

@@ -217,7 +217,7 @@ def test_subsets_are_nested_and_disjoint_from_what_is_held_out(tmp_path):
         assert all(a < b for a, b in itertools.pairwise(sets))
         assert set(manifest.held_out(5, seed)) == set(range(20)) - sets[-1]
     assert manifest.subset(5, 0) != manifest.subset(5, 1)
-    with pytest.raises(ValueError, match="16 scenes asked for, but it has 20, 5 of them held out"):
+    with pytest.raises(ValueError, match="16 scenes requested, but it has 20, 5 of them held out"):
         manifest.subset(16, holdout=5)
 
 
@@ -225,7 +225,7 @@ def test_wrong_data_sets_are_named(tmp_path):
     with pytest.raises(ValueError, match="no manifest there"):
         Manifest.load(str(tmp_path))
     manifest = pack(ToySource(), str(tmp_path / "a"), grid=GRID, groups=("labels",))
-    with pytest.raises(ValueError, match=r"grid 'toy' \(8, 8, 2\).*the recipe wants 'occ3d' \(200, 200, 16\)"):
+    with pytest.raises(ValueError, match=r"grid 'toy' \(8, 8, 2\).*the recipe expects 'occ3d' \(200, 200, 16\)"):
         manifest.check(get_grid("occ3d"), "occ3d", ("labels",))
     with pytest.raises(ValueError, match="no group 'cameras'"):
         manifest.check(GRID, "occ3d", ("cameras",))

@@ -27,12 +27,22 @@ def named(name, text="", **more):
 @pytest.mark.parametrize(
     ("error", "again", "kind", "words"),
     [
-        (boto.NoCredentialsError(), False, PermissionError, "no credentials found that work"),
+        (boto.NoCredentialsError(), False, PermissionError, "no working credentials found"),
         (boto.PartialCredentialsError(provider="env", cred_var="x"), False, PermissionError, "AWS_SECRET_ACCESS_KEY"),
         (boto.ProfileNotFound(profile="p"), False, PermissionError, "AWS_PROFILE"),
         (boto.UnauthorizedSSOTokenError(), False, PermissionError, "AWS_PROFILE"),
-        (boto.CredentialRetrievalError(provider="iam-role", error_msg="x"), True, PermissionError, "no credentials"),
-        (boto.CredentialRetrievalError(provider="process", error_msg="x"), False, PermissionError, "no credentials"),
+        (
+            boto.CredentialRetrievalError(provider="iam-role", error_msg="x"),
+            True,
+            PermissionError,
+            "no working credentials",
+        ),
+        (
+            boto.CredentialRetrievalError(provider="process", error_msg="x"),
+            False,
+            PermissionError,
+            "no working credentials",
+        ),
         (boto.NoRegionError(), False, ValueError, "AWS_DEFAULT_REGION"),
         (boto.ParamValidationError(report="Invalid bucket name"), False, ValueError, "check the URL"),
         (boto.EndpointConnectionError(endpoint_url="http://x"), True, OSError, "EndpointConnectionError"),
@@ -42,11 +52,11 @@ def named(name, text="", **more):
         (answered("InvalidAccessKeyId", 403), False, PermissionError, "access denied; check the credentials"),
         (answered("403", 403, "Forbidden"), False, PermissionError, "OCCSTREAM_S3_ANONYMOUS=1"),
         (answered("RequestTimeTooSkewed", 403), False, PermissionError, "clock"),
-        (answered("NoSuchBucket", 404), False, FileNotFoundError, "no such bucket"),
+        (answered("NoSuchBucket", 404), False, FileNotFoundError, "bucket does not exist"),
         (answered("NoSuchKey", 404), False, FileNotFoundError, "no such object"),
         (answered("PermanentRedirect", 301), False, OSError, "another region"),
         (answered("AuthorizationHeaderMalformed"), False, OSError, "AWS_DEFAULT_REGION"),
-        (answered("InvalidBucketName"), False, OSError, "not a name that a bucket can have"),
+        (answered("InvalidBucketName"), False, OSError, "not a valid bucket name"),
         (answered("QuotaExceeded", 507), False, OSError, "the store is full"),
         (answered("SlowDown", 503), True, OSError, "said by the store"),
         (answered("InternalError", 500), True, OSError, "said by the store"),
@@ -89,7 +99,7 @@ def test_missing_credentials_are_one_line(monkeypatch, tmp_path, capsys):
     storage.forget()
     assert cli.main(["inspect", "s3://no-credentials/data"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: s3://no-credentials/data/manifest.json: no credentials found")
+    assert said.startswith("error: s3://no-credentials/data/manifest.json: no working credentials found")
     assert "OCCSTREAM_S3_ANONYMOUS=1" in said
     assert said.count("\n") == 1
 

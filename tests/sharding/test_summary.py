@@ -19,7 +19,7 @@ OCC3D = "occ3d, 200x200x16 voxels of 0.4 m, ego frame"
 # Of each layout: labels, grid, unknown, views (None: whatever the toy has).
 SAID = {
     ("nuscenes", 0): (
-        "made from LiDAR: no label set was asked for with labels=, and none lies below the root",
+        "made from LiDAR: no label set was requested with labels=, and there is none below the root",
         "tiny, 48x48x8 voxels of 0.8 m, ego frame",
         None,
     ),

@@ -102,8 +102,8 @@ DAMAGE = {
         "has no frame toy-1-0002",
     ),
     "strange frame": ("lidar", lambda m: [*m, ("toy-9-0000.frame.json", b"{}")], "holds frame toy-9-0000, which"),
-    "duplicate member": ("cameras", lambda m: [*m[:3], m[2], *m[3:]], "cam_a.jpg is there twice"),
-    "duplicate frame": ("cameras", lambda m: [*m, *m[1:3]], "frame toy-1-0000 is there twice"),
+    "duplicate member": ("cameras", lambda m: [*m[:3], m[2], *m[3:]], "cam_a.jpg appears twice"),
+    "duplicate frame": ("cameras", lambda m: [*m, *m[1:3]], "frame toy-1-0000 appears twice"),
     "label out of range": (
         "labels",
         lambda m: [(n, frame_members("labels", semantic=out_of_range()).get(n, d)) for n, d in m],
@@ -137,7 +137,7 @@ DAMAGE = {
         "intrinsics are absurd: focal lengths 20000000.0",
     ),
     "principal point outside": ("cameras", change("frame.json", in_head(outside)), "principal point (-400.0"),
-    "pose that is none": (
+    "pose that is not valid": (
         "cameras",
         change("frame.json", in_head(sheared)),
         "CAM_A: sensor_to_ego is not a rigid pose",
@@ -146,7 +146,7 @@ DAMAGE = {
     "wrong size": (
         "cameras",
         change("frame.json", in_head(lambda h: h["cameras"]["CAM_A"].update(width=23))),
-        "image has 24x16 pixels, its record says 23x16",
+        "image has 24x16 pixels, its metadata says 23x16",
     ),
     "broken zstd": ("labels", change("semantic.zst", lambda d: d[:-3]), "ZstdError"),
 }
