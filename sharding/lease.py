@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from occstream.sharding import storage, threads
 
@@ -60,14 +61,7 @@ def _local(url: str, name: str, holder: dict) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     try:
-        with path.open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise _refuse(url, _parsed(file.read().encode())) from None
-            except OSError:
-                pass  # a file system without locks: the user's care
+        with _locked(url, path) as file:
             file.truncate(0)
             file.write(json.dumps(holder))
             file.flush()
@@ -79,6 +73,24 @@ def _local(url: str, name: str, holder: dict) -> Iterator[None]:
         for empty in made:
             with contextlib.suppress(OSError):
                 empty.rmdir()
+
+
+def _locked(url: str, path: Path) -> TextIO:
+    """The file at a path, open and locked."""
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                raise _refuse(url, _parsed(file.read().encode())) from None
+        except OSError:
+            return file  # a file system without locks: the user's care
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # its last holder removed it between opening and locking: the lock would keep nobody out
 
 
 @contextlib.contextmanager

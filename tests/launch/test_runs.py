@@ -8,7 +8,7 @@ import pytest
 
 from occstream.pretrain.events import read_events
 from tests.forked import Forked
-from tests.pretrain.small import RECIPE, ROOT, environment, free_port, losses, pack_small
+from tests.pretrain.small import RECIPE, ROOT, environment, free_port, losses, pack_small, run_jobs
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +56,14 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(data, tmp_path):
     assert repr(results[0]) == repr(results[1]), "weights, averages and statistics are the same"
 
 
-def test_deepspeed_launcher_trains_and_fine_tunes_on_two_processes(data, tmp_path):
+def test_deepspeed_launcher_trains_on_two_processes_and_fine_tuning_goes_on_from_there(data, tmp_path):
     launcher = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
-
-    def launch(*args):
-        done = subprocess.run(launcher + command(*args), env=environment(), capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-
-    launch("pretrain", tmp_path / "pre", f"data.url={data}", "train.zero_stage=2", "train.steps=3")
+    words = command("pretrain", tmp_path / "pre", f"data.url={data}", "train.zero_stage=2", "train.steps=3")
+    done = subprocess.run([*launcher, *words], env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     settings = [f"data.url={data}", f"replay.url={data}", f"train.init={tmp_path / 'pre'}", "train.zero_stage=1"]
-    launch("finetune", tmp_path / "fine", *settings, "train.steps=3", "train.accumulate=2", "train.precision=bf16")
+    settings += [f"output={tmp_path / 'fine'}", "train.steps=3", "train.accumulate=2", "train.precision=bf16"]
+    run_jobs([{"recipe": RECIPE, "stage": "finetune", "overrides": settings}], 2, tmp_path / "logs")
     assert sorted(losses(tmp_path / "fine")) == [1, 2, 3]
 
 

@@ -113,3 +113,19 @@ def wait_for(look, count):
     while len(found := look()) < count and time.monotonic() < deadline:
         time.sleep(0.02)
     return found
+
+
+def test_a_lock_on_a_file_that_its_last_holder_has_just_removed_keeps_others_out_too(tmp_path, monkeypatch):
+    lock, path = lease.fcntl.flock, tmp_path / ".pack-1-of-1.lease"
+
+    def late(file, how):
+        if path.exists() and not path.read_text():
+            monkeypatch.setattr(lease.fcntl, "flock", lock)
+            path.unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(lease.fcntl, "flock", late)
+    with only_writer(str(tmp_path), "pack"):
+        assert json.loads(path.read_text())["process"] == os.getpid()
+        with pytest.raises(ValueError, match="another packer writes there"), only_writer(str(tmp_path), "pack"):
+            pass
