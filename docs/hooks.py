@@ -1,4 +1,4 @@
-"""MkDocs hooks: pages that come from the code and from files beside it, so that nothing is written twice."""
+"""MkDocs hooks: pages generated from the code and from files next to it, so that nothing is duplicated."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def webdataset(folder: Path, workers: int, skip: int, decode_into: Callable = si
     data = wds.WebDataset(urls, shardshuffle=100, seed=0, workersplitter=wds.split_by_worker).shuffle(64)
     data = data.map(lambda s: sample_of({k: v for k, v in s.items() if not k.startswith("__")}, decode_into))
     loader = torch.utils.data.DataLoader(data, BATCH, num_workers=workers, collate_fn=collate)
-    yield from itertools.islice(loader, skip // BATCH, None)  # it cannot go on from a place: it reads up to it
+    yield from itertools.islice(loader, skip // BATCH, None)  # it cannot resume from a position, so it reads up to it
 
 
 def webdataset_pillow(folder: Path, workers: int, skip: int) -> Iterator:
@@ -262,7 +262,7 @@ MODULES = {
 
 @functools.cache
 def installed(name: str) -> bool:
-    """Whether a loader's module is there and works beside our packages; says so if it only is there."""
+    """Whether a loader's module is installed and works with our packages; says so if it is only installed."""
     try:
         importlib.import_module(MODULES.get(name, "json"))
         return True

@@ -72,7 +72,7 @@ def states(parameters: int, stage: int, ranks: int, ema: bool) -> dict[str, floa
 
 
 def statistics(model: nn.Module, ranks: int) -> float:
-    """Bytes that batch norms over several ranks need beside what one process's need: the row of every rank while the widest
+    """Bytes that batch norms over several ranks need in addition to those of one process: the row of every rank while the widest
     norm gathers them, and what each keeps for the backward pass. Its input it keeps as it came, as cuDNN's do."""
     widths = [m.weight.numel() for m in model.modules() if isinstance(m, SyncBatchNorm)]
     if ranks == 1 or not widths:

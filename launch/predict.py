@@ -1,4 +1,4 @@
-"""``occstream predict``: predictions of a checkpoint over a packed data set, as a label group beside its images."""
+"""``occstream predict``: predictions of a checkpoint over a packed data set, as a label group alongside its images."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def predict_checkpoint(
         url: the data set.
         name: of the new group, ``pseudo-…``.
         keep, flips: of ``evaluation.predict``.
-        truth: the first so many scenes of the nested subset (seed ``data.subset_seed``, ``holdout``) keep the set's own
+        truth: number of scenes of the nested subset (seed ``data.subset_seed``, ``holdout``) that keep the set's own
             labels: training on ground truth and pseudo-labels is then training on this group.
         part: (i, n): only every n-th shard, on the machine's GPU number i - 1 (counted round). The call that finds all parts
             done publishes the manifest.

@@ -165,7 +165,7 @@ def command(study: Study, run: Run) -> list[str]:
 
 
 def _execute(study: Study, runs: Sequence[Run], done: set[str], jobs: int) -> dict[str, str]:
-    """Runs what is not done, so many at a time; returns reasons by name of what failed or could not start."""
+    """Runs what is not done, ``jobs`` at a time; returns the reasons, by name, for what failed or could not start."""
     failed: dict[str, str] = {}
     waiting = [run for run in runs if run.name not in done]
     done, busy = set(done), set()

@@ -6,7 +6,7 @@ Images -> features -> compact volume B (Lift-Splat, or learned voxel queries) ->
 * intermediate (ours): binary logits of B' (all frames) -> voxels that they say are occupied -> sparse transformer -> back
   into B' -> up-sampled B'' -> semantic logits (semantic frames only).
 * replacing: B' -> B''; its binary head is thrown away after pre-training, a semantic one takes its place.
-* multi: as replacing, but the binary head stays beside the semantic one.
+* multi: as replacing, but the binary head stays alongside the semantic one.
 * offboard: as intermediate, but the labels say what is occupied; there is no binary head and no pre-training.
 
 Shape legend: see ``batch``.
@@ -90,9 +90,9 @@ class B2SConfig:
     threshold: float = 0.5
     """Probability from which a voxel counts as occupied."""
     floor: int = 1024
-    """At least so many voxels are refined (the most probable ones), so that there are always some. Not where labels choose."""
+    """Minimum number of refined voxels (the most probable ones), so that there are always some. Not where labels choose."""
     cap: int = 30_000
-    """At most so many, to bound memory. Where labels choose more it is an error."""
+    """Maximum number, to bound memory. Where labels choose more, it is an error."""
     head_rows: int = 0
     """Rows of B' (along x) that the full-resolution heads take at a time; their activations are computed again in the
     backward pass. 0: all at once."""
@@ -425,7 +425,7 @@ class B2S(nn.Module):
         features = self.images(pixels.contiguous(memory_format=torch.channels_last)).unflatten(0, (b, v))
         if self.views is not None:
             features = self.views(features)
-        # No module hands features on beside what it makes: ZeRO-3 follows the outputs of modules, and where features are
+        # No module passes features on in addition to its outputs: ZeRO-3 follows the outputs of modules, and where features are
         # cut off below it would count differently on each rank.
         compact, depth = self.lift(features, batch)
         if self.dense is not None:

@@ -9,7 +9,7 @@ conversion): a folder ``step-00000120`` with full fp32 values,
     state.json             position in the data, hyper-parameters, config, fingerprints, MLflow run
     COMPLETE.json          sizes and SHA-256 of the others
 
-written beside its final name and renamed when whole. No pickle anywhere.
+written next to its final name and renamed when complete. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def prune(root: Path, keep: int, every: int = 0, best: str = "", busy: Iterable[
 
     Args:
         root: folder of the run's checkpoints.
-        keep: so many newest stay.
-        every: those at multiples of so many steps stay; 0: none for that reason.
+        keep: number of newest ones that stay.
+        every: those at multiples of this many steps stay; 0: none for that reason.
         best: the one with the highest value of this metric in ``scores.json`` stays; "": none for that reason.
         busy: those that are being uploaded stay this time.
     """
@@ -209,7 +209,7 @@ def download(url: str, step: int, root: Path) -> Path:
 
 
 class Uploader:
-    """Uploads checkpoints one after the other in a thread beside training. What fails is said, tried again every
+    """Uploads checkpoints one at a time in a background thread. Failures are reported and retried every
     ``AGAIN`` seconds and with the next checkpoint, and does not end the run.
 
     Attributes:
@@ -234,7 +234,7 @@ class Uploader:
             self._change.notify_all()
 
     def close(self, wait: float) -> bool:
-        """Waits so many seconds for what is left; whether all is there."""
+        """Waits this many seconds for what is left; whether everything is there."""
         with self._change:
             self._deadline = time.monotonic() + wait
             self._change.notify_all()
@@ -404,7 +404,7 @@ def _sync(path: Path) -> None:
 
 
 def export(path: str | Path, out: str | Path) -> Path:
-    """Plain weights of a checkpoint (averaged where there are any) with a model card beside them.
+    """Plain weights of a checkpoint (averaged where there are any) with a model card.
 
     Args:
         path: a run's folder or one of its checkpoints.

@@ -43,27 +43,27 @@ class DataConfig:
     """The stream this stage trains on: binary labels for pre-training, semantic labels for fine-tuning."""
 
     url: str = ""
-    """Root of a packed data set (holds ``manifest.json``): a folder, ``file://`` or ``s3://``."""
+    """Root of a packed data set (contains ``manifest.json``): a folder, ``file://`` or ``s3://``."""
     scenes: int | None = None
     """Train on the first n scenes of the seeded permutation; subsets are nested. None: all that are not held out."""
     scene_names: tuple[str, ...] | None = None
     """Train on exactly these scenes instead of a subset."""
     subset_seed: int = 0
-    """Seed of the permutation that subsets are cut from. Keep it fixed over a study."""
+    """Seed of the permutation that subsets are taken from. Keep it fixed throughout a study."""
     holdout: int = 0
     """Scenes at the end of that permutation that are never trained on (for evaluation)."""
     cameras: tuple[str, ...] | None = None
     """Camera names in order. None: all that the first, middle and last frame of the first scene have."""
     history: int = 0
-    """Key-frames before each one whose images are further views of what stands still, moved by the ego's motion; in all
-    stages and for replay alike. A model with embeddings of cameras needs ``model.cameras`` for all views."""
+    """Previous key-frames whose images are used as additional views of static objects, moved by the ego motion; in all
+    stages, and for replay too. A model with camera embeddings needs ``model.cameras`` for all views."""
     binary_from: Literal["labels", "semantic"] = "labels"
     """Binary target: the packed binary labels, or B* made from the semantic labels (B2S, Sec. 4.1)."""
     labels: str = "labels"
-    """Group of the labels: the set's own, or one that was attached to it (``occstream attach``)."""
+    """Label group: the set's own, or one attached to it (``occstream attach``)."""
     soft: bool = False
     """Learn from both classes of labels that have two (pseudo-labels of ``occstream predict --keep top2``; B2S, App. D);
-    False: from the first alone."""
+    False: only from the first."""
     mask: Mask = "auto"
     """Which voxels enter loss and metric: those that the labels know (auto: all where they have no mask), those of the
     LiDAR's or the cameras' visibility mask, or all (none). How many unknown voxels a setting makes count is printed and
@@ -82,19 +82,19 @@ class ReplaySource:
     url: str = ""
     """Data set with binary labels. Empty: no replay."""
     weight: int = 1
-    """Share of this source among all sources of replay, as a whole number (2 and 1: two thirds and one third)."""
+    """Share of this source among all replay sources, as an integer (2 and 1: two thirds and one third)."""
     scenes: int | None = None
-    """Pool of B scenes, cut like ``data.scenes``. None: all."""
+    """Pool of B scenes, selected like ``data.scenes``. None: all."""
     draw: int | None = None
     """Scenes drawn afresh from the pool for each pass. None: as many as there are S scenes."""
     subset_seed: int = 0
-    """As ``data.subset_seed``."""
+    """Same as ``data.subset_seed``."""
     holdout: int = 0
-    """As ``data.holdout``."""
+    """Same as ``data.holdout``."""
     labels: str = "labels"
-    """As ``data.labels``."""
+    """Same as ``data.labels``."""
     mask: Mask = "auto"
-    """As ``data.mask``."""
+    """Same as ``data.mask``."""
 
     def __post_init__(self):
         _need(self.weight >= 1, f"weight is {self.weight}, must be a whole number from 1")
@@ -118,21 +118,21 @@ class EvalConfig:
     url: str = ""
     """Data set to evaluate on. Empty: the held-out scenes of ``data.url``; none held out: no evaluation."""
     holdout: int = 0
-    """Only the scenes of ``url`` that a training on it with ``data.holdout`` of this size would hold out; 0: all."""
+    """Only the scenes of ``url`` that training on it with this ``data.holdout`` would hold out; 0: all."""
     scenes: int | None = None
-    """At most so many scenes of it. None: all."""
+    """Maximum number of its scenes. None: all."""
     scene_names: tuple[str, ...] | None = None
     """Evaluate on exactly these scenes of ``url``, or of ``data.url``."""
     every: int = 0
-    """Steps between evaluations; 0: at the end only."""
+    """Steps between evaluations; 0: only at the end."""
     batch: int = 8
     """Frames per forward and rank."""
     convention: Literal["auto", "occ3d", "openscene", "openoccupancy", "semantickitti", "lidarseg"] = "auto"
-    """How classes are averaged: as the benchmark of the labels does (auto), or by name."""
+    """How classes are averaged: the way the labels' benchmark does (auto), or a named convention."""
     mask: Mask = "auto"
-    """As ``data.mask``, for the metric; declared with the result."""
+    """Same as ``data.mask``, for the metric; declared with the result."""
     threshold: float = 0.25
-    """Probability that the best class must have, or a voxel is called free: in evaluations, predictions and pictures (with
+    """Minimum probability of the best class, below which a voxel counts as free: in evaluations, predictions and pictures (with
     ``loss.kind`` softmax_focal free is a class of its own)."""
     pictures: int = 1
     """Pictures of predictions to draw at the end."""
@@ -152,29 +152,29 @@ class TrainConfig:
     seed: int = 0
     """Seeds the initial weights, the data order, augmentation and dropout."""
     batch: int = 8
-    """Frames of ``data`` per optimizer step over all ranks and micro-steps."""
+    """Frames of ``data`` per optimizer step, over all ranks and micro-steps."""
     accumulate: int = 1
     """Micro-steps per optimizer step (DeepSpeed's gradient accumulation)."""
     epochs: float = 24.0
     """Passes over ``data``; ignored if ``steps`` is set."""
     steps: int | None = None
-    """Optimizer steps in all. None: from ``epochs``."""
+    """Total optimizer steps. None: from ``epochs``."""
     lr: float = 2e-4
-    """AdamW's learning rate at ``batch`` as given: not rescaled silently."""
+    """AdamW's learning rate for ``batch`` as given; it is not rescaled."""
     weight_decay: float = 0.01
-    """On all parameters (no exceptions, as COTR)."""
+    """Applied to all parameters (without exceptions, as in COTR)."""
     warmup: int = 200
     """Steps of linear warm-up from 0.001 of ``lr``."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After warm-up: constant (COTR's effective schedule) or cosine to ``min_lr_ratio``."""
     min_lr_ratio: float = 1e-3
-    """Where cosine ends, as a share of ``lr``."""
+    """Final value of the cosine schedule, as a fraction of ``lr``."""
     clip: float = 5.0
     """Gradient norm limit (L2 over all parameters)."""
     ema: bool = True
     """Evaluate and export an exponential moving average of all floating state."""
     ema_decay: float = 0.999
-    """Its decay in the long run."""
+    """Its decay after warm-up."""
     ema_start: int = 10_560
     """The step count its warm-up starts with (COTR)."""
     zero_stage: int = 0
@@ -192,27 +192,27 @@ class TrainConfig:
     init: str = ""
     """Weights to start from: a checkpoint folder of a pre-training run, or an exported ``.safetensors``."""
     save_every: int = 0
-    """Steps between checkpoints; 0: at the end only."""
+    """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
     """Newest checkpoints to keep."""
     keep_every: int = 0
-    """Also keep those at multiples of so many steps."""
+    """Also keep those at multiples of this number of steps."""
     keep_best: str = ""
-    """Also keep the one with the highest value of this metric, like eval/miou (see ``eval.every``: a checkpoint is then saved
+    """Also keep the one with the highest value of this metric, e.g. eval/miou (see ``eval.every``: a checkpoint is then saved
     with each evaluation)."""
     upload: str = ""
-    """URL below which every checkpoint is copied, beside training; a run that starts on another disk goes on from there.
+    """URL under which every checkpoint is copied during training; a run that starts on another disk resumes from there.
     Nothing is removed there: give the bucket a lifecycle rule."""
     log_every: int = 10
     """Steps between log lines."""
     threads: int = 2
     """Reader threads per stream and rank."""
     decoder: Literal["cpu", "nvimagecodec"] = "cpu"
-    """What decodes JPEGs: the reader threads, or nvImageCodec on the GPU (``pip install 'occstream[jpeg]'``)."""
+    """Decoder of the JPEGs: the reader threads, or nvImageCodec on the GPU (``pip install 'occstream[jpeg]'``)."""
     data_timeout: float = 300.0
     """Seconds that a step waits for data before it is an error on all ranks; less than ``timeout_minutes``."""
     timeout_minutes: float = 10.0
-    """A collective, or a whole step, that takes longer ends the job, with the stacks of all threads in the run's folder
+    """A collective, or a whole step, that takes longer ends the job, with the stack traces of all threads in the run's folder
     (raise it for slow storage)."""
     skip_nonfinite: int = 0
     """Steps whose loss or gradients are not finite that are left out, counted and named, before it is an error (in each
@@ -244,10 +244,10 @@ class TrainConfig:
 
 @dataclass
 class TrackConfig:
-    """Where numbers go after the local JSONL."""
+    """Where metrics go after the local JSONL."""
 
     uri: str = field(default_factory=default_uri)
-    """MLflow tracking URI (sqlite:///…, http://…). Not set: MLFLOW_TRACKING_URI of the environment, else
+    """MLflow tracking URI (sqlite:///…, http://…). Not set: MLFLOW_TRACKING_URI from the environment, otherwise
     sqlite:///runs/mlflow.db. Empty: JSONL only."""
     experiment: str = "occstream"
     """MLflow experiment: one per study."""

@@ -82,7 +82,7 @@ _timeout = datetime.timedelta(minutes=10)
 
 @functools.cache
 def control_group() -> dist.ProcessGroup:
-    """A gloo group for small agreements on the CPU, beside NCCL, with its time-out; all ranks must call it first at the same
+    """A gloo group for small agreements on the CPU, besides NCCL, with its time-out; all ranks must call it first at the same
     place."""
     return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=_timeout)
 

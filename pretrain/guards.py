@@ -28,7 +28,7 @@ from occstream.sharding import threads
 STOP = "STOP"
 LOCK = ".lock"
 WATCHED = "OCCSTREAM_WATCHED"  # set by a parent whose end means the end of the run
-REQUEUE = 75  # exit code of a run that was asked to stop and can go on (EX_TEMPFAIL)
+REQUEUE = 75  # exit code of a run that was asked to stop and can be resumed (EX_TEMPFAIL)
 HUNG = 3  # exit code of a process that a watchdog ended
 UNSAID = 30.0  # seconds after which a hang that cannot be told of ends all the same
 

@@ -24,7 +24,7 @@ class CheckpointManager:
         self.uploader = checkpoint.Uploader(config.train.upload) if config.train.upload and world.is_main else None
 
     def newest(self) -> checkpoint.Checkpoint | None:
-        """What to go on from, the same on every rank; see ``resume.newest``."""
+        """What to resume from, the same on every rank; see ``resume.newest``."""
         saved, uploaded = resume.newest(self.root, self.config.train.upload, self.world)
         for path in checkpoint.complete_steps(self.root) if self.uploader else ():
             if checkpoint.step_of(path) > uploaded:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, the same on every rank, and whether it is of the same run."""
+"""Which checkpoint a run resumes from, the same on every rank, and whether it belongs to the same run."""
 
 from __future__ import annotations
 

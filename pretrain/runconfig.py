@@ -1,4 +1,4 @@
-"""``config.yaml`` in a run's folder, and what becomes of it when a run goes on with other settings."""
+"""``config.yaml`` in a run's folder, and what happens to it when a run resumes with other settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_config(run: Path, config: Config, ranks: int, saved: Checkpoint | None
     Args:
         run: its folder.
         ranks: of this start.
-        saved: what it goes on from; None: it is new.
+        saved: what it resumes from; None: it is new.
     """
     path = run / "config.yaml"
     text = yaml.safe_dump(config.to_dict(), sort_keys=False)

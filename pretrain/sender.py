@@ -257,7 +257,7 @@ class Sender:
             return found.experiment_id
         location = None
         if self.uri.startswith("sqlite:///"):
-            # MLflow's own default is ./mlruns of whoever comes first; keep artifacts beside the data base.
+            # MLflow's own default is ./mlruns of whoever comes first; keep artifacts next to the database.
             location = (Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
         try:
             # The tag opens MLflow's page on the runs; untagged, version 3 shows an empty page for language models.

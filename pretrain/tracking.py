@@ -37,7 +37,7 @@ class Tracker:
         experiment: MLflow experiment.
         name, tags, params: of the MLflow run; used when the run is new.
         active: False makes every call do nothing (ranks other than 0).
-        key, run_id: of a run to go on with, from its checkpoint, where the folder does not know it.
+        key, run_id: of a run to continue, from its checkpoint, where the folder does not know it.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Tracker:
             self._append({"step": step, "time": _now(), "metrics": dict(metrics)})
 
     def log_result(self, step: int, metrics: Mapping[str, float]) -> None:
-        """As ``log``, for numbers that come beside the steps (evaluation): always recorded."""
+        """As ``log``, for metrics outside of steps (evaluation): always recorded."""
         if self.active:
             self._append({"step": step, "time": _now(), "metrics": dict(metrics)})
 

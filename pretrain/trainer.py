@@ -46,7 +46,7 @@ from occstream.sharding.order import BY_CONTENT
 
 @dataclass
 class Result:
-    """What a run ended with. ``stopped`` says who asked it to end early; it is saved and can go on."""
+    """What a run ended with. ``stopped`` says who asked it to end early; it is saved and can be resumed."""
 
     steps: int
     samples: int
@@ -108,7 +108,7 @@ class _Training:
             write_config(self.folder, config, world.size, saved, self.tracker)
 
     def _model(self, saved: Checkpoint | None) -> nn.Module:
-        """The network with the weights to go on or to start from."""
+        """The network with the weights to resume or start from."""
         config, cfg = self.config, self.config.train
         model = create_model(config)
         _check_strategy(config, model)
@@ -147,7 +147,7 @@ class _Training:
     def _tracker(self, state: Mapping[str, Any]) -> Tracker:
         """
         Args:
-            state: of the checkpoint that the run goes on from, or empty.
+            state: of the checkpoint that the run resumes from, or empty.
         """
         config, data = self.config, self.data
         about = {"stage": config.stage, "seed": str(config.train.seed), "data_fingerprint": data.fingerprint}
@@ -197,7 +197,7 @@ class _Training:
                 profile.step()
                 self._after_step(parts, taken)
             if self.step < self.total:
-                status = "KILLED"  # MLflow's word for a run that was told to stop; it is RUNNING again when it goes on
+                status = "KILLED"  # MLflow's word for a run that was told to stop; it is RUNNING again when it resumes
                 stop.done()
             else:
                 evaluation = self._evaluate(self.config.eval.pictures)

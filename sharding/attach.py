@@ -1,4 +1,4 @@
-"""Labels and pseudo-labels beside a packed data set, as a sidecar group, without touching its images."""
+"""Labels and pseudo-labels alongside a packed data set, as a sidecar group, without changing its images."""
 
 from __future__ import annotations
 

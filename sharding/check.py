@@ -267,7 +267,7 @@ def inspect(url: str, frames: int = 200, group: str | None = None) -> str:
 
     Args:
         url: of the data set.
-        frames: at most so many frames, evenly spread, are read for shares, classes and missing fields.
+        frames: at most this many frames, evenly spread, are read for shares, classes and missing fields.
         group: a sidecar group whose labels to show instead of the set's own.
     """
     manifest = Manifest.load(url)

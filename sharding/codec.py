@@ -260,7 +260,7 @@ def _check_arrays(arrays: dict[str, np.ndarray]) -> None:
             if value.ndim != 2:
                 raise ValueError(f"{name} has shape {value.shape}, expected rows")
         elif value.shape != (like.shape[:1] if like is xyz else like.shape) and name != "xyz":
-            raise ValueError(f"{name} has shape {value.shape} beside {like.shape}")
+            raise ValueError(f"{name} has shape {value.shape}, which does not match {like.shape}")
 
 
 def _pack_arrays(

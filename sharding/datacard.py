@@ -45,7 +45,7 @@ def data_card(manifest: Manifest, other: str = "", frames: int = 100) -> dict[st
     Args:
         manifest: of the data set; its own labels count as the truth.
         other: a sidecar group of binary labels to be compared with them, like ``labels-lidar``; "": none.
-        frames: at most so many.
+        frames: maximum number.
 
     Returns:
         Shares in percent: ``occupied_share`` of the voxels that the labels know; ``observed_share`` (those that they know)

@@ -46,12 +46,12 @@ class LabelConfig:
     """How labels are made.
 
     Attributes:
-        min_points: so many points make a voxel occupied.
-        dilation: occupied voxels grow by so many voxels through their faces, into voxels that no ray passed.
+        min_points: number of points that make a voxel occupied.
+        dilation: number of voxels by which occupied voxels grow through their faces, into voxels that no ray passed.
         max_range: meters; returns further from their sensor are not used. 0: all.
         box_margin: meters by which boxes are grown when points are assigned to them.
-        ray_frames: rays of so many key-frames before and after a frame tell what is free in it.
-        max_rays: at most about so many rays for a frame, beside those of its own sweep, spread evenly over all.
+        ray_frames: number of key-frames before and after a frame whose rays determine what is free in it.
+        max_rays: approximate maximum number of rays for a frame, besides those of its own sweep, spread evenly over all.
         level: correct height and tilt of the poses by the ground, before anything is gathered (see ``levelling``).
         supported: a voxel that rays passed is free only if the one below it was passed or hit, too; else it is unknown.
             Rays that come in flat pass the upper part of ground voxels for meters before they hit.

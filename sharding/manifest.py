@@ -234,7 +234,7 @@ class Manifest:
         Args:
             scenes: None for all that are not held out.
             seed: of the permutation.
-            holdout: so many scenes at its end belong to ``held_out`` and never to a subset.
+            holdout: number of scenes at its end that belong to ``held_out`` and never to a subset.
 
         Raises:
             ValueError: more scenes are asked for than there are.

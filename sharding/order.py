@@ -40,7 +40,7 @@ def generator(*keys: object) -> np.random.Generator:
 
 
 def by_scenes(names: Sequence[str], frames: Sequence[int]) -> str:
-    """Identity of an order that hangs on which scenes there are: their names and numbers of frames, in order."""
+    """Identity of an order that depends on which scenes there are: their names and numbers of frames, in order."""
     listed = "\n".join(f"{name} {int(count)}" for name, count in zip(names, frames, strict=True))
     return hashlib.blake2b(listed.encode(), digest_size=16).hexdigest()
 
@@ -119,7 +119,7 @@ class Order:
         return epoch, offset
 
     def samples(self, epoch: int, offset: int) -> Iterator[Sample]:
-        """Samples from a position on, for ever."""
+        """Samples from a position on, endlessly."""
         while True:
             epoch, offset = self.locate(epoch, offset)
             yield self.epoch(epoch).sample(offset)
@@ -192,7 +192,7 @@ class Quotas:
         self._counts = counts
 
     def taken(self, source: int, batches: int) -> int:
-        """Samples of a source in so many batches from the start."""
+        """Number of a source's samples in this many batches from the start."""
         rounds, rest = divmod(batches * self.batch, self.period)
         return int(rounds * self._counts[-1, source] + self._counts[rest, source])
 
@@ -220,7 +220,7 @@ def training_batches(
         order: of the stream.
         batch: samples of a global batch, or of batch number n as a function.
         rank, world: this process, and how many there are.
-        epoch, offset, batches: position to go on from.
+        epoch, offset, batches: position to continue from.
     """
     while True:
         size = batch if isinstance(batch, int) else batch(batches)

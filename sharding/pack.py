@@ -46,7 +46,7 @@ class LabelStep(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the bytes of the shards depend on, beside the scenes; and where they go.
+    """Everything besides the scenes that the bytes of the shards depend on; and where they go.
 
     Args:
         source: picklable if there are several workers.
@@ -192,7 +192,7 @@ def pack(
         source, url, settings: of ``Job``.
         workers: processes.
         part: (i, n): only every n-th shard, beginning with the i-th (1..n). ``merge`` then publishes the manifest.
-        max_failures: so many scenes may fail and are left out, named in the manifest.
+        max_failures: number of scenes that may fail and be skipped, named in the manifest.
         recheck: hash what is published before it is skipped; else presence, size and record are enough.
         progress: called after every shard.
 
@@ -291,7 +291,7 @@ def _outcome(where: str) -> dict:
 
 
 def _describe(job: Job) -> dict:
-    """What the manifest says of a job beside its scenes and shards."""
+    """What the manifest says about a job besides its scenes and shards."""
     return {
         "source": job.source.name,
         "grid": job.grid.to_dict() if job.grid else None,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 _PLAIN = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|[SU][0-9]{1,4})|bool|u?int(8|16|32|64)|float(16|32|64)")
-_ROOM = 4 << 30  # bytes that reading may take beside a multiple of the file's size
+_ROOM = 4 << 30  # bytes that reading may take in addition to a multiple of the file's size
 DEEPEST = 100
 
 

@@ -17,7 +17,7 @@ from occstream.sharding.schema import Camera, Frame, Scene
 DENSEST = (
     1.3  # source pixels a pixel of a view at most; denser images are shrunk first, or fine structures would flicker
 )
-FINE = 32  # maps are rounded to so many parts of a pixel, which makes them the same on every processor
+FINE = 32  # maps are rounded to this many parts of a pixel, which makes them the same on every processor
 KEPT_MAPS = 16  # a rig's cameras; one of 1920 x 1080 pixels takes 15 MB
 
 
@@ -33,7 +33,7 @@ class Images:
     """Choices about images at packing.
 
     Attributes:
-        short_side: pixels; larger images are shrunk so that their shorter side has so many. 0: stored as they are.
+        short_side: pixels; larger images are shrunk so that their shorter side has this many. 0: stored unchanged.
         quality: of the JPEGs of images that are shrunk or rectified, 1..100.
         cameras: names of the cameras to keep; empty: all.
         max_black: share 0..1 of a rectified image that may lie outside what the lens saw; such pixels are black.

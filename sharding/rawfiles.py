@@ -59,7 +59,7 @@ def read_npy(path: Path, why: str = "") -> Any:
 
 
 def read_rows(path: Path, columns: int) -> np.ndarray:
-    """(N, columns) float64 of a text file with so many numbers in a line. Raises ValueError."""
+    """(N, columns) float64 of a text file with ``columns`` numbers in a line. Raises ValueError."""
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():

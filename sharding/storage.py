@@ -28,7 +28,7 @@ from occstream.sharding.storeerrors import ANONYMOUS, explain, transient
 
 T = TypeVar("T")
 MINUTES = (
-    5.0  # that a store may be away before it is an error; the environment's OCCSTREAM_STORAGE_MINUTES has precedence
+    5.0  # that a store may be away before it is an error; the environment's OCCSTREAM_STORAGE_MINUTES takes precedence
 )
 PAUSE, LONGEST = 0.2, 15.0  # seconds before the second try, doubled with each, and the most
 BLOCK = 8 << 20
@@ -165,7 +165,7 @@ def _ask(url: str, work: Callable[[Any, str], T]) -> T:
 def hedged(work: Callable[[int], T], after: float) -> T:
     """What ``work(0)`` gives; if that takes longer than ``after`` seconds, what it or ``work(1)`` gives first.
 
-    A request that hangs on one bad peer is cheaper to ask again than to wait for. The slower one runs to its end, unheard.
+    A request that hangs on one bad peer is cheaper to repeat than to wait for. The slower one runs to its end, ignored.
 
     Raises:
         The error of the last one, if none succeeded.

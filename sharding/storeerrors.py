@@ -121,7 +121,7 @@ def explain(error: BaseException, url: str) -> Exception:
 
 
 def _meaning(error: BaseException) -> str:
-    """Of the code that the store gave; "" if it says no more than the error's type."""
+    """Of the code that the store gave; "" if it adds nothing to the error's type."""
     seen = error
     while seen is not None:
         response = getattr(seen, "response", None)

@@ -77,7 +77,7 @@ def after(manifest: Manifest, frames: int = 8) -> list[str]:
     black, scenes that failed.
 
     Args:
-        frames: at most so many are read, evenly spread.
+        frames: at most this many are read, evenly spread.
     """
     groups = [g for g in manifest.groups if g in ("cameras", manifest.label_group)]
     places = [(s, i) for s, scene in enumerate(manifest.scenes) for i in range(scene.frames)]

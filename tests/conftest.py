@@ -23,5 +23,5 @@ def shared_data(repo_root: Path) -> Path:
     """Folder with real nuScenes, SemanticKITTI and Occ3D samples (non-commercial licenses, so never in the repository)."""
     path = repo_root.parent / "shared" / "data"
     if not path.is_dir():
-        pytest.skip("real data samples are not beside this checkout (../shared/data)")
+        pytest.skip("real data samples are not next to this checkout (../shared/data)")
     return path

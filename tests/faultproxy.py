@@ -22,7 +22,7 @@ class Faults:
         errors: share of requests answered with 503 SlowDown or 500 instead of being passed on.
         truncate: share of answers with a body that break off in the middle of it.
         reset: share of uploads that are cut while the body is on its way.
-        stalls: so many requests wait ``stall`` seconds first.
+        stalls: number of requests that first wait ``stall`` seconds.
         forbid_after: requests beyond this number are answered with 403; None: none.
         seen: counts by what was done.
         sent: bytes of answers to GET by path.

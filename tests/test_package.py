@@ -60,7 +60,7 @@ def test_every_thread_tells_of_its_errors():
 
 
 def test_launch_scripts_say_how_to_install(tmp_path):
-    """Without the package they print the command that mends it."""
+    """Without the package they print the command that fixes it."""
     script = ROOT / "launch" / "pretrain.py"
     done = subprocess.run(
         [sys.executable, "-S", "-E", str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=60

@@ -90,7 +90,7 @@ def _here(section, args) -> tuple[str, str]:
             return "skipped", str(reason)
         except Failed as found:
             return "FAILED", str(found)
-        except Exception as error:  # whatever it is, the other sections go on
+        except Exception as error:  # whatever it is, the other sections continue
             traceback.print_exc()
             said = str(error).strip().splitlines()
             return "FAILED", f"{type(error).__name__}: {said[0][:200] if said else ''} (see {log})"

@@ -53,12 +53,12 @@ def _gap(a: Path, b: Path, after: int = 0) -> float:
 
 @section(
     "zero",
-    "ZeRO 0 to 3, fine-tuning with replay: losses within 1e-3 of stage 0, memory at most 10 % above its, beside two buckets of "
+    "ZeRO 0 to 3, fine-tuning with replay: losses within 1e-3 of stage 0, memory at most 10 % above it, plus two buckets of "
     "gradients and two copies of the parameters",
 )
 def zero(check: Check) -> str:
     steps, said, worst, memory = 2 if check.dry else 20, [], 0.0, []
-    # What DeepSpeed keeps beside the network: buckets of gradients, of which overlap_comm fills one while another is reduced, and
+    # What DeepSpeed adds to the network: buckets of gradients, of which overlap_comm fills one while another is reduced, and
     # flat parameters. The smallest network is far smaller than the buckets.
     extra = 2 * BUCKET + 2 * sum(p.numel() for p in create_model(check.small("finetune")).parameters())
     extra *= 4 / 2**30

@@ -74,8 +74,8 @@ def open_source(
         sequences: names of folders below it; None for all.
         labels: read ``voxels/*.label`` where there are any, and leave out the scans without; False leaves labels to
             ``--labels lidar``.
-        stride: every so many scans are a key-frame, where there are no voxel labels.
-        frames_per_scene: a sequence is cut into scenes of so many key-frames (a shard must not hold half a city).
+        stride: one scan in this many is a key-frame, where there are no voxel labels.
+        frames_per_scene: a sequence is cut into scenes of this many key-frames (a shard must not hold half a city).
         sweeps: read the scans between key-frames.
         cameras: read ``image_2`` where it is there.
 

@@ -62,7 +62,7 @@ def open_source(
     Args:
         root: holds ``data_2d_raw/`` and ``calibration/`` (and, if the raw data set is there too, ``data_3d_raw/``).
         drives: names of folders below ``data_2d_raw``; None for all that have voxels.
-        frames_per_scene: a drive is cut into scenes of so many key-frames.
+        frames_per_scene: a drive is cut into scenes of this many key-frames.
         cameras: read ``image_00`` where it is there.
 
     Raises:

@@ -37,7 +37,7 @@ def open_source(
         voxel: meters: ``FFF_04.npz`` (0.4) or ``FFF.npz`` (0.1 x 0.1 x 0.2).
         splits: which of the two, where they are there.
         scenes: names ``training-000``, …; None for all.
-        stride: every so many frames (10 a second) are a key-frame.
+        stride: one frame in this many (10 per second) is a key-frame.
 
     Raises:
         ValueError: no such folder or scene.

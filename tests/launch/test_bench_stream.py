@@ -39,7 +39,7 @@ def test_every_loader_gives_every_sample_once_and_the_same(folder, loader, worke
     assert expected.total() == 2 * FRAMES
     assert set(expected.values()) == {2}, "two scenes of the same frames"
     assert contents(loader, folder, workers) == expected
-    if loader != "energon":  # 7.4.1 goes on with a whole pass after the rest of one
+    if loader != "energon":  # 7.4.1 continues with a full pass after the rest of one
         rest = contents(loader, folder, workers, skip=FRAMES)
         assert rest.total() == FRAMES
         assert rest <= expected

@@ -289,7 +289,7 @@ def test_backbone_weights_come_from_a_file_completely_or_not_at_all(tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_backbone_weights_of_a_detector_by_torchvisions_names(tmp_path, name):
-    """The names written down here are torchvision's; the detector has more beside its backbone."""
+    """The names written down here are torchvision's; the detector has more than its backbone."""
     torch.manual_seed(0)
     source = ImageEncoder(name, 16, 16, 8).body.state_dict()
     deep = name == "resnet50"

@@ -116,7 +116,7 @@ def test_geometry_in_less_than_fp32_is_refused():
 
 
 def test_sums_of_samples_of_bf16_are_those_of_fp32():
-    """As the kernels do it: many small terms do not vanish beside a large one."""
+    """As the kernels do it: many small terms do not vanish next to a large one."""
     values = torch.full((1, 2, 1, 64), 0.01).bfloat16().requires_grad_()
     values.data[..., 0] = 4
     wide = values.detach().float().requires_grad_()

@@ -402,7 +402,7 @@ def test_a_missing_shard_ends_all_ranks_and_is_named(tmp_path):
 
 
 def test_one_rank_killed_and_the_job_started_again(tmp_path):
-    """The other rank ends by itself; the rerun goes on from the checkpoint with the losses of an undisturbed run."""
+    """The other rank ends by itself; the rerun resumes from the checkpoint with the losses of an undisturbed run."""
     data = str(tmp_path / "data")
     pack_small(data)
 

@@ -1,4 +1,4 @@
-"""What a step costs beside the network, and a fused optimizer over a resume."""
+"""What a step costs besides the network, and a fused optimizer across a resume."""
 
 from types import SimpleNamespace
 from unittest import mock

@@ -58,7 +58,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so_by_its_exit_code(data, tm
     events = read_events(tmp_path / "run/metrics.jsonl")
     assert [e["status"] for e in events if "status" in e] == ["KILLED"]
     if way == "STOP":
-        # On another disk: the run goes on from the copy, with the numbers it would have had.
+        # On another disk: the run resumes from the copy, with the metrics it would have had.
         process = start(tmp_path / "elsewhere", *words[:1], f"train.steps={step + 2}", words[2])
         said, _ = process.communicate(timeout=100)
         assert process.returncode == 0, said
@@ -147,7 +147,7 @@ def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(data, tmp_path):
         "checkpoint.save = full\nfrom occstream.launch.run import main\n"
         f"sys.exit(main('pretrain', ['--recipe', {RECIPE!r}, 'output={tmp_path}/run', *{words!r}]))"
     )
-    # Its log is beside the run's folder and small.
+    # Its log is next to the run's folder and small.
     process = Forked([script], environment(), tmp_path / "full.log")
     said, _ = process.communicate(timeout=100)
     assert process.returncode == 2, said

@@ -2,7 +2,7 @@
 
 A job may ask for ``frozen_norms`` (batch norms never see the batch), ``infinite_at`` (rank 0's loss is infinite at that call),
 ``fused`` (AdamW and the guard as on CUDA) and ``fails`` (it ends with an error: the message becomes a file).
-A job with ``disks`` looks for the checkpoint to go on from, one folder and one ``local`` rank for each rank.
+A job with ``disks`` looks for the checkpoint to resume from, one folder and one ``local`` rank for each rank.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def infinite_loss(at, rank):
 
 
 def find(job, world):
-    """What a rank with its own disk would go on from, and how many files it has hashed."""
+    """What a rank with its own disk would resume from, and how many files it has hashed."""
     disk, place = Path(job["disks"][world.rank]), dataclasses.replace(world, local=job["local"][world.rank])
     found = {}
     with mock.patch.object(checkpoint, "_sha256", side_effect=checkpoint._sha256) as hashing:

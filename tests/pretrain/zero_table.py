@@ -36,7 +36,7 @@ def job(root: Path, name: str, stage: int) -> dict:
 
 
 def resumed(root: Path, stage: int, name: str, as_stage: int) -> dict:
-    """A job that goes on from step 10 of the run at ``stage``."""
+    """A job that resumes from step 10 of the run at ``stage``."""
     shutil.copytree(root / f"two-{stage}/checkpoints/step-00000010", root / name / "checkpoints/step-00000010")
     return job(root, name, as_stage)
 

@@ -143,7 +143,7 @@ def test_ranks_of_a_node_fetch_each_shard_once(s3, through, tmp_path):
     "faults", [Faults(errors=0.15, seed=4), Faults(truncate=0.15, seed=5), Faults(stalls=1, stall=2.0, seed=6)]
 )
 def test_the_same_samples_through_faults_kills_and_world_sizes(s3, through, tmp_path, monkeypatch, faults):
-    """A job that is killed again and again, some batches after its last save, and goes on with other ranks and threads."""
+    """A job that is killed again and again, some batches after its last save, and resumes with other ranks and threads."""
     monkeypatch.setattr(storage, "PAUSE", 0.01)
     local = pack(ToySource(COUNTS), str(tmp_path / "local"), grid=GRID)
     remote = pack(ToySource(COUNTS), f"{s3}/same", grid=GRID)

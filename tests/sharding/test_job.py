@@ -99,7 +99,7 @@ class Fragile(ToySource):
 
 
 def test_failures_are_collected_and_left_out_and_retried(tmp_path):
-    broken, mended = Fragile(bad=("toy-1", "toy-2")), Fragile()
+    broken, repaired = Fragile(bad=("toy-1", "toy-2")), Fragile()
     with pytest.raises(ValueError, match=r"scene toy-1 of toy: frame toy-1-0001, CAM_A: not a JPEG"):
         pack(broken, str(tmp_path / "a"), grid=GRID, scenes_per_shard=2)
     with pytest.raises(ValueError, match=r"toy-2.*\(2 failures, 1 allowed\)"):
@@ -110,9 +110,9 @@ def test_failures_are_collected_and_left_out_and_retried(tmp_path):
     assert [s.name for s in manifest.scenes] == ["toy-0", "toy-3"]
     assert verify(str(tmp_path / "a")) == []
     assert "left out     2 scenes that failed: toy-1, toy-2" in inspect(str(tmp_path / "a"))
-    # The files are mended: what failed is made again, and the set is as if nothing had ever been wrong.
-    pack(mended, str(tmp_path / "a"), grid=GRID, scenes_per_shard=2)
-    pack(mended, str(tmp_path / "b"), grid=GRID, scenes_per_shard=2)
+    # The files are repaired: what failed is made again, and the set is as if nothing had ever been wrong.
+    pack(repaired, str(tmp_path / "a"), grid=GRID, scenes_per_shard=2)
+    pack(repaired, str(tmp_path / "b"), grid=GRID, scenes_per_shard=2)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
@@ -288,7 +288,7 @@ class Elsewhere(ToySource):
 
 
 def test_label_attach_and_subset_by_command(tmp_path, capsys):
-    """Labels from LiDAR beside the synthetic truth, and training on them."""
+    """Labels from LiDAR alongside the synthetic truth, and training on them."""
     options = ["scenes=4", "frames=2", "image_size=[32,88]", "--grid", "tiny"]
     base, made = str(tmp_path / "base"), str(tmp_path / "made")
     assert cli.main(["shard", "synthetic", *options, "--out", base]) == 0

@@ -1,6 +1,6 @@
 """Compiled kernels given what nobody should give them: NaN, infinity and places far away never become an index.
 
-Without NUMBA_BOUNDSCHECK=1 a wrong index writes beside the array: the arrays here lie inside larger ones that must stay as
+Without NUMBA_BOUNDSCHECK=1 a wrong index writes outside the array: the arrays here lie inside larger ones that must stay as
 they are. ``make bounds`` runs these tests and all others of this folder with every index checked.
 """
 

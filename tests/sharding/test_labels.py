@@ -198,15 +198,15 @@ def test_left_out_sweeps_tell_good_labels_from_bad_ones():
     """Aggregation hits more than one sweep; wrong poses show as rays that cross occupied voxels."""
     right, wrong = road_scene(8, 0.0, 0.0), road_scene(8, 0.4, 0.0)
     grid = VoxelGrid("small", (-20, -20, -2.25), (20, 20, 3.75), (0.5, 0.5, 0.5))
-    good, bad, mended = (
+    good, bad, repaired = (
         measure(scene, grid, OCC3D, LabelConfig(level=fix))
         for scene, fix in ((right, False), (wrong, False), (wrong, True))
     )
     assert good.sweeps == 8
     assert good.labels.hit_share > 0.98
     assert bad.labels.wrong_share > 3 * good.labels.wrong_share
-    assert mended.labels.wrong_share < 1.2 * good.labels.wrong_share
-    assert mended.labels.hit_share > 0.98
+    assert repaired.labels.wrong_share < 1.2 * good.labels.wrong_share
+    assert repaired.labels.hit_share > 0.98
     with pytest.raises(ValueError, match="needs at least 2 frames"):
         measure(road_scene(1, 0, 0), grid, OCC3D, LabelConfig())
 

@@ -1,4 +1,4 @@
-"""Every error of a store is one line with its URL and what helps; only what can pass is asked again."""
+"""Every error of a store is one line with its URL and what helps; only temporary failures are retried."""
 
 import errno
 

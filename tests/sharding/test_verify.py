@@ -122,7 +122,7 @@ DAMAGE = {
     "wrong grid in a frame": (
         "labels",
         change("frame.json", in_head(lambda h: h["arrays"]["binary"].update(shape=[4, 8, 4]))),
-        "has shape (8, 8, 2) beside (4, 8, 4)",
+        "has shape (8, 8, 2), which does not match (4, 8, 4)",
     ),
     "no header": ("labels", lambda m: m[1:], "has no header member"),
     "another scene": ("lidar", change("frame.json", in_head(lambda h: h.update(scene="toy-7"))), "differ in scene"),
