@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from occstream.evaluation.evaluate import EvalResult, evaluate
@@ -96,6 +97,8 @@ def load_trained(path: str | Path, overrides: Sequence[str] = (), number: int = 
     """
     device = pick_device(number, share=True)
     print(f"device: {describe(device)}", flush=True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current one, wherever its tensors are
     saved = checkpoint.Checkpoint(path)
     config = parse_config(merge(redacted(saved.state["config"]), parse_overrides(overrides)))
     world, cfg = World(0, 1, device), config.train

@@ -58,9 +58,12 @@ def test_each_part_takes_its_own_gpu_and_says_so(monkeypatch, capsys, part, gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "NVIDIA A100")
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(checkpoint, "Checkpoint", opened)
     with pytest.raises(Opened):
         predict_checkpoint("run", "data", "pseudo-a", part=part)
+    assert current == [torch.device("cuda", gpu)], "where kernels are launched"
     assert capsys.readouterr().out == f"device: cuda:{gpu} (NVIDIA A100)\n"
 
 
