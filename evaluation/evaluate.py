@@ -230,7 +230,7 @@ def _in_step(batches: Iterable[OccBatch]) -> Iterator[tuple[OccBatch, bool]]:
             error = ValueError(f"rank {dist.get_rank()} had no frames to evaluate, so there is no score")
         most = _most(_FAILED if error else int(batch is not None))
         if most == _FAILED:
-            raise error or ValueError("another rank could not read its frames to evaluate; its message says why")
+            raise error or ValueError("another rank could not read its frames to evaluate; see its message")
         if not most:
             return
         yield (batch, True) if batch is not None else (last, False)

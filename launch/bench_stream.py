@@ -434,7 +434,7 @@ def bench_stream(scenes: int = 30, repeats: int = 3, files: Sequence[Path] = ())
         threaded = [_process(("threads in turns", 2, 0), folder)["ours"] for _ in range(repeats)]
         ideal = min(r["cpu_ms"] for r in runs["memory", 0, 0])
         print(
-            f"best of {repeats} runs each, and x memory: CPU time over that of bare decoding, in turns within one process, "
+            f"best of {repeats} runs each, and x memory: CPU time over that of bare decoding, alternately within one process, "
             "with workers of separate runs; other loaders decode with our functions, 'webdataset, Pillow' as it does by itself"
         )
         head = f"{'loader':<17} {'threads':>7} {'samples/s':>10} {'CPU ms':>8} {'x memory':>9} {'first s':>8} {'resume s':>9}"

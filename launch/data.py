@@ -130,7 +130,7 @@ def shard(args) -> int:
     elif changed := [f.name for f in fields(config) if getattr(config, f.name) != f.default]:
         flag = {"level": "no-level", "supported": "flat-rays"}.get(changed[0], changed[0].replace("_", "-"))
         raise ValueError(
-            f"--{flag} is given, but no labels are made from LiDAR here; say --labels lidar or drop --{flag}"
+            f"--{flag} is given, but no labels are made from LiDAR here; use --labels lidar or drop --{flag}"
         )
     cameras = tuple(c for c in args.cameras.split(",") if c)
     images = Images(args.short_side, args.jpeg_quality, cameras, args.max_black / 100)

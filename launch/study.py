@@ -95,7 +95,7 @@ class Study:
 
     def __post_init__(self):
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", self.name):
-            raise ValueError(f"name is {self.name!r}: give letters, digits, '-' and '_'")
+            raise ValueError(f"name is {self.name!r}: use letters, digits, '-' and '_'")
         for stage in ("pretrain", "finetune"):
             spec = getattr(self, stage)
             if not spec.recipe or not spec.scenes:
@@ -106,7 +106,7 @@ class Study:
             raise ValueError("strategies and seeds must not be empty")
         names = [n for n in (*self.strategies, *self.families) if not re.fullmatch(r"[A-Za-z0-9+*. _-]{1,40}", n)]
         if names:
-            raise ValueError(f"name {names[0]!r}: use letters, digits, blanks and + * . _ -")
+            raise ValueError(f"name {names[0]!r}: use letters, digits, spaces and + * . _ -")
         moved = [name for name, arm in self.strategies.items() if "subset_seed" in arm.source]
         if moved:
             raise ValueError(f"strategies.{moved[0]}.source.subset_seed would change the evaluation set; remove it")
@@ -115,7 +115,7 @@ class Study:
             raise ValueError(f"reference is {self.reference!r}, must be one of {', '.join(self.strategies)}")
         if not self.output.isprintable():
             raise ValueError(
-                f"output is {self.output!r}: must be a folder's name of one line, it is written into job files"
+                f"output is {self.output!r}: must be a one-line folder name, because it is written into job files"
             )
         self.output = place(self.output) or f"runs/{self.name}"
         self.uri = self.uri or default_uri(f"sqlite:///{self.output}/mlflow.db")
@@ -275,7 +275,7 @@ class _Builder:
             shared = data.scenes & held_out.scenes
             if shared:
                 raise ValueError(
-                    f"{len(shared)} scenes are trained on and evaluated on ({min(shared)}, …): hold them out "
+                    f"{len(shared)} scenes are used for both training and evaluation ({min(shared)}, …): hold them out "
                     "(data.holdout, replay.holdout) or give another eval.url"
                 )
             steps = data.steps

@@ -122,7 +122,7 @@ def finished(study: Study, run: Run) -> bool:
     cell = [e["run"]["tags"].get("cell_id") for e in events if "run" in e]
     if cell and cell[-1] != run.cell_id:
         raise ValueError(
-            f"{Path(study.output) / run.name}: was trained with other settings (cell {cell[-1]}, now {run.cell_id}); "
+            f"{Path(study.output) / run.name}: was trained with different settings (cell {cell[-1]}, now {run.cell_id}); "
             "give the study another output, or remove that folder"
         )
     return bool(status) and status[-1] == "FINISHED"

@@ -508,8 +508,8 @@ def load_declared(
     left = sorted(k for k in weights.keys() - set(expected) if not k.startswith(dropped))
     if left:
         raise ValueError(
-            f"{origin} does not fit this model: it has {len(left)} tensors that this model neither takes nor leaves "
-            f"behind on purpose{_some(left)}. Give a pre-training run of the same family and strategy"
+            f"{origin} does not fit this model: it has {len(left)} tensors that this model neither uses nor drops "
+            f"on purpose{_some(left)}. Give a pre-training run of the same family and strategy"
         )
     with torch.no_grad():
         for key in expected:

@@ -83,7 +83,7 @@ def _reason() -> str:
     """Why torch sees no GPU, with what to do."""
     built = torch.version.cuda
     if not built:
-        return f"torch {torch.__version__} is a build for the CPU; install its CUDA build"
+        return f"torch {torch.__version__} is a CPU build; install the CUDA build"
     oldest, driver = OLDEST.get(int(built.split(".")[0]), ()), driver_version()
     needed = f"torch {torch.__version__} is built for CUDA {built}"
     if oldest:
@@ -97,7 +97,7 @@ def _reason() -> str:
         return f"CUDA_VISIBLE_DEVICES is {visible!r}, which may hide it (driver {driver}, {needed})"
     try:
         torch.cuda.init()
-        said = "no GPU is given to this container or job"
+        said = "no GPU is assigned to this container or job"
     except (RuntimeError, AssertionError) as error:
         said = " ".join(str(error).split())[:160]
     return f"{said} (driver {driver}, {needed})"

@@ -158,7 +158,7 @@ def check_same_run(config: Config, fingerprints: dict[str, str], saved: Checkpoi
         raise ValueError(
             f"{saved.path} was trained with {first}={old.get(first)}, this run has {first}={new[first]}"
             f"{f' (and {len(changed) - 1} more differ)' if changed[1:] else ''}; "
-            "choose another output= for a new run, or the old settings to resume"
+            "choose another output= for a new run, or restore the old settings to resume"
         )
     if saved.state["fingerprints"] != fingerprints:
         raise ValueError(

@@ -237,9 +237,9 @@ def _check_camera(camera: Camera) -> Iterator[str]:
         yield "intrinsics are not those of a camera"
     # From a fisheye's 150 degrees to a telephoto's 3, pixels nearly square, principal point on the image.
     elif not (0.1 < fx / camera.width < 20 and 0.5 < fx / fy < 2):
-        yield f"intrinsics are absurd: focal lengths {fx:.1f}, {fy:.1f} for {camera.width}x{camera.height} pixels"
+        yield f"intrinsics are implausible: focal lengths {fx:.1f}, {fy:.1f} for {camera.width}x{camera.height} pixels"
     elif not (0 <= cx <= camera.width and 0 <= cy <= camera.height):
-        yield f"intrinsics are absurd: principal point ({cx:.1f}, {cy:.1f}) is outside {camera.width}x{camera.height} pixels"
+        yield f"intrinsics are implausible: principal point ({cx:.1f}, {cy:.1f}) is outside {camera.width}x{camera.height} pixels"
     if not is_rigid(camera.sensor_to_ego):
         yield "sensor_to_ego is not a rigid pose"
     elif np.linalg.norm(camera.sensor_to_ego[:3, 3]) > 20:

@@ -151,7 +151,7 @@ def check_jpeg(camera: Camera) -> None:
             raise ValueError(
                 "is a PNG or another image, not a JPEG; its source must read it with rawfiles.read_jpeg"
             ) from None
-        raise ValueError(f"not a JPEG ({error}); fetch the image again") from None
+        raise ValueError(f"not a JPEG ({error}); download the image again") from None
     if space in ("CMYK", "YCCK"):
         raise ValueError(f"JPEG is in {space}, not in color or gray; read it with rawfiles.read_jpeg")
     if (width, height) != (camera.width, camera.height):
@@ -159,7 +159,7 @@ def check_jpeg(camera: Camera) -> None:
             f"image has {width}x{height} pixels, its metadata says {camera.width}x{camera.height}; one of them is wrong"
         )
     if b"\xff\xd9" not in camera.jpeg[-1024:]:
-        raise ValueError(f"JPEG is truncated ({len(camera.jpeg)} bytes); fetch the image again")
+        raise ValueError(f"JPEG is truncated ({len(camera.jpeg)} bytes); download the image again")
 
 
 def decode(groups: Iterable[dict[str, bytes]]) -> Frame:

@@ -36,7 +36,7 @@ def lacking_line(scenes: Iterable[SceneEntry]) -> str:
     if not lacking:
         return ""
     listed = ", ".join(f"{name} in {count} frame{'s' if count > 1 else ''}" for name, count in lacking.items())
-    return f"not there: {listed}; training replaces such frames by others of their scene, evaluation leaves them out"
+    return f"missing: {listed}; training replaces such frames with others of their scene, evaluation skips them"
 
 
 def data_card(manifest: Manifest, other: str = "", frames: int = 100) -> dict[str, float]:

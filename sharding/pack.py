@@ -282,11 +282,11 @@ def merge(url: str) -> Manifest:
 
 def _outcome(where: str) -> dict:
     """What one part left for ``merge``. Raises ValueError if it is not what a part writes."""
-    found = load_json(storage.read_bytes(where), where, "run the part again")
+    found = load_json(storage.read_bytes(where), where, "rerun the part")
     number, count = found["part"] if isinstance(found.get("part"), list) and len(found["part"]) == 2 else (0, 0)
     whole = type(number) is int and type(count) is int and 1 <= number <= count <= 10**6
     if not whole or not isinstance(found.get("job"), str):
-        raise ValueError(f"{where}: is not what a part of a job leaves; run the part again")
+        raise ValueError(f"{where}: is not the record of a job's part; rerun the part")
     return found
 
 
@@ -331,7 +331,7 @@ def _publish(url: str, outcomes: list[dict]) -> Manifest:
         for shard in (s for s in manifest.shards if s.group == group):
             if there.get(Path(shard.path).name) != shard.size:
                 raise ValueError(
-                    f"{storage.join(url, shard.path)}: is gone or has changed since it was packed; run the job again"
+                    f"{storage.join(url, shard.path)}: is missing or has changed since it was packed; rerun the job"
                 )
     manifest.publish()
     return manifest

@@ -102,7 +102,7 @@ class _Name:
         raise pickle.UnpicklingError(f"a change of {name}")
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a change of a function")
+        raise pickle.UnpicklingError("a modification of a function")
 
 
 _ALLOWED = {
@@ -141,7 +141,7 @@ class _Unpickler(pickle.Unpickler):
         return made if (module, name) in _TYPES else _Name(made)
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to something outside")
+        raise pickle.UnpicklingError("it refers to an external object")
 
 
 def loads(data: bytes) -> Any:

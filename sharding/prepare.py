@@ -208,7 +208,7 @@ def decoded(jpeg: bytes, **options) -> np.ndarray:
     try:
         return simplejpeg.decode_jpeg(jpeg, "RGB", **options)
     except ValueError as error:
-        raise ValueError(f"image cannot be decoded ({error}); fetch it again") from None
+        raise ValueError(f"image cannot be decoded ({error}); download it again") from None
 
 
 def encoded(camera: Camera, quality: int) -> Camera:

@@ -55,7 +55,7 @@ def read_npy(path: Path, why: str = "") -> Any:
         loaded = np.load(io.BytesIO(data), allow_pickle=False)
         return {name: loaded[name] for name in loaded.files} if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
     except Exception as error:  # zip, zlib, header: numpy raises whatever they raise
-        raise ValueError(f"{path}: not readable as {path.suffix} ({str(error)[:120]}); fetch it again") from None
+        raise ValueError(f"{path}: not readable as {path.suffix} ({str(error)[:120]}); download it again") from None
 
 
 def read_rows(path: Path, columns: int) -> np.ndarray:
@@ -69,7 +69,7 @@ def read_rows(path: Path, columns: int) -> np.ndarray:
             raise ValueError(f"{path}: needs {columns} numbers in every line; it is damaged or of another format")
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path}: is empty; it needs {columns} numbers in every line; fetch it again")
+        raise ValueError(f"{path}: is empty; it needs {columns} numbers in every line; download it again")
     return np.array(rows)
 
 
@@ -78,7 +78,7 @@ def read_text(path: Path) -> str:
     try:
         return read_file(path).decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not text ({error.reason} at byte {error.start}); fetch it again") from None
+        raise ValueError(f"{path}: is not text ({error.reason} at byte {error.start}); download it again") from None
 
 
 def parse_numbers(text: str, where: object) -> np.ndarray:
@@ -86,9 +86,9 @@ def parse_numbers(text: str, where: object) -> np.ndarray:
     try:
         numbers = np.array([float(word) for word in text.split()])
     except ValueError as error:
-        raise ValueError(f"{where}: {error}; fetch the file again") from None
+        raise ValueError(f"{where}: {error}; download the file again") from None
     if not np.isfinite(numbers).all():
-        raise ValueError(f"{where}: a number is not finite; fetch the file again")
+        raise ValueError(f"{where}: a number is not finite; download the file again")
     return numbers
 
 
@@ -96,7 +96,7 @@ def read_values(path: Path, dtype: str) -> np.ndarray:
     """(N,) of a bare binary file of one type. Raises ValueError if its size does not fit."""
     data = read_file(path)
     if len(data) % np.dtype(dtype).itemsize:
-        raise ValueError(f"{path}: {len(data)} bytes are not a multiple of {np.dtype(dtype)}; fetch it again")
+        raise ValueError(f"{path}: {len(data)} bytes are not a multiple of {np.dtype(dtype)}; download it again")
     return np.frombuffer(data, dtype)
 
 
@@ -105,7 +105,7 @@ def read_points(path: Path, columns: int) -> np.ndarray:
     data = read_file(path)
     if not data or len(data) % (4 * columns):
         others = [c for c in (3, 4, 5, 6) if data and c != columns and len(data) % (4 * c) == 0]
-        hint = f"it looks like {others[0]} columns" if len(others) == 1 else "it is damaged, fetch it again"
+        hint = f"it looks like {others[0]} columns" if len(others) == 1 else "it is damaged, download it again"
         raise ValueError(f"{path}: {len(data)} bytes are not a multiple of {columns} x float32 points; {hint}")
     return np.frombuffer(data, np.float32).reshape(-1, columns)
 
@@ -184,7 +184,7 @@ def read_jpeg(path: Path, why: str = "", quality: int = 95) -> tuple[bytes, int,
         if image is None:
             raise ValueError(f"{len(data)} bytes of no known format, or damaged")
     except (ValueError, cv2.error) as error:
-        raise ValueError(f"{path}: not a readable image ({error}); fetch it again") from None
+        raise ValueError(f"{path}: not a readable image ({error}); download it again") from None
     jpeg = simplejpeg.encode_jpeg(image, quality, "BGR", "444")
     return jpeg, image.shape[1], image.shape[0]
 
@@ -204,7 +204,7 @@ def numbered(folder: Path, ending: str) -> list[int]:
     for path in entries(folder, f"*{ending}"):
         stem = path.name.removesuffix(ending)
         if not (stem.isascii() and stem.isdigit()):
-            raise ValueError(f"{path}: its name is not a number and {ending}; move it away")
+            raise ValueError(f"{path}: its name is not a number and {ending}; move it elsewhere")
         numbers.append(int(stem))
     return sorted(numbers)
 

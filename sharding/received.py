@@ -47,7 +47,7 @@ class Received:
         self.data, self.where = data, where
 
     def fail(self, problem: str) -> ValueError:
-        return ValueError(f"{self.where}: {problem}; it was edited, damaged or made by another program")
+        return ValueError(f"{self.where}: {problem}; it was edited, damaged or written by another program")
 
     def text(self, field: str, longest: int = 200, default: str | None = None) -> str:
         value = self.data.get(field, default)

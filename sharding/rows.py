@@ -64,7 +64,7 @@ class Row:
         value = self.text(field)
         parts = Path(value.replace("\\", "/")).parts
         if "\0" in value or ".." in parts or Path(value).is_absolute():
-            raise self.error(field, f"is {_short(value)}; it must stay below the data set's folder")
+            raise self.error(field, f"is {_short(value)}; it must be below the data set's folder")
         return value
 
     def flag(self, field: str) -> bool:

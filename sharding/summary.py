@@ -39,7 +39,7 @@ def choose_labels(source: Source, wanted: str, grid: VoxelGrid | None) -> tuple[
     if wanted == "none":
         return "none", "none, as asked"
     if wanted == "native" and native is None:
-        raise ValueError(f"source {source.name!r} brings no labels of its own; use --labels lidar")
+        raise ValueError(f"source {source.name!r} has no labels of its own; use --labels lidar")
     if wanted == "lidar" or native is None:
         if wanted != "lidar" and found.unused:
             raise ValueError(f"{found.unused}; or say --labels lidar to make them from LiDAR all the same")

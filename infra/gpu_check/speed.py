@@ -151,13 +151,13 @@ def _profiled(model, frames, config, device: torch.device, out: Path) -> None:
 
 @section(
     "step",
-    f"a step of r50 pre-training at batch {BATCH} taken apart: 5 times plain fp32 or faster with all that is there",
+    f"a step of r50 pre-training at batch {BATCH} broken down: 5 times plain fp32 or faster with everything enabled",
 )
 def step(check: Check) -> str:
     return _bench(check, "r50", "pretrain", 2 if check.dry else BATCH, 5.0)
 
 
-@section("bevformer", "a step of r50-bevformer at batch 2 taken apart: faster than plain fp32")
+@section("bevformer", "a step of r50-bevformer at batch 2 broken down: faster than plain fp32")
 def bevformer(check: Check) -> str:
     return _bench(check, "r50-bevformer", "pretrain", 2, 1.0)
 

@@ -241,7 +241,9 @@ class OpenScene:
             part for part in Path(path.replace("\\", "/")).parts if part != "/"
         ]  # below our folders, never outside
         if ".." in parts or "\0" in path:
-            raise ValueError(f"{self.root}: the metadata names {path!r:.100}, which leads out of the data set's folder")
+            raise ValueError(
+                f"{self.root}: the metadata names {path!r:.100}, which points outside the data set's folder"
+            )
         for start in range(max(1, len(parts) - 1)):  # the longest ending that is there, with its folder at least
             for base in self.bases:
                 candidate = base.joinpath(*parts[start:])

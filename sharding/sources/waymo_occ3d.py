@@ -89,7 +89,7 @@ class WaymoOcc3d:
         paths = [p for p in entries(folder, "*.npz") if p.stem.endswith("_04") == bool(ending)]
         for path in paths:
             if not path.stem.removesuffix("_04").isdecimal():
-                raise ValueError(f"{path}: its name is not a frame's number; move it away")
+                raise ValueError(f"{path}: its name is not a frame's number; move it elsewhere")
         files = {int(p.stem.removesuffix("_04")): p for p in paths}
         if not files:
             raise ValueError(f"{folder}: has no {'*' + ending}.npz; choose the other voxel size or unpack the archive")

@@ -105,7 +105,10 @@ def test_wrong_studies_are_named(data, tmp_path):
         ({"reference": "x"}, "reference is 'x', must be one of Multi"),
         ({"stratgies": {}}, "unknown key 'stratgies'; did you mean 'strategies'"),
         ({"finetune": {"recipe": RECIPE, "scenes": [50]}}, "50 scenes requested"),
-        ({"set": {"data": {"url": data, "holdout": 0}, "eval": {"url": data}}}, "are trained on and evaluated on"),
+        (
+            {"set": {"data": {"url": data, "holdout": 0}, "eval": {"url": data}}},
+            "are used for both training and evaluation",
+        ),
         ({"set": {"train": {"lerning": 1}}}, "unknown key 'train.lerning'"),
     ):
         with pytest.raises(ValueError, match=reason):

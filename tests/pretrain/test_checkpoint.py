@@ -313,7 +313,7 @@ def test_transfer_is_all_or_nothing():
     for bad, reason in [
         ({"0.weight": torch.ones(4, 3)}, r"1 of 2 declared tensors are missing \(0\.bias\)"),
         ({**good, "0.bias": torch.ones(5)}, r"0\.bias \(5,\) instead of \(4,\)"),
-        (good, r"1 tensors that this model neither takes nor leaves behind on purpose \(unrelated\)"),
+        (good, r"1 tensors that this model neither uses nor drops on purpose \(unrelated\)"),
     ]:
         with pytest.raises(ValueError, match=reason):
             load_declared(model, bad, expected, "here")

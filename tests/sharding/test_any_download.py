@@ -74,7 +74,7 @@ def test_an_image_that_is_to_be_shown_turned_is_refused(tmp_path, orientation):
 @pytest.mark.parametrize("data", [b"", b"\x89PNG broken", b"\xff\xd8\xff broken", b"<html>not found</html>"])
 def test_what_is_no_image_is_named(tmp_path, data):
     (tmp_path / "a.jpg").write_bytes(data)
-    with pytest.raises(ValueError, match=r"a.jpg: not a readable image .*fetch it again"):
+    with pytest.raises(ValueError, match=r"a.jpg: not a readable image .*download it again"):
         rawfiles.read_jpeg(tmp_path / "a.jpg")
 
 
@@ -131,7 +131,7 @@ def test_a_file_whose_name_is_no_number_is_named(tmp_path, name, file):
         source = open_source(name, options)
         source.load(source.scene_names()[0])
 
-    with pytest.raises(ValueError, match=r"its name is not a .*number.*; move it away"):
+    with pytest.raises(ValueError, match=r"its name is not a .*number.*; move it elsewhere"):
         load()
 
 
@@ -194,8 +194,8 @@ def test_a_missing_camera_is_told_at_packing_and_verifying(tmp_path, capsys):
     manifest = pack(Gappy((3, 2)), str(tmp_path / "out"))
     assert manifest.scenes[0].attributes["lacking"] == {"CAM_A": 1, "CAM_B": 1}
     assert "lacking" not in manifest.scenes[1].attributes
-    line = "not there: CAM_A in 1 frame, CAM_B in 1 frame; training replaces such frames by others of their scene, evaluation "
-    line += "leaves them out"
+    line = "missing: CAM_A in 1 frame, CAM_B in 1 frame; training replaces such frames with others of their scene, evaluation "
+    line += "skips them"
     assert f"cameras    {line}" in after(manifest)
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert line in capsys.readouterr().out

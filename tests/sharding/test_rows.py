@@ -130,7 +130,7 @@ def test_a_scene_named_by_a_path_is_not_packed(toy):
     assert "scene name '../../pwned'" in said
     said = changed(toy, sample_data=lambda rows: rows[0].update(filename="../../../etc/passwd"))
     assert "sample_data.json: row cs0-0: filename" in said
-    assert "must stay below" in said
+    assert "must be below" in said
 
 
 def test_points_with_four_columns_are_named_as_that(tmp_path):

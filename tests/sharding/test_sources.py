@@ -507,9 +507,9 @@ def test_openscene_names_no_file_outside_its_folder(tmp_path):
     [info] = pickle.loads(path.read_bytes())["infos"]
     (tmp_path / "outside.jpg").write_bytes(next((tmp_path / "set").rglob("*.jpg")).read_bytes())
     for name, message in (
-        ("../outside.jpg", "leads out"),
+        ("../outside.jpg", "points outside"),
         (str(tmp_path / "outside.jpg"), "has no file"),
-        ("a\0b", "leads out"),
+        ("a\0b", "points outside"),
     ):
         info["cams"]["CAM_B0"]["data_path"] = name
         path.write_bytes(pickle.dumps([info]))

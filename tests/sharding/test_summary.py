@@ -204,6 +204,6 @@ def test_frames_with_fewer_views_are_counted(tmp_path, capsys):
     assert after(Manifest.load(str(tmp_path / "out"))) == [
         "unknown    no labels",
         "views      1: image_2 (image_2 in 1 of 2 frames)",
-        "cameras    not there: image_2 in 1 frame; training replaces such frames by others of their scene, evaluation leaves "
-        "them out",
+        "cameras    missing: image_2 in 1 frame; training replaces such frames with others of their scene, evaluation skips "
+        "them",
     ]

@@ -134,7 +134,7 @@ DAMAGE = {
     "absurd focal length": (
         "cameras",
         change("frame.json", in_head(absurd)),
-        "intrinsics are absurd: focal lengths 20000000.0",
+        "intrinsics are implausible: focal lengths 20000000.0",
     ),
     "principal point outside": ("cameras", change("frame.json", in_head(outside)), "principal point (-400.0"),
     "pose that is not valid": (
