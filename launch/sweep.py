@@ -74,8 +74,8 @@ def sweep(
     except Exception as error:  # the server's trouble is not training's
         page = ""
         print(
-            f"MLflow at {study.uri} does not accept the data card ({str(error).splitlines()[0][:160]}); runs go on and keep "
-            "their numbers, `occstream sync RUN` sends them later",
+            f"MLflow at {study.uri} does not accept the data card ({str(error).splitlines()[0][:160]}); runs continue and keep "
+            "their metrics, `occstream sync RUN` sends them later",
             file=sys.stderr,
             flush=True,
         )

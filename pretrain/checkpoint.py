@@ -62,7 +62,7 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
         if bad:
             raise FloatingPointError(
                 f"step {step}: {len(bad)} tensors of {stem} hold NaN or infinity{_some(bad)}; this checkpoint is not saved. "
-                "Start again from the one before with a lower train.lr or train.clip, or a longer train.warmup"
+                "Restart from the previous one with a lower train.lr or train.clip, or a longer train.warmup"
             )
     final = root / f"step-{step:08d}"
     partial = root / f".partial-{step:08d}"

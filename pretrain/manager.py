@@ -101,5 +101,5 @@ class CheckpointManager:
         """Waits for uploads, as long as a store may be away."""
         if self.uploader and not self.uploader.close(60 * max(5.0, storage.minutes())):
             self.world.say(
-                f"not everything is at {self.config.train.upload}; start the run again to upload what is left",
+                f"not everything is at {self.config.train.upload}; rerun the command to upload what is left",
             )

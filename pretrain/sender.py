@@ -111,7 +111,7 @@ class Sender:
             self._post(client, again)
             if left := lost():
                 raise ConnectionError(
-                    f"{len(left)} of {len(wanted)} metrics do not stay at {redact(self.uri)}; look at the server"
+                    f"{len(left)} of {len(wanted)} metrics do not stay at {redact(self.uri)}; check the server"
                 )
         known, files = client.get_run(self.run_id), {a.path for a in client.list_artifacts(self.run_id)}
         for event in events:
@@ -334,11 +334,11 @@ def trouble(uri: str, error: BaseException) -> str:
     where, status = f"MLflow at {redact(uri)}", status_of(error)
     if status in (401, 403):
         return (
-            f"{where} refuses access ({reason}): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            f"{where} denies access ({reason}): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
             "MLFLOW_TRACKING_TOKEN; a 403 for a server reached by another name: name it in its MLFLOW_SERVER_ALLOWED_HOSTS"
         )
     if refuses(error):
-        return f"{where} rejects what it is sent ({type(error).__name__}: {reason}): look at the URI, or restore the run there"
+        return f"{where} rejects what it is sent ({type(error).__name__}: {reason}): check the URI, or restore the run there"
     return f"{where} does not answer ({type(error).__name__}: {reason})"
 
 

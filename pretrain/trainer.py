@@ -169,7 +169,7 @@ class _Training:
             key=state.get("run_key") or "",
             run_id=state.get("mlflow_run_id") or "",
         )
-        self.world.say(f"numbers go to {self.folder / EVENTS} and to MLflow: {describe_uri(config.track.uri)}")
+        self.world.say(f"metrics go to {self.folder / EVENTS} and to MLflow: {describe_uri(config.track.uri)}")
         return tracker
 
     def run(self) -> Result:

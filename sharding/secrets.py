@@ -11,8 +11,8 @@ _TOKEN = re.compile(
 )
 _INSTEAD = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-    "http": "of an MLflow server set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; of "
-    "data give its s3:// URL and AWS credentials",
+    "http": "for an MLflow server, set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; for "
+    "data, give its s3:// URL and AWS credentials",
     "postgresql": "use PGPASSWORD or ~/.pgpass, or an MLflow server in front of the database",
     "mysql": "use ~/.my.cnf, or an MLflow server in front of the database",
 }
