@@ -46,7 +46,7 @@ def test_scenes_and_sweeps_can_be_chosen(toy):
         (lambda r: (r / "v1.0-toy/ego_pose.json").unlink(), r"ego_pose\.json: table is missing"),
         (lambda r: (r / "v1.0-toy/sample.json").write_text("[{"), r"sample\.json: not readable as JSON"),
         (lambda r: (r / "v1.0-other").mkdir(), "choose one with version="),
-        (lambda r: next((r / "samples/LIDAR_TOP").iterdir()).write_bytes(b"123"), "3 bytes are not a whole number"),
+        (lambda r: next((r / "samples/LIDAR_TOP").iterdir()).write_bytes(b"123"), "3 bytes are not a multiple"),
         (
             lambda r: [p.unlink() for p in (r / "samples/CAM_FRONT").iterdir()],
             "is missing .the tables name it.; complete the download",

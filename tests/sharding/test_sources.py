@@ -483,7 +483,7 @@ def test_a_fault_in_any_field_of_openscene_is_one_line(tmp_path):
         ("semantickitti", "sequences/00/calib.txt", b"\xff\xfe", r"calib\.txt: is not text"),
         ("semantickitti", "sequences/00/calib.txt", b"P2: x\nTr: 1", r"calib\.txt: P2: could not convert"),
         ("semantickitti", "sequences/00/calib.txt", b"P2:" + b" 0" * 12 + b"\nTr:" + b" 0" * 12, "not the projection"),
-        ("semantickitti", "sequences/00/labels/000000.label", b"123", r"000000\.label: 3 bytes are not a whole number"),
+        ("semantickitti", "sequences/00/labels/000000.label", b"123", r"000000\.label: 3 bytes are not a multiple"),
         (
             "sscbench",
             "calibration/perspective.txt",
