@@ -85,7 +85,7 @@ def test_checkpoints_of_another_strategy_or_family_are_refused_by_name():
             load_declared(model, binary[theirs], model.transfer_keys(), "theirs", model.dropped_keys())
     model = build()
     more = binary["intermediate"] | {"other.weight": torch.zeros(1)}
-    with pytest.raises(ValueError, match=r"neither takes nor leaves behind on purpose \(other\.weight\)"):
+    with pytest.raises(ValueError, match=r"neither uses nor drops on purpose \(other\.weight\)"):
         load_declared(model, more, model.transfer_keys(), "theirs", model.dropped_keys())
     with pytest.raises(ValueError, match="nothing to pre-train"):
         build(semantic=False, strategy="offboard")

@@ -127,5 +127,5 @@ def test_a_lock_on_a_file_that_its_last_holder_has_just_removed_keeps_others_out
     monkeypatch.setattr(lease.fcntl, "flock", late)
     with only_writer(str(tmp_path), "pack"):
         assert json.loads(path.read_text())["process"] == os.getpid()
-        with pytest.raises(ValueError, match="another packer writes there"), only_writer(str(tmp_path), "pack"):
+        with pytest.raises(ValueError, match="another packer is writing there"), only_writer(str(tmp_path), "pack"):
             pass
