@@ -106,7 +106,9 @@ def guarded(work: Callable[[], int]) -> int:
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"[rank {rank}] "
     try:
-        return work()
+        code = work()
+        sys.stdout.flush()  # here, where a reader that has gone is no error
+        return code
     except KeyboardInterrupt:
         print(f"{where}interrupted", file=sys.stderr)
         return 130

@@ -320,7 +320,7 @@ def _publish(url: str, outcomes: list[dict]) -> Manifest:
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{url}: a part is not what a job leaves ({type(error).__name__}: {error}); run it again"
+            f"{url}: a part is not the record of a job ({type(error).__name__}: {error}); rerun it"
         ) from None
     if not content["scenes"]:
         raise ValueError(f"{url}: every scene failed; nothing was published")

@@ -185,7 +185,7 @@ def test_a_million_scenes_are_checked_by_column():
 def test_what_a_part_left_is_checked_before_it_is_merged(tmp_path, left):
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "1-of-1.json").write_text(json.dumps(left))
-    with pytest.raises(ValueError, match=r"is not what a|holds list"):
+    with pytest.raises(ValueError, match=r"is not the record of|holds list"):
         merge(str(tmp_path))
 
 
