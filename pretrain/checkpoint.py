@@ -367,7 +367,8 @@ def _check_state(state: object, where: Path) -> None:
         bad = [name for name, kind in kinds.items() if name in state and not isinstance(state[name], kind)]
         whole = (name for name in ("step", "ema_updates") if state.get(name) is not None)
         bad += [name for name in whole if type(state[name]) is not int or not 0 <= state[name] < 2**53]
-        bad += ["cameras"] if not all(isinstance(c, str) for c in state.get("cameras") or ()) else []
+        if "cameras" not in bad and not all(isinstance(c, str) for c in state.get("cameras", ())):
+            bad.append("cameras")
     if bad:
         raise Damaged(f"{where}: {bad[0]} is not what was written; take another checkpoint")
 

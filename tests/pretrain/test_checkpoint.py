@@ -355,6 +355,8 @@ def test_a_checkpoint_names_no_file_outside_its_folder(tmp_path, name):
         {"step": "3"},
         {"config": []},
         {"cameras": [1]},
+        {"cameras": -1},
+        {"cameras": None},
         {"data": 5},
         {"ema_updates": True},
     ],
