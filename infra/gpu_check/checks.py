@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,19 +109,3 @@ def peak(device: torch.device) -> Iterator[Callable[[], float]]:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     yield lambda: torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-
-
-def timed(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds of one call, the best of some."""
-    import torch
-
-    best = float("inf")
-    for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return best

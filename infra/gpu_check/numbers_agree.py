@@ -11,7 +11,7 @@ from typing import get_args
 from unittest import mock
 
 import torch
-from checks import Check, Skipped, need, peak, section, timed
+from checks import Check, Skipped, need, peak, section
 from torch import Tensor, nn
 
 import occstream.models
@@ -22,6 +22,7 @@ from occstream.models.b2s import Strategy
 from occstream.models.layers import SyncBatchNorm
 from occstream.pretrain.engine import World
 from occstream.pretrain.losses import LossConfig, _NegativeFocal, occupancy_loss
+from occstream.pretrain.meter import best_time
 from occstream.pretrain.networks import create_model
 from occstream.pretrain.replay import TrainData
 from tests.models.helpers import SMALL, make_batch, two_equal_ranks
@@ -187,7 +188,7 @@ def full_kernels(check: Check) -> str:
             found.append([out.detach(), *slopes])
         gap = max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)) for a, b in zip(*found))
         slow, fast = (
-            timed(lambda w=w, given=given: torch.autograd.grad(w().sum(), given), device, 0 if check.dry else 5)
+            best_time(lambda w=w, given=given: torch.autograd.grad(w().sum(), given), device, 1 if check.dry else 6)
             for w in (reference, kernel)
         )
         said.append(f"{name}: {gap:.1e}, {1e3 * slow:.1f} ms to {1e3 * fast:.1f} ms")
@@ -237,7 +238,7 @@ def batch_norm(check: Check) -> str:
             slopes = [x.grad, norm.weight.grad, norm.bias.grad]
             found.append([t.detach().float() for t in (out, *slopes, norm.running_mean, norm.running_var)])
             with ranks():
-                took = timed(lambda norm=norm, x=x: norm(x).sum().backward(), device, 0 if check.dry else 5)
+                took = best_time(lambda norm=norm, x=x: norm(x).sum().backward(), device, 1 if check.dry else 6)
             cost[-1] = (cost[-1], took)
         memory, slow = cost[0]
         for name, mine, (ours, fast) in zip(("alone", "two ranks"), found[1:], cost[1:]):

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from checks import Check, need, peak, section, timed
+from checks import Check, need, peak, section
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from occstream.launch.bench_step import bench_step
 from occstream.launch.dryrun import frames_like
 from occstream.models import kernels
 from occstream.pretrain.losses import occupancy_loss
+from occstream.pretrain.meter import best_time
 from occstream.pretrain.networks import accelerate, compile_encoder, create_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +49,9 @@ def compiled(check: Check) -> str:
                 accelerate(model, device, False, way == "compiled")
             torch.manual_seed(1)
             loss = float(_step(model, frames, config, device))
-            took = 0.0 if check.dry else timed(lambda m=model, f=frames, c=config: _step(m, f, c, device), device, 5)
+            took = (
+                0.0 if check.dry else best_time(lambda m=model, f=frames, c=config: _step(m, f, c, device), device, 6)
+            )
             found[way] = (loss, took)
         (a, slow), (b, fast) = found.values()
         gap = abs(a - b) / abs(a)

@@ -171,7 +171,11 @@ def test_only_labeled_pods_reach_the_tracking_server():
 
 def test_a_study_job_fits_its_schema():
     kubernetes_validate = pytest.importorskip("kubernetes_validate")
-    kubernetes_validate.validate(clusterjobs._indexed_job("study", ["true"]), "1.37", strict=True)
+    job = clusterjobs._indexed_job("study", ["true"])
+    kubernetes_validate.validate(job, "1.37", strict=True)
+    job["spec"]["completion"] = 1
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job, "1.37", strict=True)
 
 
 def test_policies_give_the_least_rights():
