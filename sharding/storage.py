@@ -214,32 +214,27 @@ def size(url: str) -> int | None:
         return None
 
 
-def listing(url: str) -> dict[str, int]:
-    """Bytes by name of the objects directly below a URL; empty if there is nothing."""
+def _entries(url: str) -> list[dict]:
+    """What lies directly below a URL, as the store has it now; empty if there is nothing."""
 
     def look(fs, path: str) -> list[dict]:
         fs.invalidate_cache()
         return fs.ls(path, detail=True)
 
     try:
-        found = _ask(url, look)
+        return _ask(url, look)
     except FileNotFoundError:
-        return {}
-    return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in found if entry["type"] == "file"}
+        return []
+
+
+def listing(url: str) -> dict[str, int]:
+    """Bytes by name of the objects directly below a URL; empty if there is nothing."""
+    return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in _entries(url) if entry["type"] == "file"}
 
 
 def folders(url: str) -> list[str]:
     """Names of what has objects below it, directly below a URL; empty if there is nothing."""
-
-    def look(fs, path: str) -> list[dict]:
-        fs.invalidate_cache()
-        return fs.ls(path, detail=True)
-
-    try:
-        found = _ask(url, look)
-    except FileNotFoundError:
-        return []
-    return [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in found if entry["type"] == "directory"]
+    return [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in _entries(url) if entry["type"] == "directory"]
 
 
 def remove(url: str) -> None:
