@@ -11,7 +11,14 @@ import numpy as np
 
 from occstream.evaluation.predict import Keep, predict
 from occstream.pretrain.augment import FrameFiller
-from occstream.pretrain.replay import camera_names, device_batches, open_stream, unknown_line, unknown_share
+from occstream.pretrain.replay import (
+    camera_names,
+    device_batches,
+    frame_filler,
+    open_stream,
+    unknown_line,
+    unknown_share,
+)
 from occstream.pretrain.trained import Trained, load_trained
 from occstream.sharding.attach import Sidecar
 from occstream.sharding.codec import Coding, encode
@@ -78,7 +85,7 @@ def predict_checkpoint(
     config = trained.config
     if config.stage != "finetune":
         raise ValueError(f"{trained.path}: is of a pre-training run, which predicts no classes; give a fine-tuned one")
-    config.data.url, config.loss.depth_weight = url, 0.0
+    config.data.url = url
     job = _Job(trained, base, keep, flips, truth, holdout)
     sidecar = job.sidecar(name, overrides)
     try:
@@ -123,19 +130,14 @@ class _Job:
             share = unknown_share(base, range(len(base.scenes)), config.data.mask, config.data.binary_from)
             if share:
                 print(unknown_line("data.mask", config.data.mask, share))
-        return FrameFiller(
-            config.augment,
+        return frame_filler(
+            config,
             camera_names(base, 0, self.trained.cameras),
-            config.voxel_grid,
-            config.classes,
-            0,
-            False,
-            config.data.mask,
-            False,
-            config.data.binary_from,
+            train=False,
+            mask=config.data.mask,
+            semantic=False,
+            binary_from=config.data.binary_from,
             labels=self.labeled,
-            history=config.data.history,
-            decode=config.train.decoder == "cpu",
         )
 
     def sidecar(self, name: str, overrides: tuple[str, ...]) -> Sidecar:

@@ -71,20 +71,14 @@ class TrainData:
         samples = cfg.steps * cfg.batch if cfg.steps else round(cfg.epochs * self.epoch_samples)
         self.steps = math.ceil(samples / cfg.batch)
         self.scenes = {manifest.scenes[i].name for i in scenes}
-        filler = FrameFiller(
-            config.augment,
+        filler = frame_filler(
+            config,
             self.cameras,
-            config.voxel_grid,
-            config.classes,
-            cfg.seed,
-            True,
-            data.mask,
-            semantic,
-            data.binary_from,
-            data.soft,
-            depth_cell(config),
-            history=data.history,
-            decode=cfg.decoder == "cpu",
+            train=True,
+            mask=data.mask,
+            semantic=semantic,
+            binary_from=data.binary_from,
+            soft=data.soft,
         )
         micro = cfg.batch // cfg.accumulate
         self._feeds = {"main": _Feed(manifest, order, filler, micro, micro, config, world)}
@@ -117,19 +111,7 @@ class TrainData:
             draw = min(source.draw or semantic_scenes, len(chosen))
             most = quotas.most(number)
             order = _order(pool, chosen, cfg.seed, draw, most * cfg.accumulate)
-            filler = FrameFiller(
-                config.augment,
-                self.cameras,
-                config.voxel_grid,
-                config.classes,
-                cfg.seed,
-                True,
-                source.mask,
-                False,
-                depth_cell=depth_cell(config),
-                history=config.data.history,
-                decode=cfg.decoder == "cpu",
-            )
+            filler = frame_filler(config, self.cameras, train=True, mask=source.mask, semantic=False)
             batch = most if len(sources) == 1 else functools.partial(quotas.of, number)
             name = f"replay-{number}" if number else "replay"
             self._feeds[name] = _Feed(pool, order, filler, batch, most, config, self.world)
@@ -387,18 +369,8 @@ class EvalData:
         if self.unknown:
             self.notes.append(unknown_line("eval.mask", ev.mask, self.unknown))
         semantic = config.stage == "finetune"
-        filler = FrameFiller(
-            config.augment,
-            self.cameras,
-            config.voxel_grid,
-            config.classes,
-            0,
-            False,
-            ev.mask,
-            semantic,
-            config.data.binary_from,
-            history=config.data.history,
-            decode=config.train.decoder == "cpu",
+        filler = frame_filler(
+            config, self.cameras, train=False, mask=ev.mask, semantic=semantic, binary_from=config.data.binary_from
         )
 
         def open_plan() -> Stream:
@@ -431,6 +403,27 @@ def _without_replaced(stream: Stream, manifest: Manifest) -> Iterator[StreamBatc
                 if "semantic" in got.arrays:
                     got.arrays["semantic"][i] = IGNORE
         yield got
+
+
+def frame_filler(config: Config, cameras: tuple[str, ...], *, train: bool, **choices) -> FrameFiller:
+    """What makes samples of frames by a recipe.
+
+    Args:
+        train: augment, and make the depth maps that the loss needs.
+        choices: mask, semantic, binary_from, soft, labels of ``FrameFiller``.
+    """
+    return FrameFiller(
+        config.augment,
+        cameras,
+        config.voxel_grid,
+        config.classes,
+        config.train.seed if train else 0,
+        train,
+        depth_cell=depth_cell(config) if train else 0,
+        history=config.data.history,
+        decode=config.train.decoder == "cpu",
+        **choices,
+    )
 
 
 def depth_cell(config: Config) -> int:
