@@ -184,7 +184,7 @@ def _run_job(args, source, groups, grid, label, images, coding, reason) -> int:
                 f"{len(found.failed)} of {plural(found.tried + len(found.failed), 'scene')} tried cannot be packed, such as "
                 f"{name}: {reason}\n--max-failures N skips such scenes"
             )
-        share = f"the about {found.whole:.0f} that can be packed" if found.failed else "all"
+        share = f"the about {found.packable:.0f} that can be packed" if found.failed else "all"
         print(f"estimated from {plural(found.tried, 'scene')} for {share}:")
         print(f"  frames   {found.frames:,.0f}")
         for group, size in found.bytes.items():

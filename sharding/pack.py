@@ -474,7 +474,7 @@ class Estimate:
     failed: dict[str, str]
 
     @property
-    def whole(self) -> float:
+    def packable(self) -> float:
         """Scenes that can be packed."""
         return self.scenes * self.tried / (self.tried + len(self.failed))
 

@@ -149,7 +149,7 @@ def test_dry_run_works_on_the_scenes_that_are_there(partial):
     job = Job(open_source("nuscenes", {"root": str(partial / "raw")}), str(partial / "out"), ("cameras", "lidar"))
     found = estimate(job)
     assert (found.scenes, found.tried, sorted(found.failed)) == (4, 1, ["scene-0000", "scene-0001", "scene-0003"])
-    assert found.whole == 1
+    assert found.packable == 1
     assert found.frames == 2
     assert found.bytes["cameras"] > 1000
     assert not (partial / "out").exists()
