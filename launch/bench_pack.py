@@ -27,7 +27,8 @@ import zstandard
 
 from occstream.sharding.codec import LIDAR_LEVEL, Coding, encode
 from occstream.sharding.grid import VoxelGrid, get_grid
-from occstream.sharding.labels import LabelConfig, label_scene
+from occstream.sharding.labelconfig import LabelConfig
+from occstream.sharding.labels import label_scene
 from occstream.sharding.pack import pack
 from occstream.sharding.prepare import Images
 from occstream.sharding.schema import OCC3D, Camera, Frame, Labels, LidarSweep, Scene, Taxonomy

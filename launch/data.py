@@ -24,7 +24,7 @@ def at_least(low: int) -> Callable[[str], int]:
 
 
 def job_arguments(p: argparse.ArgumentParser) -> None:
-    from occstream.sharding.labels import LabelConfig
+    from occstream.sharding.labelconfig import LabelConfig
 
     p.add_argument("source", help="name of a source, e.g. nuscenes; an unknown name lists all")
     p.add_argument("settings", nargs="*", metavar="key=value", help="options of the source")
@@ -96,7 +96,7 @@ def _leave_labels(args) -> None:
 
 
 def _label_config(args):
-    from occstream.sharding.labels import LabelConfig
+    from occstream.sharding.labelconfig import LabelConfig
 
     names = ("min_points", "dilation", "max_range", "ray_frames", "max_rays")
     return LabelConfig(

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from occstream.sharding.grid import VoxelGrid
-from occstream.sharding.labels import LabelConfig, label_scene, sweep_to_grid, usable_returns
+from occstream.sharding.labelconfig import LabelConfig
+from occstream.sharding.labels import label_scene, sweep_to_grid, usable_returns
 from occstream.sharding.levelling import level
 from occstream.sharding.schema import LidarSweep, Scene, Taxonomy
 from occstream.sharding.voxelrays import crossings

@@ -6,7 +6,7 @@ import pytest
 
 from occstream.launch.cli import _parser, main
 from occstream.sharding.grid import get_grid
-from occstream.sharding.labels import LabelConfig
+from occstream.sharding.labelconfig import LabelConfig
 
 
 def options():

@@ -16,7 +16,8 @@ from occstream.pretrain.losses import LossConfig, occupancy_loss
 from occstream.pretrain.replay import EvalData, TrainData, unknown_share
 from occstream.pretrain.tracking import read_events
 from occstream.sharding.grid import get_grid
-from occstream.sharding.labels import LabelConfig, Labeler
+from occstream.sharding.labelconfig import LabelConfig
+from occstream.sharding.labels import Labeler
 from occstream.sharding.pack import pack
 from occstream.sharding.schema import IGNORE, Scene
 from occstream.sharding.sources import open_source

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from occstream.sharding.grid import VoxelGrid, get_grid
+from occstream.sharding.labelconfig import LabelConfig
 from occstream.sharding.labelquality import measure
-from occstream.sharding.labels import LabelConfig, Labeler, label_scene
+from occstream.sharding.labels import Labeler, label_scene
 from occstream.sharding.levelling import level
 from occstream.sharding.schema import IGNORE, OCC3D, Boxes, Frame, LidarSweep, Scene
 from occstream.sharding.sources import open_source
