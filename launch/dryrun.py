@@ -16,7 +16,8 @@ from torch import nn
 from occstream.models import OccBatch
 from occstream.models.layers import SyncBatchNorm
 from occstream.pretrain.config import Config, load_config
-from occstream.pretrain.engine import BUCKET, World
+from occstream.pretrain.distributed import World
+from occstream.pretrain.engine import BUCKET
 from occstream.pretrain.losses import occupancy_loss
 from occstream.pretrain.networks import create_model
 from occstream.pretrain.replay import EvalData, TrainData

@@ -59,7 +59,7 @@ def _run(stage: str, recipe: str, overrides: Sequence[str]) -> int:
     import torch.distributed as dist
 
     from occstream.pretrain.device import describe
-    from occstream.pretrain.engine import init_distributed
+    from occstream.pretrain.distributed import init_distributed
     from occstream.pretrain.guards import REQUEUE
     from occstream.pretrain.trainer import train
 

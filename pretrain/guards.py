@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from occstream.pretrain.config import TrainConfig
-from occstream.pretrain.engine import World, buffers_of, clip_gradients, drop_step, fuses, or_nan, put_back
+from occstream.pretrain.distributed import World
+from occstream.pretrain.engine import buffers_of, clip_gradients, drop_step, fuses, or_nan, put_back
 from occstream.sharding import threads
 
 STOP = "STOP"

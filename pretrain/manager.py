@@ -9,7 +9,9 @@ from pathlib import Path
 from occstream.evaluation.evaluate import EvalResult
 from occstream.pretrain import checkpoint, resume
 from occstream.pretrain.config import Config
-from occstream.pretrain.engine import World, full_state, module_state, optimizer_state
+from occstream.pretrain.distributed import World
+from occstream.pretrain.optimstate import optimizer_state
+from occstream.pretrain.partition import full_state, module_state
 from occstream.pretrain.replay import TrainData
 from occstream.pretrain.tracking import Tracker
 from occstream.sharding import storage

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from occstream.pretrain.engine import World, control_group
+from occstream.pretrain.distributed import World, control_group
 from occstream.pretrain.replay import TrainData
 from occstream.sharding import storage
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from occstream.models import build_model, kernels
 from occstream.pretrain.config import Config
-from occstream.pretrain.engine import seed_everything
+from occstream.pretrain.seeds import seed_everything
 
 
 def create_model(config: Config) -> nn.Module:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from occstream.pretrain.engine import World
+from occstream.pretrain.distributed import World
 from occstream.pretrain.tracking import Tracker
 
 AFTER = 10  # steps of this start that are not traced: allocation, caches, autotuning

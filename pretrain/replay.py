@@ -20,7 +20,7 @@ from occstream.models import OccBatch, concat
 from occstream.pretrain.augment import FrameFiller
 from occstream.pretrain.config import Config, Mask
 from occstream.pretrain.deviceimages import DeviceImages
-from occstream.pretrain.engine import World
+from occstream.pretrain.distributed import World
 from occstream.sharding import storage
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.order import (

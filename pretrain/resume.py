@@ -11,7 +11,7 @@ import torch.distributed as dist
 from occstream.pretrain import checkpoint
 from occstream.pretrain.checkpoint import Checkpoint, Damaged
 from occstream.pretrain.config import Config, merge, parse_config
-from occstream.pretrain.engine import World, control_group
+from occstream.pretrain.distributed import World, control_group
 from occstream.pretrain.events import flatten, redact
 from occstream.sharding.secrets import redacted
 

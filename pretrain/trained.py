@@ -15,7 +15,7 @@ from occstream.models import OccBatch, OccOutputs
 from occstream.pretrain import checkpoint
 from occstream.pretrain.config import Config, merge, parse_config, parse_overrides
 from occstream.pretrain.device import describe, pick_device
-from occstream.pretrain.engine import World
+from occstream.pretrain.distributed import World
 from occstream.pretrain.networks import accelerate, at_precision, create_model
 from occstream.pretrain.replay import EvalData
 from occstream.sharding.secrets import redacted

@@ -19,26 +19,23 @@ from occstream.evaluation.evaluate import EvalResult
 from occstream.pretrain import checkpoint
 from occstream.pretrain.checkpoint import Checkpoint
 from occstream.pretrain.config import Config
-from occstream.pretrain.engine import (
-    Ema,
-    World,
-    build_engine,
-    float_state,
-    learning_rate,
-    load_optimizer_state,
-    seed_everything,
-    to_local,
-)
+from occstream.pretrain.distributed import World
+from occstream.pretrain.ema import Ema
+from occstream.pretrain.engine import build_engine
 from occstream.pretrain.events import EVENTS, describe_uri
 from occstream.pretrain.guards import FiniteGuard, RunLock, Stopper, Watchdog
 from occstream.pretrain.losses import joint_counts, occupancy_loss
 from occstream.pretrain.manager import CheckpointManager
 from occstream.pretrain.meter import Meter
 from occstream.pretrain.networks import accelerate, create_model
+from occstream.pretrain.optimstate import load_optimizer_state
+from occstream.pretrain.partition import float_state, to_local
 from occstream.pretrain.profile import Profile
 from occstream.pretrain.replay import EvalData, TrainData
 from occstream.pretrain.resume import check_same_run
 from occstream.pretrain.runconfig import write_config
+from occstream.pretrain.schedule import learning_rate
+from occstream.pretrain.seeds import seed_everything
 from occstream.pretrain.tracking import Tracker
 from occstream.pretrain.trained import Drawer, evaluate_on
 from occstream.sharding.order import BY_CONTENT

@@ -20,7 +20,7 @@ from occstream.launch.dryrun import frames_like
 from occstream.models import MODELS, attention, build_model, kernels, lift
 from occstream.models.b2s import Strategy
 from occstream.models.layers import SyncBatchNorm
-from occstream.pretrain.engine import World
+from occstream.pretrain.distributed import World
 from occstream.pretrain.losses import LossConfig, _NegativeFocal, occupancy_loss
 from occstream.pretrain.meter import best_time
 from occstream.pretrain.networks import create_model

@@ -16,7 +16,8 @@ import torch
 from checks import Check, Failed, need, peak, section
 
 from occstream.pretrain import profile
-from occstream.pretrain.engine import BUCKET, init_distributed
+from occstream.pretrain.distributed import init_distributed
+from occstream.pretrain.engine import BUCKET
 from occstream.pretrain.networks import create_model
 from occstream.pretrain.tracking import read_events
 from occstream.pretrain.trained import evaluate_checkpoint

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from occstream.launch.cli import main
 from occstream.launch.study import finish, load_study, plan
-from occstream.pretrain.engine import World
+from occstream.pretrain.distributed import World
 from occstream.pretrain.events import read_events
 from occstream.pretrain.replay import EvalData, TrainData
 from tests.pretrain.small import RECIPE, environment, pack_small

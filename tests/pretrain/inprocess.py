@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from occstream.pretrain import engine, trainer
+from occstream.pretrain import distributed, trainer
 from occstream.pretrain.config import load_config
 from tests.pretrain.small import RECIPE
 
@@ -18,12 +18,12 @@ def world():
     with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
             os.environ.pop(name, None)
-        made = engine.init_distributed(2.0)
+        made = distributed.init_distributed(2.0)
         import deepspeed
 
         yield made
         deepspeed.comm.destroy_process_group()  # with what DeepSpeed remembers of it
-        engine.control_group.cache_clear()
+        distributed.control_group.cache_clear()
 
 
 def train(world, stage: str, data: str, output, *words: object) -> trainer.Result:

@@ -16,7 +16,8 @@ from torch import nn
 
 from occstream.pretrain import checkpoint, resume
 from occstream.pretrain.checkpoint import Checkpoint, load_declared, newest, read_weights
-from occstream.pretrain.engine import World, float_state, full_state, module_state
+from occstream.pretrain.distributed import World
+from occstream.pretrain.partition import float_state, full_state, module_state
 from occstream.pretrain.replay import _position
 
 ALONE = World(0, 1, torch.device("cpu"))

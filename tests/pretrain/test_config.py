@@ -15,7 +15,7 @@ from occstream.launch import recipes
 from occstream.launch.study import load_study
 from occstream.models import model_entry
 from occstream.pretrain.config import Config, load_config, merge, parse_config, parse_overrides, read_recipe
-from occstream.pretrain.engine import learning_rate
+from occstream.pretrain.schedule import learning_rate
 
 PACKAGED = sorted(
     p.name.removesuffix(".yaml") for p in importlib.resources.files(recipes).iterdir() if p.name.endswith(".yaml")

@@ -10,7 +10,7 @@ import torch
 from occstream.pretrain.augment import AugmentConfig, image_affine, shrink_factor, warp_jpeg
 from occstream.pretrain.config import load_config
 from occstream.pretrain.deviceimages import DeviceImages, warp
-from occstream.pretrain.engine import World
+from occstream.pretrain.distributed import World
 from occstream.pretrain.replay import TrainData
 from occstream.sharding.schema import Camera
 from occstream.sharding.sources import open_source

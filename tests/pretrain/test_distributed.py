@@ -18,7 +18,7 @@ from occstream.models.b2s import Strategy
 from occstream.pretrain import checkpoint, replay
 from occstream.pretrain.checkpoint import Checkpoint, complete_steps, export, read_weights
 from occstream.pretrain.config import load_config
-from occstream.pretrain.engine import World
+from occstream.pretrain.distributed import World
 from occstream.pretrain.events import read_events
 from occstream.pretrain.replay import Prefetcher, TrainData
 from tests.pretrain.small import RECIPE, launch_ranks, losses, pack_small, run_jobs, start_jobs

@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from occstream.pretrain import engine, guards
 from occstream.pretrain.config import TrainConfig
-from occstream.pretrain.engine import Ema, World, clip_gradients, or_nan
+from occstream.pretrain.distributed import World
+from occstream.pretrain.ema import Ema
+from occstream.pretrain.engine import clip_gradients, or_nan
 from occstream.pretrain.guards import FiniteGuard
 from occstream.pretrain.meter import WARM, Meter
 from tests.pretrain.inprocess import train, world  # noqa: F401  a fixture

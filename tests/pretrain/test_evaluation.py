@@ -7,7 +7,7 @@ from occstream.models.batch import OccOutputs
 from occstream.pretrain import trained
 from occstream.pretrain.augment import FrameFiller
 from occstream.pretrain.config import load_config
-from occstream.pretrain.engine import World
+from occstream.pretrain.distributed import World
 from occstream.pretrain.replay import EvalData
 from occstream.sharding.codec import IncompleteSample
 from occstream.sharding.schema import IGNORE

@@ -12,7 +12,7 @@ import torch
 
 from occstream.pretrain import guards
 from occstream.pretrain.checkpoint import Checkpoint, latest_remote
-from occstream.pretrain.engine import World
+from occstream.pretrain.distributed import World
 from occstream.pretrain.events import read_events
 from occstream.pretrain.guards import REQUEUE, Watchdog
 from tests.forked import Forked
@@ -128,7 +128,7 @@ def test_a_hang_that_holds_pythons_lock_ends_too(tmp_path):
     script = tmp_path / "hang.py"
     script.write_text(
         "import ctypes, torch\nfrom pathlib import Path\nfrom occstream.pretrain import guards\n"
-        "from occstream.pretrain.engine import World\nguards.UNSAID = 0.1\n"
+        "from occstream.pretrain.distributed import World\nguards.UNSAID = 0.1\n"
         f"dog = guards.Watchdog(Path({str(tmp_path)!r}), World(0, 1, torch.device('cpu')), 1 / 120)\n"
         "dog.alive()\ndef stuck():\n    ctypes.PyDLL(None).sleep(300)\nstuck()\n"
     )

@@ -17,9 +17,11 @@ from occstream.pretrain import networks, trained
 from occstream.pretrain.augment import FrameFiller, image_affine, scene_flips
 from occstream.pretrain.checkpoint import Checkpoint
 from occstream.pretrain.config import load_config
-from occstream.pretrain.engine import Ema, World, learning_rate
+from occstream.pretrain.distributed import World
+from occstream.pretrain.ema import Ema
 from occstream.pretrain.losses import occupancy_loss
 from occstream.pretrain.replay import EvalData, TrainData
+from occstream.pretrain.schedule import learning_rate
 from occstream.pretrain.tracking import read_events
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.stream import ShardReader

@@ -14,7 +14,7 @@ import torch
 
 from occstream.pretrain import trained, trainer
 from occstream.pretrain.config import load_config
-from occstream.pretrain.engine import World
+from occstream.pretrain.distributed import World
 from occstream.pretrain.replay import TrainData
 from occstream.pretrain.tracking import read_events
 from occstream.sharding.attach import attach

@@ -11,7 +11,7 @@ from occstream.models import OccBatch, OccOutputs
 from occstream.pretrain import checkpoint
 from occstream.pretrain.augment import AugmentConfig, FrameFiller
 from occstream.pretrain.config import Config, load_config
-from occstream.pretrain.engine import World
+from occstream.pretrain.distributed import World
 from occstream.pretrain.losses import LossConfig, occupancy_loss
 from occstream.pretrain.replay import EvalData, TrainData, unknown_share
 from occstream.pretrain.tracking import read_events

@@ -16,7 +16,7 @@ from unittest import mock
 from occstream.models.layers import SyncBatchNorm
 from occstream.pretrain import checkpoint, engine, guards, resume, trainer
 from occstream.pretrain.config import load_config
-from occstream.pretrain.engine import DataError, init_distributed
+from occstream.pretrain.distributed import DataError, init_distributed
 
 create, loss_of = trainer.create_model, trainer.occupancy_loss
 

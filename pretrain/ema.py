@@ -1,0 +1,54 @@
+"""Moving average of the weights, for evaluation and export."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from occstream.pretrain.config import TrainConfig
+from occstream.pretrain.partition import float_state, is_partitioned, local_values
+
+
+class Ema:
+    """Exponential moving average of parameters and floating buffers, in fp32, on each rank's own slices."""
+
+    def __init__(self, module: nn.Module, config: TrainConfig):
+        self.decay, self.updates = config.ema_decay, config.ema_start
+        self.values = {name: local_values(t).detach().float().clone() for name, t in float_state(module)}
+        # Parameters stay the same objects at every stage, whatever holds their values. A layer may assign a new buffer.
+        self._parameters = [(self.values[name], p) for name, p in module.named_parameters()]
+        owners = {name: module.get_submodule(name.rpartition(".")[0]) for name, _ in module.named_buffers()}
+        self._buffers = [
+            (self.values[n], owner, n.rpartition(".")[2]) for n, owner in owners.items() if n in self.values
+        ]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Call once after each optimizer step."""
+        self.updates += 1
+        decay = self.decay * (1 - math.exp(-self.updates / 2000))
+        state = [(old, local_values(p).float()) for old, p in self._parameters]
+        state += [(old, getattr(owner, leaf).float()) for old, owner, leaf in self._buffers]
+        torch._foreach_lerp_([old for old, _ in state], [new for _, new in state], 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """Within the context the module computes with the averaged values."""
+        kept = {name: local_values(t).clone() for name, t in float_state(module)}
+        self._write(module, self.values)
+        try:
+            yield
+        finally:
+            self._write(module, kept)
+
+    @staticmethod
+    @torch.no_grad()
+    def _write(module: nn.Module, values: dict[str, Tensor]) -> None:
+        for name, tensor in float_state(module):
+            if is_partitioned(tensor):
+                tensor.partition()  # a gathered copy that a forward left behind would hide the new values
+            local_values(tensor).copy_(values[name])

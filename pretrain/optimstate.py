@@ -1,0 +1,85 @@
+"""The optimizer's state by parameter name, the same at every ZeRO stage and world size.
+
+It leans on private attributes of DeepSpeed (pinned exactly in pyproject.toml): ``single_partition_of_fp32_groups`` and
+``fp32_partitioned_groups_flat``. ``tests/pretrain/test_distributed.py`` proves each by the next losses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from occstream.pretrain.distributed import World
+from occstream.pretrain.partition import is_partitioned, to_full, to_local
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+BY_DEVICE = ("fused", "foreach", "capturable", "differentiable")  # how AdamW computes, not what
+
+
+def optimizer_state(engine, world: World) -> tuple[dict[str, Tensor], list[dict]]:
+    """AdamW's full moments by ``<moment>/<parameter>`` plus ``step`` (collective; {} on ranks that do not save), and the
+    hyper-parameters by group."""
+    from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
+
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    base = optimizer if stage == 0 else optimizer.optimizer
+    if stage in (1, 2):
+        # DeepSpeed links the states once, after the first group's first step: other groups would be missed.
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    tensors: dict[str, Tensor] = {}
+    for name, p in engine.module.named_parameters():
+        if not p.requires_grad:
+            continue
+        for moment in MOMENTS:
+            if stage == 0:
+                value = base.state[p][moment]
+            elif stage == 3:
+                value = to_full(p, safe_get_local_optimizer_state(p, moment).reshape(-1), world)
+            else:
+                value = safe_get_full_optimizer_state(p, moment)
+            if world.is_main:
+                tensors[f"{moment}/{name}"] = value.detach().reshape(_shape(p)).to("cpu", copy=True)
+    steps = {float(s["step"]) for s in base.state.values() if "step" in s}
+    if world.is_main:
+        tensors["step"] = torch.tensor(max(steps, default=0.0))
+    groups = [
+        {k: v for k, v in g.items() if k not in BY_DEVICE and isinstance(v, (int, float, bool, str))}
+        for g in base.param_groups
+    ]
+    return tensors, groups
+
+
+def load_optimizer_state(engine, tensors: dict[str, Tensor], groups: list[dict], world: World) -> None:
+    """Puts back what ``optimizer_state`` gave, at any stage and world size. Parameters must be loaded already."""
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    base = optimizer if stage == 0 else optimizer.optimizer
+    for group, saved in zip(base.param_groups, groups, strict=True):
+        group.update({k: v for k, v in saved.items() if k not in BY_DEVICE})
+    # A fused optimizer counts on the device.
+    count = tensors["step"].to(world.device if base.param_groups[0].get("fused") else "cpu")
+    named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+    if stage == 0:
+        for name, p in named:
+            moments = {m: tensors[f"{m}/{name}"].to(p.device, copy=True) for m in MOMENTS}
+            base.state[p] = {"step": count.clone(), **moments}
+        return
+    flats = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    for flat in flats:
+        base.state[flat] = {"step": count.clone(), **{m: torch.zeros_like(flat) for m in MOMENTS}}
+    if stage in (1, 2):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for name, p in named:
+        for moment in MOMENTS:
+            full = tensors[f"{moment}/{name}"]
+            if stage == 3:
+                safe_set_local_optimizer_state(p, to_local(p, full, world).to(world.device), moment)
+            else:
+                safe_set_full_optimizer_state(p, full.to(world.device), moment)
+
+
+def _shape(param: Tensor) -> torch.Size:
+    return param.ds_shape if is_partitioned(param) else param.shape
