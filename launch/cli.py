@@ -253,7 +253,8 @@ def _machine_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "what",
         choices=("pack", "stream", "step"),
         help="pack: against reading, JPEG work, zstd and hashing; stream: against the same "
-        "decoding from memory, and other installed loaders; step: a breakdown of a training step of --recipe",
+        "decoding from memory, and other installed loaders (both need a checkout of the repository); step: a breakdown of a "
+        "training step of --recipe",
     )
     p.add_argument("--recipe", default="r50", help="with step (default r50)")
     p.add_argument("--stage", choices=("pretrain", "finetune"), default="pretrain", help="with step")
@@ -376,21 +377,32 @@ def _doctor(args) -> int:
 def _bench(args) -> int:
     import json
 
-    if args.what == "pack":
-        from occstream.launch.bench_pack import bench_pack
-
-        found = bench_pack(args.scenes or 12, workers=args.workers, repeats=args.repeats)
-    elif args.what == "step":
+    if args.what == "step":
         from occstream.launch.bench_step import bench_step
 
         found = bench_step(args.recipe, tuple(args.settings), args.stage, args.batch, args.repeats)
+    elif args.what == "pack":
+        found = _from_checkout("pack").bench_pack(args.scenes or 12, workers=args.workers, repeats=args.repeats)
     else:
-        from occstream.launch.bench_stream import bench_stream
-
-        found = bench_stream(args.scenes or 30, args.repeats, args.jpeg)
+        found = _from_checkout("stream").bench_stream(args.scenes or 30, args.repeats, args.jpeg)
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))
     return 0
+
+
+def _from_checkout(name: str):
+    """A module of ``infra/bench``, which is next to this package in a checkout. Raises ValueError elsewhere."""
+    import importlib
+    import sys
+
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "infra" / "bench" / f"{name}.py").is_file():
+        raise ValueError(
+            f"bench {name} is in infra/bench/{name}.py of occstream's repository, which the installed package does not "
+            "contain: install a checkout with `pip install -e .` and call it there"
+        )
+    sys.path.insert(0, str(root))
+    return importlib.import_module(f"infra.bench.{name}")
 
 
 def _demo(args) -> int:

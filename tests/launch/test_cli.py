@@ -40,3 +40,16 @@ def test_version_is_the_installed_one(capsys):
         cli.main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"occstream {version('occstream')}\n"
+
+
+def test_benches_of_the_repository_are_found_in_a_checkout_and_named_elsewhere(tmp_path, monkeypatch, capsys):
+    from occstream.launch import cli
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("stream", "pack"):
+        assert cli._from_checkout(name).__file__ == str(ROOT / "infra" / "bench" / f"{name}.py")
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "occstream" / "launch" / "cli.py"))
+    assert cli.main(["bench", "pack"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: bench pack is in infra/bench/pack.py of occstream's repository")
+    assert said.count("\n") == 1

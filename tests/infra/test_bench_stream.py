@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from occstream.launch import bench_stream
+from infra.bench import stream as bench_stream
 
 FRAMES = 4
 

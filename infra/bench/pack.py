@@ -34,6 +34,7 @@ from occstream.sharding.prepare import Images
 from occstream.sharding.schema import OCC3D, Camera, Frame, Labels, LidarSweep, Scene, Taxonomy
 from occstream.sharding.sources import open_source
 
+ROOT = Path(__file__).resolve().parents[2]
 GRID = "occ3d"
 IMAGE = (900, 1600)  # nuScenes' size
 QUALITY = 90
@@ -230,9 +231,9 @@ def _bench_labels() -> dict:
 
 def _bench_memory(root: Path) -> dict:
     """Peak memory of a packing process after a fifth of its scenes and at the end, in a process of its own."""
-    code = "import sys; from occstream.launch.bench_pack import memory_probe; memory_probe(sys.argv[1])"
+    code = "import sys; from infra.bench.pack import memory_probe; memory_probe(sys.argv[1])"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(root / "memory")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(root / "memory")], capture_output=True, text=True, check=True, cwd=ROOT
     )
     found = json.loads(done.stdout.splitlines()[-1])
     few = found["scenes"] // 5

@@ -1,13 +1,11 @@
 """``occstream bench stream``: this loader, the same decoding from memory, and the peers that are installed.
 
-Every measurement is a process of its own, ``python -m occstream.launch.bench_stream LOADER FOLDER WORKERS``, which prints
-JSON; they take turns. All decode the same bytes with the same functions into batches of the same arrays.
+Every measurement is a process of its own, ``python -m infra.bench.stream LOADER FOLDER WORKERS SKIP``, which prints JSON;
+they take turns. All decode the same bytes with the same functions into batches of the same arrays.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import importlib
 import itertools
 import json
@@ -21,88 +19,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 
+from infra.bench import peers
+from infra.bench.samples import BATCH, FIELDS, GROUPS, IMAGE, Repeated, fill
 from occstream.sharding.codec import decode
-from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.order import Order, by_scenes, training_batches
 from occstream.sharding.pack import pack
-from occstream.sharding.schema import OCC3D, Frame, Scene, Taxonomy
 from occstream.sharding.sources import open_source
-from occstream.sharding.stream import Field, ShardReader, Stream, tar_members
+from occstream.sharding.stream import ShardReader, Stream, tar_members
 
-GROUPS = ("cameras", "lidar", "labels")
-IMAGE = (256, 704)
-POINTS = 32_768
-BATCH = 2
-FIELDS = {
-    "images": Field((6, *IMAGE, 3), "uint8"),
-    "points": Field((POINTS, 4), "float32"),
-    "semantic": Field((200, 200, 16), "uint8"),
-    "mask": Field((200, 200, 16), "bool"),
-}
-
-
-@dataclass(frozen=True)
-class Repeated:
-    """A few rendered frames, again and again: enough to measure reading, without hours of rendering."""
-
-    frames: tuple[Frame, ...]
-    scenes: int
-    name = "repeated"
-    taxonomy: Taxonomy = OCC3D
-
-    @property
-    def grid(self) -> VoxelGrid:
-        return get_grid("occ3d")
-
-    def scene_names(self) -> list[str]:
-        return [f"repeated-{i:03d}" for i in range(self.scenes)]
-
-    def load(self, name: str) -> Scene:
-        return Scene(name, [dataclasses.replace(f, scene=name, index=i) for i, f in enumerate(self.frames)])
-
-    def __repr__(self) -> str:
-        return f"Repeated({len(self.frames)}, {self.scenes})"
-
-
-def simplejpeg_into(jpeg: bytes, out: np.ndarray) -> None:
-    simplejpeg.decode_jpeg(jpeg, "RGB", buffer=out)
-
-
-def fill(frame: Frame, views: dict[str, np.ndarray], decode_into: Callable = simplejpeg_into) -> None:
-    """Decodes a frame into one sample's arrays: what every loader here does with its bytes."""
-    for i, name in enumerate(sorted(frame.cameras)):
-        decode_into(frame.cameras[name].jpeg, views["images"][i])
-    count = min(len(frame.lidar.xyz), POINTS)
-    views["points"][:count, :3] = frame.lidar.xyz[:count]
-    views["points"][:count, 3] = frame.lidar.intensity[:count]
-    views["points"][count:] = 0
-    views["semantic"][...] = frame.labels.semantic
-    views["mask"][...] = frame.labels.mask_lidar
-
-
-def sample_of(members: dict[str, bytes], decode_into: Callable = simplejpeg_into) -> dict[str, np.ndarray]:
-    """A peer's sample: members of all groups by ``<group>.<rest>`` -> fresh arrays."""
-    parts = [{k[len(g) + 1 :]: v for k, v in members.items() if k.startswith(f"{g}.")} for g in GROUPS]
-    arrays = {name: np.empty(f.shape, f.dtype) for name, f in FIELDS.items()}
-    fill(decode(parts), arrays, decode_into)
-    return arrays
-
-
-def collate(samples: list[dict[str, np.ndarray]]) -> dict:
-    """Stacks samples as tensors, as a training script would."""
-    import torch
-
-    return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in FIELDS}
-
-
-# Each loader: (folder, workers, offset in samples) -> batches of one pass.
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def ours(folder: Path, workers: int, skip: int) -> Iterator:
@@ -146,134 +76,12 @@ def _held(folder: Path) -> list[list[dict[str, bytes]]]:
     ]
 
 
-def webdataset(folder: Path, workers: int, skip: int, decode_into: Callable = simplejpeg_into) -> Iterator:
-    import torch
-    import webdataset as wds
-
-    urls = sorted(str(p) for p in (folder / "merged").glob("*.tar"))
-    data = wds.WebDataset(urls, shardshuffle=100, seed=0, workersplitter=wds.split_by_worker).shuffle(64)
-    data = data.map(lambda s: sample_of({k: v for k, v in s.items() if not k.startswith("__")}, decode_into))
-    loader = torch.utils.data.DataLoader(data, BATCH, num_workers=workers, collate_fn=collate)
-    yield from itertools.islice(loader, skip // BATCH, None)  # it cannot resume from a position, so it reads up to it
+LOADERS: dict[str, Callable[[Path, int, int], Iterator]] = {"ours": ours, "memory": memory, **peers.LOADERS}
 
 
-def webdataset_pillow(folder: Path, workers: int, skip: int) -> Iterator:
-    """With its own image decoder, as ``.decode("rgb8")`` uses it."""
-    from webdataset.autodecode import imagehandler
-
-    own = imagehandler("rgb8")
-
-    def decode_into(jpeg: bytes, out: np.ndarray) -> None:
-        out[...] = own("jpg", jpeg)
-
-    yield from webdataset(folder, workers, skip, decode_into)
-
-
-def mosaicml(folder: Path, workers: int, skip: int) -> Iterator:
-    from streaming import StreamingDataLoader, StreamingDataset
-    from streaming.base.util import clean_stale_shared_memory
-
-    clean_stale_shared_memory()  # of a process before that was stopped
-
-    def loader():
-        data = StreamingDataset(local=str(folder / "mds"), shuffle=True, shuffle_seed=0, batch_size=BATCH)
-        collated = lambda samples: collate([sample_of(s) for s in samples])  # noqa: E731  decodes in the workers
-        return StreamingDataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=collated)
-
-    yield from _resumed(loader, skip, lambda it: it.state_dict(), lambda it, state: it.load_state_dict(state))
-
-
-def litdata(folder: Path, workers: int, skip: int) -> Iterator:
-    import litdata as ld
-
-    def loader():
-        data = ld.StreamingDataset(str(folder / "litdata"), shuffle=True, seed=0, drop_last=False)
-        collated = lambda samples: collate([sample_of(s) for s in samples])  # noqa: E731  decodes in the workers
-        return ld.StreamingDataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=collated)
-
-    yield from _resumed(loader, skip, lambda it: it.state_dict(), lambda it, state: it.load_state_dict(state))
-
-
-def _resumed(loader: Callable, skip: int, save: Callable, restore: Callable) -> Iterator:
-    """All batches of a peer that has states, or those after ``skip`` samples: None, when the clock starts, then what a new
-    loader gives that continues from the state of one that has read so far."""
-    first = loader()
-    if not skip:
-        yield from first
-        return
-    for _ in itertools.islice(first, skip // BATCH):
-        pass
-    state = save(first)
-    del first
-    again = loader()
-    yield None
-    restore(again, state)
-    yield from again
-
-
-def energon(folder: Path, workers: int, skip: int) -> Iterator:
-    import megatron.energon as en
-
-    @en.stateless
-    def cook(sample: dict) -> dict:
-        members = {k: v for k, v in sample.items() if k.startswith(tuple(f"{g}." for g in GROUPS))}
-        return {**en.basic_sample_keys(sample), **sample_of(members)}
-
-    class Encoder(en.DefaultTaskEncoder):
-        cookers = (en.Cooker(cook),)
-        decoder = None
-
-        def batch(self, samples: list[dict]) -> dict:
-            return collate(samples)
-
-    def loader():
-        config = en.WorkerConfig(rank=0, world_size=1, num_workers=workers)
-        data = en.get_train_dataset(
-            str(folder / "merged"),
-            worker_config=config,
-            batch_size=BATCH,
-            shuffle_buffer_size=64,
-            max_samples_per_sequence=50,
-            task_encoder=Encoder(),
-            repeat=False,
-        )
-        return en.get_savable_loader(data)
-
-    yield from _resumed(loader, skip, lambda it: it.save_state_rank(), lambda it, state: it.restore_state_rank(state))
-
-
-LOADERS: dict[str, Callable] = {
-    "ours": ours,
-    "memory": memory,
-    "webdataset": webdataset,
-    "webdataset, Pillow": webdataset_pillow,
-    "mosaicml": mosaicml,
-    "litdata": litdata,
-    "energon": energon,
-}
-MODULES = {
-    "webdataset": "webdataset",
-    "webdataset, Pillow": "webdataset",
-    "mosaicml": "streaming",
-    "litdata": "litdata",
-    "energon": "megatron.energon",
-}
-
-
-@functools.cache
 def installed(name: str) -> bool:
-    """Whether a loader's module is installed and works with our packages; says so if it is only installed."""
-    try:
-        importlib.import_module(MODULES.get(name, "json"))
-        return True
-    except ModuleNotFoundError as error:
-        if MODULES[name].split(".")[0] == (error.name or "").split(".")[0]:
-            return False
-        why = error
-    except Exception as error:
-        why = error
-    print(f"{name} is skipped: it cannot be imported: {str(why)[:100]}")
-    return False
+    """Whether a loader can run here."""
+    return name not in peers.LOADERS or peers.installed(name)
 
 
 def prepare(folder: Path, scenes: int, variety: int = 10, per_tar: int = 50) -> dict[str, float]:
@@ -289,48 +97,8 @@ def prepare(folder: Path, scenes: int, variety: int = 10, per_tar: int = 50) -> 
             parts = {g: tar_members(reader.raw(g, number, index), key) for g in GROUPS}
             samples.append((key, {f"{g}.{k}": v for g, part in parts.items() for k, v in part.items()}))
     reader.close()
-    if installed("litdata"):
-        from litdata.streaming.writer import BinaryWriter
-
-        (folder / "litdata").mkdir()
-        writer = BinaryWriter(str(folder / "litdata"), chunk_bytes="64MB")
-        for number, (_, members) in enumerate(samples):
-            writer[number] = members
-        writer.done()
-        writer.merge()
-    if installed("mosaicml"):
-        from streaming import MDSWriter
-
-        with MDSWriter(out=str(folder / "mds"), columns=dict.fromkeys(samples[0][1], "bytes")) as writer:
-            for _, members in samples:
-                writer.write(members)
-    if installed("webdataset"):
-        import webdataset as wds
-
-        (folder / "merged").mkdir()
-        for number in range(0, len(samples), per_tar):
-            with wds.TarWriter(str(folder / "merged" / f"{number:06d}.tar")) as tar:
-                for key, members in samples[number : number + per_tar]:
-                    tar.write({"__key__": key, **members})
-    if installed("energon"):
-        from megatron.energon.flavors import BaseWebdatasetFactory
-
-        BaseWebdatasetFactory.prepare_dataset(
-            folder / "merged",
-            sorted(p.name for p in (folder / "merged").glob("*.tar")),
-            split_parts_ratio=[("train", 1.0)],
-            workers=1,
-        )
-        text = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
-        (folder / "merged/.nv-meta/dataset.yaml").write_text(text)
-    where = {
-        "ours": "ours",
-        "webdataset": "merged",
-        "webdataset, Pillow": "merged",
-        "mosaicml": "mds",
-        "litdata": "litdata",
-        "energon": "merged",
-    }
+    peers.write(folder, samples, per_tar)
+    where = {"ours": "ours", **peers.FOLDERS}
     size = {k: sum(p.stat().st_size for p in (folder / v).rglob("*") if p.is_file()) for k, v in where.items()}
     return {k: v / len(samples) for k, v in size.items() if v and installed(k)}
 
@@ -375,7 +143,7 @@ def flat(folder: Path, epochs: int = 5) -> dict:
 def in_turns(folder: Path, rounds: int = 60, batches: int = 5) -> dict:
     """CPU time of every loader without threads or workers, a few batches each in turn in one process: what else the machine
     does meets all of them alike. As ratios to bare decoding."""
-    streams = {n: _for_ever(n, folder) for n in LOADERS if installed(n)}
+    streams = {n: _endless(n, folder) for n in LOADERS if installed(n)}
     taken: dict[str, list[float]] = {n: [] for n in streams}
     for number in range(-rounds // 6, rounds):
         for name, stream in streams.items():
@@ -390,6 +158,7 @@ def in_turns(folder: Path, rounds: int = 60, batches: int = 5) -> dict:
 def threads_in_turns(folder: Path, threads: int = 2, rounds: int = 12, samples: int = 60) -> float:
     """CPU time of short passes with reader threads, as a ratio to as many threads that decode from memory, in turns."""
     held = _held(folder)
+    samples = min(samples, len(held))
     buffers = [{name: np.empty(f.shape, f.dtype) for name, f in FIELDS.items()} for _ in range(threads)]
 
     def bare(pool: ThreadPoolExecutor) -> None:
@@ -408,7 +177,7 @@ def threads_in_turns(folder: Path, threads: int = 2, rounds: int = 12, samples: 
     return sum(mine[1:]) / sum(ideal[1:])  # the first turn is for warming up
 
 
-def _for_ever(name: str, folder: Path) -> Iterator:
+def _endless(name: str, folder: Path) -> Iterator:
     while True:
         yield from (batch for batch in LOADERS[name](folder, 0, 0) if batch is not None)
 
@@ -421,7 +190,7 @@ def bench_stream(scenes: int = 30, repeats: int = 3, files: Sequence[Path] = ())
         print(
             f"packing {scenes * 10} samples (6 images of {IMAGE[1]}x{IMAGE[0]}, LiDAR, labels on occ3d) …", flush=True
         )
-        disk = prepare(folder, scenes)
+        disk = prepare(folder, scenes, per_tar=min(50, scenes * 5))  # webdataset needs a tar for each worker
         names = [n for n in LOADERS if installed(n)]
         cases = [(n, w, s) for n in names for w in ((0,) if n == "memory" else (0, 2)) for s in (0, scenes * 5)]
         cases = [c for c in cases if not (c[0] == "memory" and c[2])]
@@ -461,8 +230,8 @@ def bench_stream(scenes: int = 30, repeats: int = 3, files: Sequence[Path] = ())
 
 
 def _process(case: tuple[str, int, int], folder: Path) -> dict:
-    command = [sys.executable, "-m", "occstream.launch.bench_stream", case[0], str(folder), str(case[1]), str(case[2])]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "infra.bench.stream", case[0], str(folder), str(case[1]), str(case[2])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr[-1500:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -524,7 +293,7 @@ def _bench_full_size(files: Sequence[Path]) -> dict:
 
 if __name__ == "__main__":
     loader, place, workers, skip = sys.argv[1:]
-    for module in ("torch", MODULES.get(loader, "json")):
+    for module in ("torch", peers.MODULES.get(loader, "json")):
         importlib.import_module(module)  # outside the clock
     if loader == "flat":
         print(json.dumps(flat(Path(place))))
