@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from occstream.evaluation.metrics import CONVENTIONS, RangedCounts, ranges_of, sum_over_ranks
-from occstream.models import OccBatch, OccOutputs
+from occstream.models import Batch, OccOutputs
 from occstream.models.batch import pool_binary
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.schema import IGNORE, Taxonomy
@@ -104,7 +104,7 @@ def free_logit(kind: Head, threshold: float = 0.25) -> float:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[OccBatch],
+    batches: Iterable[Batch],
     *,
     taxonomy: Taxonomy,
     grid: VoxelGrid | None = None,
@@ -114,7 +114,7 @@ def evaluate(
     kind: Head = "sigmoid_focal",
     threshold: float = 0.25,
     expected: int | None = None,
-    watch: Callable[[OccBatch, OccOutputs], None] | None = None,
+    watch: Callable[[Batch, OccOutputs], None] | None = None,
 ) -> EvalResult:
     """Runs the model over a finite stream and counts (collective).
 
@@ -149,18 +149,20 @@ def evaluate(
             outputs = model(batch)
             if not counted:
                 continue
-            device = batch.images.device
+            device = batch.device
             unread = sum(not key for key in batch.keys)
-            frames += torch.tensor([batch.size, int(batch.binary_valid.sum()), unread])
+            frames += torch.tensor([batch.size, int(batch.occupancy.binary_valid.sum()), unread])
             logits = outputs.binary_logits
             if logits is not None:
-                truth, valid = pool_binary(batch.binary, batch.binary_valid, tuple(logits.shape[1:]))
+                truth, valid = pool_binary(
+                    batch.occupancy.binary, batch.occupancy.binary_valid, tuple(logits.shape[1:])
+                )
                 shape = tuple(logits.shape[1:])
                 binary = binary or RangedCounts(1, rule, ranges_of(grid, shape) if grid else None)
                 binary.update((logits <= 0).byte(), torch.where(valid, (~truth).byte(), IGNORE))
-            if outputs.semantic_logits is not None and batch.num_semantic:
+            if outputs.semantic_logits is not None and batch.labeled:
                 semantic = True
-                confusion.update(classify(outputs.semantic_logits, kind, threshold), batch.semantic)
+                confusion.update(classify(outputs.semantic_logits, kind, threshold), batch.occupancy.semantic)
             if watch:
                 watch(batch, outputs)
     finally:
@@ -213,7 +215,7 @@ def _add_scores(
             scores |= {"iou": 100 * confusion.matrix(part).iou(), "miou": 100 * confusion.matrix(part).miou()}
 
 
-def _in_step(batches: Iterable[OccBatch]) -> Iterator[tuple[OccBatch, bool]]:
+def _in_step(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
     """This rank's batches, then the last one again, not to be counted, while another rank still has some: under ZeRO-3
     every forward gathers parameters from all ranks. A rank that cannot read, or has no frames, ends all of them."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from occstream.evaluation.evaluate import Head, free_logit
-from occstream.models import OccBatch
+from occstream.models import Batch
 from occstream.sharding.schema import Labels
 
 Keep = Literal["top1", "top2", "logits"]
@@ -20,7 +20,7 @@ Keep = Literal["top1", "top2", "logits"]
 @torch.no_grad()
 def predict(
     model: nn.Module,
-    batches: Iterable[OccBatch],
+    batches: Iterable[Batch],
     *,
     keep: Keep = "top1",
     kind: Head = "sigmoid_focal",
@@ -47,10 +47,10 @@ def predict(
     """
     mirrors = [(False, False), (True, False), (False, True), (True, True)] if flips else [(False, False)]
     for batch in batches:
-        batch = dataclasses.replace(batch, num_semantic=batch.size, semantic=batch.semantic[:0])
+        batch = dataclasses.replace(batch.unlabeled(), labeled=batch.size)
         total = None
         for mirror in mirrors:
-            logits = model(mirrored(batch, mirror)).semantic_logits
+            logits = model(batch.mirrored(*mirror)).semantic_logits
             if logits is None:
                 raise ValueError(
                     "this network predicts no classes (pre-training ends at the binary head); fine-tune it"
@@ -61,17 +61,8 @@ def predict(
         wide = torch.cat([logits, torch.full_like(logits[:, :1], free_logit(kind, threshold))], 1)
         for index, key in enumerate(batch.keys):
             # A copy: the batch's buffers go back to the readers, these labels are kept.
-            truth = batch.binary[index].clone() if occupied == "labels" else None
+            truth = batch.occupancy.binary[index].clone() if occupied == "labels" else None
             yield key, _labels(wide[index], truth, keep)
-
-
-def mirrored(batch: OccBatch, mirror: tuple[bool, bool]) -> OccBatch:
-    """The same frames in the scene mirrored along x and y: geometry and labels."""
-    if not any(mirror):
-        return batch
-    scale = batch.bda.new_tensor([-1.0 if mirror[0] else 1.0, -1.0 if mirror[1] else 1.0, 1.0])
-    voxels = {name: getattr(batch, name).flip(_dims(mirror, 1)) for name in ("binary", "binary_valid", "semantic")}
-    return dataclasses.replace(batch, bda=scale.diag() @ batch.bda, **voxels)
 
 
 def _dims(mirror: tuple[bool, bool], first: int) -> list[int]:

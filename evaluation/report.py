@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from occstream.evaluation.evaluate import classify
-from occstream.models import OccBatch, OccOutputs
+from occstream.models import Batch, OccOutputs
 from occstream.models.lift import project
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import Manifest
@@ -103,7 +103,7 @@ def overlay(image: np.ndarray, pixels: np.ndarray, depth: np.ndarray, colors: np
 
 def prediction_picture(
     path: Path,
-    batch: OccBatch,
+    batch: Batch,
     outputs: OccOutputs,
     *,
     index: int,
@@ -123,15 +123,15 @@ def prediction_picture(
         cameras: names, for captions.
         kind, threshold: how semantic logits become classes.
     """
-    has_semantic = index < batch.num_semantic
-    binary, valid = _numpy(batch.binary[index]), _numpy(batch.binary_valid[index])
-    truth = _numpy(batch.semantic[index]) if has_semantic else None
+    has_semantic = index < batch.labeled
+    binary, valid = _numpy(batch.occupancy.binary[index]), _numpy(batch.occupancy.binary_valid[index])
+    truth = _numpy(batch.occupancy.semantic[index]) if has_semantic else None
     known = binary & valid
     colors = class_colors(truth, taxonomy) if has_semantic else height_colors(grid.shape)
     cells = np.argwhere(_surface(known))
-    points = batch.bda.new_tensor(grid.centers(cells), device=batch.bda.device)
+    points = batch.scene_aug.new_tensor(grid.centers(cells), device=batch.scene_aug.device)
     # Labels are already mirrored with the scene, and so is the geometry of the batch.
-    [(pixels, depth)] = project([points], _one(batch, index))
+    [(pixels, depth)] = project([points], batch.select(slice(index, index + 1)))
     panels = [("labels", render(known, colors))]
     if outputs.binary_logits is not None:
         logits = outputs.binary_logits[index]
@@ -146,7 +146,7 @@ def prediction_picture(
     dots = colors[tuple(cells.T)] if len(cells) else np.zeros((0, 3), np.uint8)
     images = []
     for i, name in enumerate(cameras):
-        image = _numpy(batch.images[index, i]).transpose(1, 2, 0)
+        image = _numpy(batch.cameras.images[index, i]).transpose(1, 2, 0)
         images.append((name, overlay(image, _numpy(pixels[i]), _numpy(depth[i]), dots)))
     present = [k for k in range(taxonomy.num_classes) if (truth == k).any()] if has_semantic else []
     _compose(path, images, panels, taxonomy, present, title or batch.keys[index])
@@ -246,12 +246,6 @@ def _compose(path: Path, images: list, panels: list, taxonomy: Taxonomy, classes
     figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-
-
-def _one(batch: OccBatch, index: int) -> OccBatch:
-    names = ("images", "intrinsics", "camera_to_ego", "post_rot", "post_tran", "bda", "binary", "binary_valid")
-    parts = {name: getattr(batch, name)[index : index + 1] for name in names}
-    return OccBatch(**parts, semantic=batch.semantic[:0], num_semantic=0)
 
 
 def _surface(solid: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from occstream.models import OccBatch
+from occstream.models.batch import Batch, Cameras, Occupancy
 from occstream.models.layers import SyncBatchNorm
 from occstream.pretrain.config import Config, load_config
 from occstream.pretrain.distributed import World
@@ -131,11 +131,10 @@ def _peak(config: Config, model, semantic: int, binary: int) -> float:
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
-    size = sum(t.nbytes for t in (batch.images, batch.binary, batch.binary_valid, batch.semantic))
-    return peak + 3 * size  # the batch itself, and the stream's two spare ones
+    return peak + 3 * batch.nbytes  # the batch itself, and the stream's two spare ones
 
 
-def frames_like(config: Config, semantic: int, binary: int) -> OccBatch:
+def frames_like(config: Config, semantic: int, binary: int) -> Batch:
     """Frames of plausible content: six cameras around, a twentieth of the voxels occupied, in patches of 4 x 4."""
     g = torch.Generator().manual_seed(0)
     size, (height, width), shape = semantic + binary, config.augment.image_size, config.voxel_grid.shape
@@ -152,18 +151,22 @@ def frames_like(config: Config, semantic: int, binary: int) -> OccBatch:
     labels = labels.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, : shape[0], : shape[1]].to(torch.uint8)
     cell = config.model.feature_stride
     depth = torch.rand(size, cameras, -(-height // cell), -(-width // cell)) * 20 if config.loss.depth_weight else None
-    return OccBatch(
-        images=torch.randint(0, 255, (size, cameras, 3, height, width), generator=g, dtype=torch.uint8),
-        intrinsics=focal.expand(size, cameras, 3, 3).contiguous(),
-        camera_to_ego=to_ego,
-        post_rot=torch.eye(3).repeat(size, cameras, 1, 1),
-        post_tran=torch.zeros(size, cameras, 3),
-        bda=torch.eye(3).repeat(size, 1, 1),
-        binary=labels != config.classes.free_id,
-        binary_valid=torch.ones(labels.shape, dtype=torch.bool),
-        semantic=labels[:semantic],
-        num_semantic=semantic,
-        depth=depth,
+    return Batch(
+        scene_aug=torch.eye(3).repeat(size, 1, 1),
+        labeled=semantic,
+        cameras=Cameras(
+            images=torch.randint(0, 255, (size, cameras, 3, height, width), generator=g, dtype=torch.uint8),
+            intrinsics=focal.expand(size, cameras, 3, 3).contiguous(),
+            camera_to_ego=to_ego,
+            post_rot=torch.eye(3).repeat(size, cameras, 1, 1),
+            post_tran=torch.zeros(size, cameras, 3),
+            depth=depth,
+        ),
+        occupancy=Occupancy(
+            binary=labels != config.classes.free_id,
+            binary_valid=torch.ones(labels.shape, dtype=torch.bool),
+            semantic=labels[:semantic],
+        ),
     )
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from occstream.models.backbones import ImageEncoder
-from occstream.models.batch import OccBatch, OccOutputs, pool_binary
+from occstream.models.batch import Batch, OccOutputs, pool_binary
 from occstream.models.layers import SyncBatchNorm, VolumeEncoder, checkpointed, conv_bn, row
 from occstream.models.lift import LiftSplat
 from occstream.models.registry import register
@@ -170,7 +170,7 @@ class LiftVolume(nn.Module):
         )
         self.compact = nn.Conv3d(c.encoder_out, c.compact_channels, 1)
 
-    def forward(self, features: Tensor, batch: OccBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features (B, V, C_f, h, w) -> B (B, C, Xc, Yc, Zc), depth (B, V, D, h, w) summing to 1 over D."""
         volume, depth = self.splat(features, batch)
         if self.raw is not None:
@@ -188,7 +188,7 @@ class QueryVolume(nn.Module):
             raise ValueError("dense_layers is 0: voxel queries see the images through dense layers; set 1 or more")
         self.queries = nn.Parameter(0.02 * torch.randn(c.compact_channels, *compact.shape))
 
-    def forward(self, features: Tensor, batch: OccBatch) -> tuple[Tensor, None]:
+    def forward(self, features: Tensor, batch: Batch) -> tuple[Tensor, None]:
         """Features (B, V, C_f, h, w) -> B (B, C, Xc, Yc, Zc) before the layers; no depth."""
         return self.queries.expand(len(features), -1, -1, -1, -1), None
 
@@ -308,9 +308,7 @@ class SparsePart(nn.Module):
         index = scores.topk(max(counts), dim=1).indices
         return [i[:count] for i, count in zip(index, counts)]
 
-    def forward(
-        self, volume: Tensor, logits: Tensor | None, features: Tensor, batch: OccBatch
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, volume: Tensor, logits: Tensor | None, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Refines.
 
         Args:
@@ -337,14 +335,13 @@ class SparsePart(nn.Module):
         selected = row(tokens.place, tokens.counts)
         return self.full(torch.cat([dense, flat.to(dense.dtype)], -1), "semantic"), selected
 
-    def scores(self, logits: Tensor | None, batch: OccBatch) -> tuple[Tensor, Selection]:
+    def scores(self, logits: Tensor | None, batch: Batch) -> tuple[Tensor, Selection]:
         """(S, N): how much each voxel is to be refined; and who says so."""
         predicted = logits.detach().float().sigmoid().flatten(1) if logits is not None else None
         selection = "gt" if logits is None else self.c.selection
         if selection == "predicted" or (selection == "union" and not self.training):
             return predicted, "predicted"
-        frames = slice(0, len(batch.images))
-        truth, _ = pool_binary(batch.binary[frames], batch.binary_valid[frames], self.shape)
+        truth, _ = pool_binary(batch.occupancy.binary, batch.occupancy.binary_valid, self.shape)
         truth = truth.flatten(1).float() * 2
         return (truth if selection == "gt" else torch.maximum(predicted, truth)), selection
 
@@ -419,9 +416,9 @@ class B2S(nn.Module):
         """Prefixes of a pre-training checkpoint's keys that this strategy throws away."""
         return () if self.predicts_binary else ("full.heads.binary.", "binary_head.")
 
-    def forward(self, batch: OccBatch) -> OccOutputs:
-        b, v = batch.images.shape[:2]
-        pixels = (batch.images.flatten(0, 1).float() - self.pixel_mean) / self.pixel_std
+    def forward(self, batch: Batch) -> OccOutputs:
+        b, v = batch.cameras.images.shape[:2]
+        pixels = (batch.cameras.images.flatten(0, 1).float() - self.pixel_mean) / self.pixel_std
         features = self.images(pixels.contiguous(memory_format=torch.channels_last)).unflatten(0, (b, v))
         if self.views is not None:
             features = self.views(features)
@@ -441,7 +438,7 @@ class B2S(nn.Module):
             return outputs
         # B frames stop here. A rank without S frames runs the semantic part on one frame, cut off from the graph, so
         # that every parameter takes part on every rank, which ZeRO relies on; the loss gives it weight 0.
-        s = batch.num_semantic
+        s = batch.labeled
         frames = slice(0, max(s, 1))
         whole = binary[frames] if s else binary[frames].detach()
         if self.full is not None:
@@ -451,17 +448,9 @@ class B2S(nn.Module):
             logits[frames].detach() if logits is not None else None,
             features[frames] if s else features[frames].detach(),
         )
-        outputs.semantic_logits, selected = self.semantic(whole, *parts, _first(batch, frames))
+        outputs.semantic_logits, selected = self.semantic(whole, *parts, batch.select(frames))
         outputs.selected = selected[:s]
         return outputs
-
-
-def _first(batch: OccBatch, frames: slice) -> OccBatch:
-    """Geometry and labels of the first frames (images are not needed again)."""
-    names = ("images", "intrinsics", "camera_to_ego", "post_rot", "post_tran", "bda", "binary", "binary_valid")
-    return OccBatch(
-        **{n: getattr(batch, n)[frames] for n in names}, semantic=batch.semantic, num_semantic=batch.num_semantic
-    )
 
 
 @register(B2SConfig)

@@ -1,23 +1,74 @@
-"""What goes into a network and what comes out: ``OccBatch`` and ``OccOutputs``.
+"""What goes into a network and what comes out: ``Batch``, its parts, and ``OccOutputs``.
 
-Shape legend, here and in every model file: ``B`` batch, ``V`` cameras, ``H W`` image rows and columns,
-``X Y Z`` voxels, ``C`` channels, ``K`` classes, ``Q`` queries, ``M`` selected voxels.
+Shape legend, here and in every model file: ``B`` frames, ``S`` labeled frames, ``V`` cameras, ``H W`` image rows and
+columns, ``X Y Z`` voxels, ``N`` points of all frames, ``C`` channels, ``K`` classes, ``Q`` queries, ``M`` selected voxels.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
+Axis = Literal["frame", "labeled", "row", "labeled row"]
+Mirror = Literal["", "voxels", "vector"]
+
+
+def along(axis: Axis, mirror: Mirror = "", **default: Any) -> Any:
+    """A tensor field of a part.
+
+    Args:
+        axis: what its first dimension counts: frames (B), labeled frames (S), or rows, as many of each frame (each labeled
+            frame) as the part's ``counts`` say, frame after frame.
+        mirror: what mirroring the scene does to it: nothing; reverses the dimensions after the first two, which are x and y
+            (voxels); or changes the signs of the last dimension's x and y (vector).
+        default: ``default=None`` for what may be absent.
+    """
+    return field(metadata={"axis": axis, "mirror": mirror}, **default)
+
 
 @dataclass
-class OccBatch:
-    """One training or evaluation batch. The first ``num_semantic`` frames carry semantic labels (S), the rest are
-    replayed or pre-training frames with binary labels only (B).
+class Part:
+    """One modality of a batch: tensors whose first axes are declared by ``along``."""
+
+    def present(self) -> Iterator[tuple[dataclasses.Field, Tensor]]:
+        """Fields that are there, and their tensors."""
+        for f in dataclasses.fields(self):
+            if (value := getattr(self, f.name)) is not None:
+                yield f, value
+
+    def each(self, work: Callable[[dataclasses.Field, Tensor], Tensor]) -> Self:
+        """The same part of other tensors."""
+        return dataclasses.replace(self, **{f.name: work(f, value) for f, value in self.present()})
+
+    def select(self, frames: slice, labeled: slice) -> Self:
+        """Some frames of it.
+
+        Args:
+            frames, labeled: without steps and negative numbers; among all frames, and among the labeled ones.
+        """
+
+        def cut(f: dataclasses.Field, value: Tensor) -> Tensor:
+            axis: Axis = f.metadata["axis"]
+            wanted = frames if axis in ("frame", "row") else labeled
+            return value[self._rows(wanted) if axis.endswith("row") else wanted]
+
+        return self.each(cut)
+
+    def _rows(self, frames: slice) -> slice:
+        """Rows of frames; the host waits for their numbers."""
+        ends = [0, *self.counts.cumsum(0).tolist()]
+        first, last, _ = frames.indices(len(ends) - 1)
+        return slice(ends[first], ends[max(first, last)])
+
+
+@dataclass
+class Cameras(Part):
+    """Images and how they map to the scene.
 
     Attributes:
         images: (B, V, 3, H, W) uint8 RGB, augmented; the model normalizes.
@@ -26,59 +77,185 @@ class OccBatch:
             the key-frame where the labels' grid is in that frame (OpenOccupancy, SemanticKITTI).
         post_rot, post_tran: (B, V, 3, 3), (B, V, 3) float32: image augmentation, pixel' = post_rot pixel + post_tran
             on (u, v, depth).
-        bda: (B, 3, 3) float32: scene augmentation, x' = bda x in the ego frame. Labels are already augmented.
-        binary: (B, X, Y, Z) bool, True = occupied.
-        binary_valid: (B, X, Y, Z) bool; False voxels enter neither loss nor metric.
-        semantic: (S, X, Y, Z) uint8: class id, ``free_id`` = K, or 255 = ignore; S = ``num_semantic``, may be 0.
-        num_semantic: S.
-        keys: B frame keys.
-        second, confidence: (S, X, Y, Z) uint8 and float32: second class of a soft label and the probability of the first,
-            which ``semantic`` holds (B2S, App. D); None: labels are hard.
         depth: (B, V, h, w) float32: distance of the nearest LiDAR point in each cell of the image features, meters, 0
             where there is none; None unless a depth loss wants it.
     """
 
-    images: Tensor
-    intrinsics: Tensor
-    camera_to_ego: Tensor
-    post_rot: Tensor
-    post_tran: Tensor
-    bda: Tensor
-    binary: Tensor
-    binary_valid: Tensor
-    semantic: Tensor
-    num_semantic: int
+    images: Tensor = along("frame")
+    intrinsics: Tensor = along("frame")
+    camera_to_ego: Tensor = along("frame")
+    post_rot: Tensor = along("frame")
+    post_tran: Tensor = along("frame")
+    depth: Tensor | None = along("frame", default=None)
+
+
+@dataclass
+class Occupancy(Part):
+    """Voxel labels, augmented.
+
+    Attributes:
+        binary: (B, X, Y, Z) bool, True = occupied.
+        binary_valid: (B, X, Y, Z) bool; False voxels enter neither loss nor metric.
+        semantic: (S, X, Y, Z) uint8: class id, ``free_id`` = K, or 255 = ignore; None where nobody asked for classes.
+        second, confidence: (S, X, Y, Z) uint8 and float32: second class of a soft label and the probability of the first,
+            which ``semantic`` holds (B2S, App. D); None: labels are hard.
+    """
+
+    binary: Tensor = along("frame", "voxels")
+    binary_valid: Tensor = along("frame", "voxels")
+    semantic: Tensor | None = along("labeled", "voxels", default=None)
+    second: Tensor | None = along("labeled", "voxels", default=None)
+    confidence: Tensor | None = along("labeled", "voxels", default=None)
+
+
+@dataclass
+class Points(Part):
+    """LiDAR points of all frames, augmented, frame after frame.
+
+    Attributes:
+        xyz: (N, 3) float32 meters, ego frame at the key-frame.
+        features: (N, C) float32 such as intensity and time lag; None: without.
+        counts: (B,) int64 points of each frame.
+    """
+
+    xyz: Tensor = along("row", "vector")
+    counts: Tensor = along("frame")
+    features: Tensor | None = along("row", default=None)
+
+
+@dataclass
+class PointLabels(Part):
+    """Classes of the points of labeled frames.
+
+    Attributes:
+        classes: (n,) uint8 class id or 255 = ignore, in the order of ``Points``.
+        counts: (S,) int64 points of each labeled frame.
+    """
+
+    classes: Tensor = along("labeled row")
+    counts: Tensor = along("labeled")
+
+
+@dataclass
+class Batch:
+    """One training or evaluation batch. The first ``labeled`` frames carry semantic labels (S), the rest are replayed or
+    pre-training frames without (B).
+
+    Attributes:
+        keys: B frame keys; empty where nobody needs them.
+        labeled: S.
+        scene_aug: (B, 3, 3) float32: scene augmentation, x' = scene_aug x in the ego frame. Labels and points are already
+            augmented.
+        cameras, occupancy, points, point_labels: parts; None: the task does not read it.
+    """
+
+    scene_aug: Tensor
+    labeled: int = 0
     keys: list[str] = field(default_factory=list)
-    second: Tensor | None = None
-    confidence: Tensor | None = None
-    depth: Tensor | None = None
+    cameras: Cameras | None = None
+    occupancy: Occupancy | None = None
+    points: Points | None = None
+    point_labels: PointLabels | None = None
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], keys: Sequence[str] = ()) -> Batch:
+        """A batch of tensors by ``part.field``, and ``scene_aug``; all its frames are labeled if there is any label."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            part, _, name = name.rpartition(".")
+            found.setdefault(part, {})[name] = tensor
+        scene_aug = found.pop("")["scene_aug"]
+        parts = {name: PARTS[name](**fields) for name, fields in found.items()}
+        labeled = any(f.metadata["axis"] == "labeled" for part in parts.values() for f, _ in part.present())
+        return cls(scene_aug, len(scene_aug) if labeled else 0, list(keys), **parts)
 
     @property
     def size(self) -> int:
-        return self.images.shape[0]
+        """B."""
+        return self.scene_aug.shape[0]
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> OccBatch:
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.scene_aug.device
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return self.scene_aug.nbytes + sum(value.nbytes for _, part in self.parts() for _, value in part.present())
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """Parts that are there, by name."""
+        for name in PARTS:
+            if (part := getattr(self, name)) is not None:
+                yield name, part
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on a device."""
-        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
+        return self._moved(lambda t: t.to(device, non_blocking=non_blocking))
 
-    def clone(self) -> OccBatch:
+    def clone(self) -> Batch:
         """The same batch in memory of its own."""
-        return self._each(torch.clone)
+        return self._moved(torch.clone)
 
     def record(self, stream: torch.cuda.Stream) -> None:
         """Tells the allocator that a CUDA stream uses these tensors."""
-        for f in dataclasses.fields(self):
-            if isinstance(v := getattr(self, f.name), Tensor):
-                v.record_stream(stream)
+        self.scene_aug.record_stream(stream)
+        for _, part in self.parts():
+            for _, value in part.present():
+                value.record_stream(stream)
 
-    def _each(self, work: Callable[[Tensor], Tensor]) -> OccBatch:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{name: work(v) for name, v in values.items() if isinstance(v, Tensor)})
+    def select(self, frames: slice) -> Batch:
+        """Some frames, as views; labeled ones stay first.
+
+        Args:
+            frames: without step and negative numbers.
+        """
+        first, last, _ = frames.indices(self.size)
+        labeled = slice(min(first, self.labeled), min(last, self.labeled))
+        return dataclasses.replace(
+            self,
+            scene_aug=self.scene_aug[frames],
+            keys=self.keys[frames],
+            labeled=labeled.stop - labeled.start,
+            **{name: part.select(frames, labeled) for name, part in self.parts()},
+        )
+
+    def unlabeled(self) -> Batch:
+        """The same frames without their semantic labels."""
+        nothing = {name: part.select(slice(None), slice(0, 0)) for name, part in self.parts()} if self.labeled else {}
+        return dataclasses.replace(self, labeled=0, **nothing)
+
+    def mirrored(self, x: bool, y: bool) -> Batch:
+        """The same frames in the scene mirrored along x (front to back) and y (left to right)."""
+        if not (x or y):
+            return self
+        scale = self.scene_aug.new_tensor([-1.0 if x else 1.0, -1.0 if y else 1.0, 1.0])
+        dims = [1 + axis for axis, wanted in enumerate((x, y)) if wanted]
+
+        def turn(f: dataclasses.Field, value: Tensor) -> Tensor:
+            mirror: Mirror = f.metadata["mirror"]
+            if mirror == "voxels":
+                return value.flip(dims)
+            return value * scale[: value.shape[-1]] if mirror == "vector" else value
+
+        turned = {name: part.each(turn) for name, part in self.parts()}
+        return dataclasses.replace(self, scene_aug=scale.diag() @ self.scene_aug, **turned)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        moved = {name: part.each(lambda _, value: move(value)) for name, part in self.parts()}
+        return dataclasses.replace(self, scene_aug=move(self.scene_aug), **moved)
+
+
+PARTS: dict[str, type[Part]] = {
+    "cameras": Cameras, "occupancy": Occupancy, "points": Points, "point_labels": PointLabels,
+}  # fmt: skip
+"""Parts of a batch by name."""
 
 
 @dataclass
 class OccOutputs:
-    """What a network says about an ``OccBatch``.
+    """What a network says about an ``Batch``.
 
     Attributes:
         binary_logits: (B, Xb, Yb, Zb) float32 on the grid of the model's binary head, > 0 = occupied. None without one
@@ -98,31 +275,42 @@ class OccOutputs:
     depth_bins: Tensor | None = None
 
 
-def concat(semantic: OccBatch, binary: OccBatch | None) -> OccBatch:
-    """An S batch and a replayed B batch as one batch, S first, for one forward and one backward.
+def concat(labeled: Batch, other: Batch | None) -> Batch:
+    """A labeled batch and a replayed one as one batch, labeled frames first, for one forward and one backward. Labels of the
+    second are left out.
 
     Raises:
-        ValueError: both differ in cameras, image size or grid.
+        ValueError: both differ in parts, or in the shapes of a frame, such as cameras, image size or grid.
     """
-    if binary is None:
-        return semantic
-    for name in ("images", "binary"):
-        a, b = getattr(semantic, name).shape[1:], getattr(binary, name).shape[1:]
-        if a != b:
-            raise ValueError(
-                f"cannot replay: {name} of the semantic stream are {tuple(a)}, of the binary stream {tuple(b)}; "
-                "both recipes need the same cameras, image size and grid"
-            )
-    if binary.num_semantic:
-        binary = dataclasses.replace(binary, num_semantic=0, semantic=binary.semantic[:0])
-    # Only S frames have these.
-    alone = ("semantic", "num_semantic", "second", "confidence")
-    joined = {
-        f.name: torch.cat([getattr(semantic, f.name), getattr(binary, f.name)])
-        for f in dataclasses.fields(OccBatch)
-        if f.name not in (*alone, "keys") and getattr(semantic, f.name) is not None
-    }
-    return OccBatch(**joined, **{name: getattr(semantic, name) for name in alone}, keys=semantic.keys + binary.keys)
+    if other is None:
+        return labeled
+    other, joined = other.unlabeled(), {}
+    for name in PARTS:
+        a, b = getattr(labeled, name), getattr(other, name)
+        if a is not None and b is None and all(f.metadata["axis"].startswith("labeled") for f, _ in a.present()):
+            joined[name] = a
+        elif (a is None) != (b is None):
+            raise ValueError(f"cannot replay: only one of both streams has {name}; both recipes need the same parts")
+        elif a is not None:
+            joined[name] = a.each(lambda f, value: _cat(f, value, getattr(b, f.name)))  # noqa: B023 (called at once)
+    return Batch(
+        scene_aug=torch.cat([labeled.scene_aug, other.scene_aug]),
+        labeled=labeled.labeled,
+        keys=labeled.keys + other.keys,
+        **joined,
+    )
+
+
+def _cat(f: dataclasses.Field, a: Tensor, b: Tensor | None) -> Tensor:
+    if f.metadata["axis"].startswith("labeled"):
+        return a
+    shapes = [tuple(t.shape[1:]) if t is not None else None for t in (a, b)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"cannot replay: {f.name} of the semantic stream are {shapes[0]}, of the binary stream {shapes[1]}; "
+            "both recipes need the same cameras, image size and grid"
+        )
+    return torch.cat([a, b])
 
 
 def pool_binary(binary: Tensor, valid: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:

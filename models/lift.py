@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from occstream.models import kernels
-from occstream.models.batch import OccBatch
+from occstream.models.batch import Batch
 from occstream.models.layers import ResidualBlock, SyncBatchNorm, conv_bn, full_precision, row
 from occstream.sharding.grid import VoxelGrid
 
@@ -27,7 +27,7 @@ def frustum(image_size: tuple[int, int], feature_size: tuple[int, int], depths: 
     return torch.stack([u, v, d], -1)
 
 
-def unproject(points: Tensor, batch: OccBatch) -> Tensor:
+def unproject(points: Tensor, batch: Batch) -> Tensor:
     """Augmented pixels with depth -> augmented ego frame, in fp32 also under autocast: in bf16 a quarter of the
     points would fall into another voxel.
 
@@ -37,18 +37,25 @@ def unproject(points: Tensor, batch: OccBatch) -> Tensor:
     Returns:
         (B, V, …, 3) meters, fp32.
     """
-    _fp32(points, batch.post_tran, batch.post_rot, batch.bda, batch.camera_to_ego, batch.intrinsics)
+    _fp32(
+        points,
+        batch.cameras.post_tran,
+        batch.cameras.post_rot,
+        batch.scene_aug,
+        batch.cameras.camera_to_ego,
+        batch.cameras.intrinsics,
+    )
     with full_precision(points.device):
-        p = points.reshape(-1, 3) - batch.post_tran.unsqueeze(2)
-        p = p @ inverse(batch.post_rot).mT
+        p = points.reshape(-1, 3) - batch.cameras.post_tran.unsqueeze(2)
+        p = p @ inverse(batch.cameras.post_rot).mT
         rays = torch.cat([p[..., :2] * p[..., 2:], p[..., 2:]], -1)
-        bda, to_ego = batch.bda.unsqueeze(1), batch.camera_to_ego
-        matrix = bda @ to_ego[..., :3, :3] @ inverse(batch.intrinsics)
-        found = rays @ matrix.mT + (bda @ to_ego[..., :3, 3:]).mT
+        aug, to_ego = batch.scene_aug.unsqueeze(1), batch.cameras.camera_to_ego
+        matrix = aug @ to_ego[..., :3, :3] @ inverse(batch.cameras.intrinsics)
+        found = rays @ matrix.mT + (aug @ to_ego[..., :3, 3:]).mT
     return found.view(*found.shape[:2], *points.shape)
 
 
-def project(points: Iterable[Tensor], batch: OccBatch) -> list[tuple[Tensor, Tensor]]:
+def project(points: Iterable[Tensor], batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """Augmented ego frame -> augmented pixels, inverse of ``unproject``; in fp32 also under autocast.
 
     Args:
@@ -58,18 +65,24 @@ def project(points: Iterable[Tensor], batch: OccBatch) -> list[tuple[Tensor, Ten
         For each frame pixels (V, N, 2) of (u, v), and depth (V, N), meters along the camera's axis: pixels mean something
         only where it is positive.
     """
-    _fp32(batch.post_tran, batch.post_rot, batch.bda, batch.camera_to_ego, batch.intrinsics)
+    _fp32(
+        batch.cameras.post_tran,
+        batch.cameras.post_rot,
+        batch.scene_aug,
+        batch.cameras.camera_to_ego,
+        batch.cameras.intrinsics,
+    )
     found = []
-    with full_precision(batch.bda.device):
-        undo, turn = inverse(batch.bda).mT, inverse(batch.camera_to_ego[..., :3, :3]).mT
-        origin = batch.camera_to_ego[..., :3, 3].unsqueeze(2)
+    with full_precision(batch.scene_aug.device):
+        undo, turn = inverse(batch.scene_aug).mT, inverse(batch.cameras.camera_to_ego[..., :3, :3]).mT
+        origin = batch.cameras.camera_to_ego[..., :3, 3].unsqueeze(2)
         for i, mine in enumerate(points):
             _fp32(mine)
             camera = (mine @ undo[i] - origin[i]) @ turn[i]
-            image = camera @ batch.intrinsics[i].mT
+            image = camera @ batch.cameras.intrinsics[i].mT
             depth = image[..., 2]
             pixel = torch.cat([image[..., :2] / depth.clamp_min(1e-5).unsqueeze(-1), depth.unsqueeze(-1)], -1)
-            pixel = pixel @ batch.post_rot[i].mT + batch.post_tran[i].unsqueeze(1)
+            pixel = pixel @ batch.cameras.post_rot[i].mT + batch.cameras.post_tran[i].unsqueeze(1)
             found.append((pixel[..., :2], depth))
     return found
 
@@ -147,16 +160,16 @@ def voxel_pool(depth: Tensor, context: Tensor, points: Tensor, grid: VoxelGrid) 
     return out.view(batch, x, y, z, -1).permute(0, 4, 1, 2, 3)
 
 
-def camera_vector(batch: OccBatch) -> Tensor:
+def camera_vector(batch: Batch) -> Tensor:
     """(B, V, 27) numbers that tell the depth net how the camera sits (as BEVDepth)."""
-    k, rot, tran = batch.intrinsics, batch.post_rot, batch.post_tran
-    bda = batch.bda.unsqueeze(1).expand(-1, k.shape[1], 3, 3)
+    k, rot, tran = batch.cameras.intrinsics, batch.cameras.post_rot, batch.cameras.post_tran
+    aug = batch.scene_aug.unsqueeze(1).expand(-1, k.shape[1], 3, 3)
     parts = [
         k[..., 0, 0], k[..., 1, 1], k[..., 0, 2], k[..., 1, 2],
         rot[..., 0, 0], rot[..., 0, 1], tran[..., 0], rot[..., 1, 0], rot[..., 1, 1], tran[..., 1],
-        bda[..., 0, 0], bda[..., 0, 1], bda[..., 1, 0], bda[..., 1, 1], bda[..., 2, 2],
+        aug[..., 0, 0], aug[..., 0, 1], aug[..., 1, 0], aug[..., 1, 1], aug[..., 2, 2],
     ]  # fmt: skip
-    return torch.cat([torch.stack(parts, -1), batch.camera_to_ego[..., :3, :].flatten(-2)], -1).float()
+    return torch.cat([torch.stack(parts, -1), batch.cameras.camera_to_ego[..., :3, :].flatten(-2)], -1).float()
 
 
 class _Gate(nn.Module):
@@ -246,7 +259,7 @@ class LiftSplat(nn.Module):
             raise ValueError(f"depth {depth}: first, end and step give fewer than two bins")
         self.net = DepthNet(channels, context, len(self.depths), blocks, aspp)
 
-    def forward(self, features: Tensor, batch: OccBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features (B, V, C, h, w) -> volume (B, context, X, Y, Z), depth (B, V, D, h, w) summing to 1 over D; fp32."""
         b, v, _, h, w = features.shape
         depth, context = self.net(features.flatten(0, 1), camera_vector(batch).flatten(0, 1))

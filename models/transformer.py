@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from occstream.models.attention import ImageAttention, Sightings, VolumeAttention
-from occstream.models.batch import OccBatch
+from occstream.models.batch import Batch
 from occstream.models.layers import AxialEmbedding, checkpointed, row
 from occstream.models.lift import project
 from occstream.sharding.grid import VoxelGrid
@@ -87,7 +87,7 @@ class VoxelTokens(nn.Module):
         self.register_buffer("centers", centers, persistent=False)
         self.embedding = AxialEmbedding(grid.shape, channels)
 
-    def at(self, index: list[Tensor], batch: OccBatch) -> Tokens:
+    def at(self, index: list[Tensor], batch: Batch) -> Tokens:
         """Flat voxel indices of each frame of a batch -> tokens."""
         counts = [len(i) for i in index]
         flat = torch.cat(index)
@@ -102,7 +102,7 @@ class VoxelTokens(nn.Module):
             seen=self._sightings(index, batch),
         )
 
-    def _sightings(self, index: list[Tensor], batch: OccBatch) -> Sightings:
+    def _sightings(self, index: list[Tensor], batch: Batch) -> Sightings:
         """Cameras see what is in front of them and in their image."""
         size, covered = row(self.centers, self.image_size[::-1]), row(self.centers, self.covered[::-1])
         projected = project((self.centers[i] for i in index), batch)
@@ -132,7 +132,7 @@ class DenseTransformer(nn.Module):
         self.layers = nn.ModuleList(TransformerLayer(c) for _ in range(layers))
         self.out = nn.Linear(c.attention_channels, c.compact_channels)
 
-    def forward(self, volume: Tensor, features: Tensor, batch: OccBatch) -> Tensor:
+    def forward(self, volume: Tensor, features: Tensor, batch: Batch) -> Tensor:
         """volume (B, C, X, Y, Z), features (B, V, C_f, h, w) -> (B, C, X, Y, Z)."""
         everything = torch.arange(volume[0, 0].numel(), device=volume.device)
         tokens = self.tokens.at([everything] * len(volume), batch)

@@ -130,7 +130,7 @@ def scene_flips(rng: np.random.Generator | None, config: AugmentConfig) -> tuple
 
 
 def flip_matrix(flips: tuple[bool, bool]) -> np.ndarray:
-    """(3, 3) float32 ``bda`` of the mirrored scene: x' = bda x."""
+    """(3, 3) float32 ``scene_aug`` of the mirrored scene: x' = scene_aug x."""
     return np.diag([-1.0 if flips[0] else 1.0, -1.0 if flips[1] else 1.0, 1.0]).astype(np.float32)
 
 
@@ -188,7 +188,7 @@ def depth_map(
 
 
 class FrameFiller:
-    """Writes one frame as one sample of an ``OccBatch``; stateless, so threads may share it.
+    """Writes one frame as one sample of an ``Batch``; stateless, so threads may share it.
 
     Args:
         config: augmentation and image size.
@@ -253,22 +253,25 @@ class FrameFiller:
     def fields(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of each array of one sample."""
         v, (h, w) = len(self.cameras) * (1 + self.history), self.config.image_size
-        shapes = {"images": ((v, 3, h, w), "uint8")} if self.decode else {}
+        shapes = {"cameras.images": ((v, 3, h, w), "uint8")} if self.decode else {}
         shapes |= {
-            "intrinsics": ((v, 3, 3), "float32"),
-            "camera_to_ego": ((v, 4, 4), "float32"),
-            "post_rot": ((v, 3, 3), "float32"),
-            "post_tran": ((v, 3), "float32"),
-            "bda": ((3, 3), "float32"),
-            "binary": (self.grid.shape, "bool"),
-            "binary_valid": (self.grid.shape, "bool"),
+            "cameras.intrinsics": ((v, 3, 3), "float32"),
+            "cameras.camera_to_ego": ((v, 4, 4), "float32"),
+            "cameras.post_rot": ((v, 3, 3), "float32"),
+            "cameras.post_tran": ((v, 3), "float32"),
+            "scene_aug": ((3, 3), "float32"),
+            "occupancy.binary": (self.grid.shape, "bool"),
+            "occupancy.binary_valid": (self.grid.shape, "bool"),
         }
         if self.semantic:
-            shapes["semantic"] = (self.grid.shape, "uint8")
+            shapes["occupancy.semantic"] = (self.grid.shape, "uint8")
         if self.soft:
-            shapes |= {"second": (self.grid.shape, "uint8"), "confidence": (self.grid.shape, "float32")}
+            shapes |= {
+                "occupancy.second": (self.grid.shape, "uint8"),
+                "occupancy.confidence": (self.grid.shape, "float32"),
+            }
         if self.depth_cell:
-            shapes["depth"] = ((v, -(-h // self.depth_cell), -(-w // self.depth_cell)), "float32")
+            shapes["cameras.depth"] = ((v, -(-h // self.depth_cell), -(-w // self.depth_cell)), "float32")
         return shapes
 
     def __call__(self, frame: Frame, epoch: int, views: dict[str, np.ndarray]) -> list[tuple[str, Camera]]:
@@ -306,24 +309,24 @@ class FrameFiller:
             affine = affines[view]
             try:
                 if self.decode:
-                    warp_jpeg(camera.jpeg, (camera.width, camera.height), affine, views["images"][i])
+                    warp_jpeg(camera.jpeg, (camera.width, camera.height), affine, views["cameras.images"][i])
                 else:
                     check_jpeg(camera)
             except ValueError as error:
                 raise CorruptSample(f"frame {taken.key}, {name}: broken JPEG ({error}); pack its scene again") from None
-            views["intrinsics"][i] = camera.intrinsics
-            views["camera_to_ego"][i] = compose(to_grid, camera_to_key_ego(frame, camera))
-            views["post_rot"][i] = np.eye(3)
-            views["post_rot"][i, :2, :2] = affine[:, :2]
-            views["post_tran"][i] = (*affine[:, 2], 0)
+            views["cameras.intrinsics"][i] = camera.intrinsics
+            views["cameras.camera_to_ego"][i] = compose(to_grid, camera_to_key_ego(frame, camera))
+            views["cameras.post_rot"][i] = np.eye(3)
+            views["cameras.post_rot"][i, :2, :2] = affine[:, :2]
+            views["cameras.post_tran"][i] = (*affine[:, 2], 0)
             if self.depth_cell:
-                depth_map(taken, camera, affine, self.config.image_size, self.depth_cell, views["depth"][i])
+                depth_map(taken, camera, affine, self.config.image_size, self.depth_cell, views["cameras.depth"][i])
         flips = scene_flips(rng, self.config)
-        views["bda"][...] = flip_matrix(flips)
+        views["scene_aug"][...] = flip_matrix(flips)
         if self.labels:
             self._labels(frame, flips, views)
         else:
-            views["binary"][...], views["binary_valid"][...] = False, True
+            views["occupancy.binary"][...], views["occupancy.binary_valid"][...] = False, True
         return [] if self.decode else [(f"frame {taken.key}, {name}", taken.cameras[name]) for taken, name in shown]
 
     def _labels(self, frame: Frame, flips: tuple[bool, bool], views: dict[str, np.ndarray]) -> None:
@@ -336,25 +339,25 @@ class FrameFiller:
             )
         valid = self._valid(frame, labels)
         if valid is None:
-            views["binary_valid"][...] = True
+            views["occupancy.binary_valid"][...] = True
         else:
-            views["binary_valid"][...] = flip_voxels(valid, flips)
+            views["occupancy.binary_valid"][...] = flip_voxels(valid, flips)
         if (self.semantic or self.binary_from == "semantic") and labels.semantic is None:
             raise ValueError(f"frame {frame.key} has no semantic labels; fine-tune on data that has them")
         if self.binary_from == "semantic":
             known = flip_voxels(labels.semantic, flips)
-            views["binary"][...] = (known != self.taxonomy.free_id) & (known != IGNORE)
-            views["binary_valid"][...] &= known != IGNORE
+            views["occupancy.binary"][...] = (known != self.taxonomy.free_id) & (known != IGNORE)
+            views["occupancy.binary_valid"][...] &= known != IGNORE
         else:
-            views["binary"][...] = flip_voxels(labels.binary, flips)
+            views["occupancy.binary"][...] = flip_voxels(labels.binary, flips)
         if self.semantic:
-            views["semantic"][...] = flip_voxels(labels.semantic, flips)
+            views["occupancy.semantic"][...] = flip_voxels(labels.semantic, flips)
             if valid is not None:
-                views["semantic"][~views["binary_valid"]] = IGNORE
+                views["occupancy.semantic"][~views["occupancy.binary_valid"]] = IGNORE
         if self.soft:
             second, confidence = two_best(labels)
-            views["second"][...] = flip_voxels(second, flips)
-            views["confidence"][...] = flip_voxels(confidence, flips)
+            views["occupancy.second"][...] = flip_voxels(second, flips)
+            views["occupancy.confidence"][...] = flip_voxels(confidence, flips)
 
     def _valid(self, frame: Frame, labels: Labels) -> np.ndarray | None:
         if self.mask == "none":

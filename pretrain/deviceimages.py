@@ -66,8 +66,10 @@ class DeviceImages:
         self._stream.synchronize()
 
     def _add(self, batch: StreamBatch) -> None:
-        views = batch.arrays["intrinsics"].shape[1]
-        affines = np.concatenate([batch.arrays["post_rot"][..., :2, :2], batch.arrays["post_tran"][..., :2, None]], -1)
+        views = batch.arrays["cameras.intrinsics"].shape[1]
+        affines = np.concatenate(
+            [batch.arrays["cameras.post_rot"][..., :2, :2], batch.arrays["cameras.post_tran"][..., :2, None]], -1
+        )
         out = torch.empty(len(batch.returned), views, 3, *self.image_size, dtype=torch.uint8, device=self.device)
         alike = defaultdict(list)  # images of one size, shrunk alike, are warped together
         for place, image in zip(np.ndindex(affines.shape[:2]), self._decode(batch.returned)):
@@ -78,7 +80,7 @@ class DeviceImages:
                 chosen = tuple(np.transpose([place for place, _ in part]))
                 pixels = torch.stack([image for _, image in part])
                 out[chosen] = warp(pixels, affines[chosen], factor, self.image_size)
-        batch.arrays["images"] = out
+        batch.arrays["cameras.images"] = out
 
     def _decode(self, samples: list[list[tuple[str, Camera]]]) -> list[Tensor]:
         """(3, h, w) uint8 of every image of every sample."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from occstream.models import kernels
-from occstream.models.batch import OccBatch, OccOutputs, pool_binary
+from occstream.models.batch import Batch, OccOutputs, pool_binary
 from occstream.models.layers import full_precision, row
 from occstream.models.syncnorm import world_size
 from occstream.sharding.schema import IGNORE
@@ -58,7 +58,7 @@ class LossConfig:
 
 
 def occupancy_loss(
-    outputs: OccOutputs, batch: OccBatch, config: LossConfig, counts: Tensor | None = None
+    outputs: OccOutputs, batch: Batch, config: LossConfig, counts: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a micro-batch and its parts.
 
@@ -82,10 +82,10 @@ def occupancy_loss(
         tuple[str, Tensor, float | None]
     ] = []  # name, sum, weight (None: only reported), in the order of counts
     roles = _roles(outputs, batch, config)
-    with full_precision(batch.images.device):
+    with full_precision(batch.device):
         if outputs.binary_logits is not None:
             logits = outputs.binary_logits.float()
-            target, valid = pool_binary(batch.binary, batch.binary_valid, tuple(logits.shape[1:]))
+            target, valid = pool_binary(batch.occupancy.binary, batch.occupancy.binary_valid, tuple(logits.shape[1:]))
             errors = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
             errors = torch.where(valid, errors, 0.0)
             totals += [("binary", errors[frames].sum(), config.binary_weight) for frames in roles]
@@ -106,7 +106,7 @@ def occupancy_loss(
 
 
 def joint_counts(
-    outputs: OccOutputs, batches: Sequence[OccBatch], config: LossConfig, flags: Tensor | None = None
+    outputs: OccOutputs, batches: Sequence[Batch], config: LossConfig, flags: Tensor | None = None
 ) -> Tensor:
     """What the sums of ``occupancy_loss`` are divided by, over all ranks and micro-batches of a step (collective). With
     each micro-batch's own counts, gradient accumulation would weigh voxels of sparse frames more than one large batch does.
@@ -128,40 +128,42 @@ def joint_counts(
     return sums.clamp_min(1) / len(batches)
 
 
-def _counts(outputs: OccOutputs, batch: OccBatch, config: LossConfig) -> list[Tensor]:
+def _counts(outputs: OccOutputs, batch: Batch, config: LossConfig) -> list[Tensor]:
     """By the labels alone, in the order of the parts, float32."""
-    device, found, roles = batch.images.device, [], _roles(outputs, batch, config)
+    device, found, roles = batch.device, [], _roles(outputs, batch, config)
     if outputs.binary_logits is not None:
-        valid = pool_binary(batch.binary, batch.binary_valid, tuple(outputs.binary_logits.shape[1:]))[1]
+        valid = pool_binary(
+            batch.occupancy.binary, batch.occupancy.binary_valid, tuple(outputs.binary_logits.shape[1:])
+        )[1]
         found += [valid[frames].sum() for frames in roles]
     if outputs.semantic_logits is not None:
-        valid = batch.semantic != IGNORE
-        occupied = batch.semantic < outputs.semantic_logits.shape[1]
+        valid = batch.occupancy.semantic != IGNORE
+        occupied = batch.occupancy.semantic < outputs.semantic_logits.shape[1]
         found.append((valid & occupied if config.normaliser == "occupied" else valid).sum())
     if config.depth_weight:
         known = _known_depth(outputs, batch)[1]
         found += [known[frames].sum() for frames in roles]
     if outputs.selected is not None:
-        found.append(torch.full((), batch.num_semantic, device=device))
+        found.append(torch.full((), batch.labeled, device=device))
     return [count.float() for count in found]
 
 
-def _roles(outputs: OccOutputs, batch: OccBatch, config: LossConfig) -> list[slice]:
+def _roles(outputs: OccOutputs, batch: Batch, config: LossConfig) -> list[slice]:
     """Frames whose losses have a normalizer of their own: in fine-tuning the semantic frames and the replayed ones, either of
     which a rank may lack; else all. The same number on every rank."""
     if outputs.semantic_logits is None or config.replay_normaliser == "joint":
         return [slice(None)]
-    return [slice(0, batch.num_semantic), slice(batch.num_semantic, None)]
+    return [slice(0, batch.labeled), slice(batch.labeled, None)]
 
 
-def _semantic(logits: Tensor, batch: OccBatch, config: LossConfig) -> Tensor:
+def _semantic(logits: Tensor, batch: Batch, config: LossConfig) -> Tensor:
     """Sum of the focal loss. Without semantic frames it is 0, but in the graph."""
     classes = logits.shape[1]
-    if not batch.num_semantic:
+    if not batch.labeled:
         return torch.nan_to_num(logits, 0.0, 0.0, 0.0).sum() * 0.0
-    semantic, second = batch.semantic.flatten(), None
-    if batch.second is not None:
-        second = torch.where(batch.second.flatten() == IGNORE, semantic, batch.second.flatten())
+    semantic, second = batch.occupancy.semantic.flatten(), None
+    if batch.occupancy.second is not None:
+        second = torch.where(batch.occupancy.second.flatten() == IGNORE, semantic, batch.occupancy.second.flatten())
     valid = semantic != IGNORE
     sets = [semantic] if second is None else [semantic, second]
     # The one place where the host waits: how many voxels are known, and how many have a class.
@@ -173,7 +175,7 @@ def _semantic(logits: Tensor, batch: OccBatch, config: LossConfig) -> Tensor:
     if second is not None:
         # Two candidates with their probabilities: the loss is linear in the target, so it is that of each, weighted
         # (B2S, App. D).
-        first = batch.confidence.flatten()[index]
+        first = batch.occupancy.confidence.flatten()[index]
         targets = [(labels, first), (second[index].long(), 1 - first)]
     columns = None
     if config.class_weights:
@@ -193,17 +195,17 @@ def _semantic(logits: Tensor, batch: OccBatch, config: LossConfig) -> Tensor:
     return total
 
 
-def _known_depth(outputs: OccOutputs, batch: OccBatch) -> tuple[Tensor, Tensor]:
+def _known_depth(outputs: OccOutputs, batch: Batch) -> tuple[Tensor, Tensor]:
     """Bin of the LiDAR's distance (B, V, h, w) int64, and where there is one."""
     if outputs.depth is None:
         raise ValueError("loss.depth_weight is set, but this model predicts no depth; use a lifting model (b2s_ls)")
     bins = outputs.depth_bins
-    distances = batch.depth.to(bins.device)  # meters, 0 = none
+    distances = batch.cameras.depth.to(bins.device)  # meters, 0 = none
     index = ((distances - bins[0]) / (bins[1] - bins[0])).floor().long()
     return index, (distances > 0) & (index >= 0) & (index < len(bins))
 
 
-def _depth(outputs: OccOutputs, batch: OccBatch, frames: slice) -> Tensor:
+def _depth(outputs: OccOutputs, batch: Batch, frames: slice) -> Tensor:
     """Sum over frames of the binary cross-entropy of the depth distribution against one-hot LiDAR depth, where there is any."""
     index, known = (part[frames] for part in _known_depth(outputs, batch))
     predicted = outputs.depth[frames].movedim(2, -1)[known]  # (N, D)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from occstream.models import OccBatch, concat
+from occstream.models import Batch, concat
 from occstream.pretrain.augment import FrameFiller
 from occstream.pretrain.config import Config, Mask
 from occstream.pretrain.deviceimages import DeviceImages
@@ -57,7 +57,7 @@ class TrainData:
         self.config, self.world, self.stopping, self.rule = config, world, False, BY_SCENES
         self.flags: Tensor | None = None
         self._error: Exception | None = None
-        self._spare: OccBatch | None = None
+        self._spare: Batch | None = None
         data, cfg = config.data, config.train
         semantic = config.stage == "finetune"
         manifest = _load(config, data.url, data.labels)
@@ -130,7 +130,7 @@ class TrainData:
     def fingerprint(self) -> str:
         return self.fingerprints["data"]
 
-    def next(self, stop: bool = False) -> OccBatch:
+    def next(self, stop: bool = False) -> Batch:
         """The next micro-batch of this rank, on its device. Its CPU buffers are valid until the next call.
 
         Args:
@@ -147,7 +147,7 @@ class TrainData:
         self.stopping = self.world.agree(error, stop)
         return batch
 
-    def micro_batches(self, count: int, stop: bool = False) -> list[OccBatch]:
+    def micro_batches(self, count: int, stop: bool = False) -> list[Batch]:
         """All micro-batches of a step, valid until the next call; see ``next``.
 
         After the first step of a start no agreement of its own is needed: ``flags`` (errors, stop requests) are to be summed over
@@ -180,7 +180,7 @@ class TrainData:
             self.world.agree(self._error)
         self.stopping |= bool(stops)
 
-    def _take(self) -> OccBatch:
+    def _take(self) -> Batch:
         return functools.reduce(concat, [feed.next() for feed in self._feeds.values()])
 
     def state_dict(self) -> dict:
@@ -262,7 +262,7 @@ class _Feed:
         self.stream: Stream | None = None
         self.prefetcher: Prefetcher | None = None
 
-    def next(self) -> OccBatch:
+    def next(self) -> Batch:
         if self.stream is None:
             batches = training_batches(self.order, self.batch, self.world.rank, self.world.size, **self.state)
             # No share of a batch is larger than this.
@@ -271,7 +271,7 @@ class _Feed:
         if self.world.device.type == "cpu":
             got = next(self.stream)
             self.state = got.state
-            return to_occ_batch(got, self.world.device)
+            return to_batch(got, self.world.device)
         self.prefetcher = self.prefetcher or Prefetcher(self.stream, self.world.device)
         batch, self.state = self.prefetcher.next()
         return batch
@@ -291,10 +291,10 @@ class Prefetcher:
     def __init__(self, stream: Stream, device: torch.device):
         self.stream, self.device = stream, device
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.held: tuple[OccBatch, dict, torch.cuda.Event | None] | None = None
+        self.held: tuple[Batch, dict, torch.cuda.Event | None] | None = None
         self.copied: torch.cuda.Event | None = None  # of the batch whose buffers the stream has lent
 
-    def next(self) -> tuple[OccBatch, dict]:
+    def next(self) -> tuple[Batch, dict]:
         """The next batch on the device and the position after it."""
         batch, state, done = self.held or self._copy()
         self.held = None
@@ -307,17 +307,17 @@ class Prefetcher:
             self.held = self._copy()
         return batch, state
 
-    def _copy(self) -> tuple[OccBatch, dict, torch.cuda.Event | None]:
+    def _copy(self) -> tuple[Batch, dict, torch.cuda.Event | None]:
         if self.copies is None:
             got = next(self.stream)
-            return to_occ_batch(got, self.device).clone(), got.state, None
+            return to_batch(got, self.device).clone(), got.state, None
         if self.copied is not None:
             # Asking for a batch gives the last one's buffers back to the readers. Between micro-batches nothing else has waited
             # for their copy.
             self.copied.synchronize()
         with torch.cuda.stream(self.copies):
             got = next(self.stream)
-            batch = to_occ_batch(got, self.device)
+            batch = to_batch(got, self.device)
             self.copied = torch.cuda.Event()
             self.copied.record()
         return batch, got.state, self.copied
@@ -331,7 +331,7 @@ def _order(manifest: Manifest, scenes: list[int], seed: int, draw: int | None, l
 
 
 class EvalData:
-    """Every frame of the evaluation scenes once over all ranks, each time it is iterated over; of ``OccBatch``.
+    """Every frame of the evaluation scenes once over all ranks, each time it is iterated over; of ``Batch``.
 
     Attributes:
         total: frames; 0: nothing is held out.
@@ -387,7 +387,7 @@ class EvalData:
         elif wanted == "auto" and how.startswith("inferred"):
             self.notes.append(f"eval.convention=auto: {own}, {how}")
 
-    def __iter__(self) -> Iterator[OccBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         with self._open() as stream:
             yield from device_batches(_without_replaced(stream, self._manifest), self.world.device)
 
@@ -399,9 +399,9 @@ def _without_replaced(stream: Stream, manifest: Manifest) -> Iterator[StreamBatc
         for i, sample in enumerate(got.samples):
             if got.keys[i] != frame_key(manifest.scenes[sample.scene].name, sample.frame):
                 got.keys[i] = ""
-                got.arrays["binary_valid"][i] = False
-                if "semantic" in got.arrays:
-                    got.arrays["semantic"][i] = IGNORE
+                got.arrays["occupancy.binary_valid"][i] = False
+                if "occupancy.semantic" in got.arrays:
+                    got.arrays["occupancy.semantic"][i] = IGNORE
         yield got
 
 
@@ -431,21 +431,16 @@ def depth_cell(config: Config) -> int:
     return config.model.feature_stride if config.loss.depth_weight else 0
 
 
-def to_occ_batch(got: StreamBatch, device: torch.device) -> OccBatch:
+def to_batch(got: StreamBatch, device: torch.device) -> Batch:
     """Stream arrays as tensors; on the CPU they share memory with the ring, to a GPU they are being copied."""
-    tensors = {name: torch.as_tensor(array) for name, array in got.arrays.items()}
-    semantic = tensors.pop("semantic", None)
-    count = 0 if semantic is None else len(semantic)
-    if semantic is None:
-        semantic = torch.zeros(0, *tensors["binary"].shape[1:], dtype=torch.uint8)
-    batch = OccBatch(**tensors, semantic=semantic, num_semantic=count, keys=list(got.keys))
+    batch = Batch.of({name: torch.as_tensor(array) for name, array in got.arrays.items()}, got.keys)
     return batch if device.type == "cpu" else batch.to(device)
 
 
-def device_batches(stream: Iterable[StreamBatch], device: torch.device) -> Iterator[OccBatch]:
+def device_batches(stream: Iterable[StreamBatch], device: torch.device) -> Iterator[Batch]:
     """Batches of a stream that ends, on a device; on the CPU each is valid until the next."""
     for got in stream:
-        batch = to_occ_batch(got, device)
+        batch = to_batch(got, device)
         if device.type == "cuda":
             current = torch.cuda.current_stream(device)
             current.synchronize()  # the stream's buffers go back to the readers

@@ -11,7 +11,7 @@ from torch import nn
 
 from occstream.evaluation.evaluate import EvalResult, evaluate
 from occstream.evaluation.report import prediction_picture
-from occstream.models import OccBatch, OccOutputs
+from occstream.models import Batch, OccOutputs
 from occstream.pretrain import checkpoint
 from occstream.pretrain.config import Config, merge, parse_config, parse_overrides
 from occstream.pretrain.device import describe, pick_device
@@ -130,7 +130,7 @@ class Drawer:
         self.done: list[Path] = []
         self._seen: set[str] = set()
 
-    def __call__(self, batch: OccBatch, outputs: OccOutputs) -> None:
+    def __call__(self, batch: Batch, outputs: OccOutputs) -> None:
         for index, key in enumerate(batch.keys):
             scene = key.rpartition("-")[0]
             if not key or len(self.done) == self.scenes or scene in self._seen:

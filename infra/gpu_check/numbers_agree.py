@@ -273,7 +273,7 @@ def decoder(check: Check) -> str:
     for way in ("cpu", "nvimagecodec"):
         config = check.small("finetune", f"data.url={url}", "replay.url=", f"train.decoder={way}", *words)
         feed = TrainData(config, World(0, 1, check.device))
-        images = feed.next().images.float().clone()
+        images = feed.next().cameras.images.float().clone()
         began = time.perf_counter()
         for _ in range(count):
             feed.next()

@@ -58,9 +58,9 @@ class Oracle(nn.Module):
 
     def forward(self, batch):
         self.seen.append(self.training)
-        answer = torch.where(batch.semantic == 3, 4, batch.semantic.long())
+        answer = torch.where(batch.occupancy.semantic == 3, 4, batch.occupancy.semantic.long())
         logits = nn.functional.one_hot(answer, self.classes + 1)[..., :-1].movedim(-1, 1) * 20.0 - 10
-        return OccOutputs(batch.binary.float() * 2 - 1, logits if batch.num_semantic else None)
+        return OccOutputs(batch.occupancy.binary.float() * 2 - 1, logits if batch.labeled else None)
 
 
 @pytest.mark.parametrize("convention", ["occ3d", "openscene"])
@@ -68,7 +68,7 @@ def test_evaluation_of_a_known_model(convention):
     taxonomy = OPENSCENE
     batches = [make_batch(2, 2, classes=6, seed=i) for i in range(3)]
     for batch in batches:
-        batch.semantic[batch.semantic == 6] = taxonomy.free_id  # classes 6 and 7 never occur
+        batch.occupancy.semantic[batch.occupancy.semantic == 6] = taxonomy.free_id  # classes 6 and 7 never occur
     model, watched = Oracle(taxonomy.num_classes).train(), []
     result = evaluate(
         model, batches, taxonomy=taxonomy, convention=convention, watch=lambda b, o: watched.extend(b.keys)
@@ -79,7 +79,7 @@ def test_evaluation_of_a_known_model(convention):
     assert [result.iou, result.binary_iou] == pytest.approx([100, 100], abs=1e-4)
     assert result.per_class["generic_object"] == 0
     assert result.per_class["vehicle"] == pytest.approx(100, abs=1e-3)
-    three, four = (sum(int((b.semantic == k).sum()) for b in batches) for k in (3, 4))
+    three, four = (sum(int((b.occupancy.semantic == k).sum()) for b in batches) for k in (3, 4))
     assert result.per_class["pedestrian"] == pytest.approx(100 * four / (three + four), abs=1e-3)
     total = 100 * 4 + result.per_class["pedestrian"]
     # Absent classes are left out by Occ3D's script and count as zero in OpenScene's.
@@ -92,15 +92,15 @@ def test_scores_by_range_of_a_known_model():
     """A model that is right near by and finds nothing far away."""
     grid = VoxelGrid("wide", (-32, -32, 0), (32, 32, 8), (2, 2, 2))
     batch = make_batch(2, 2, classes=6, seed=0, grid=grid)
-    far = (torch.from_numpy(np.abs(grid.centers()[..., :2]).max(-1)) >= 25).expand(batch.binary.shape)
+    far = (torch.from_numpy(np.abs(grid.centers()[..., :2]).max(-1)) >= 25).expand(batch.occupancy.binary.shape)
 
     class Near(nn.Module):
         def forward(self, batch):
-            answer = torch.where(far, 17, batch.semantic.long())
+            answer = torch.where(far, 17, batch.occupancy.semantic.long())
             logits = nn.functional.one_hot(answer.clamp_max(17), 18)[..., :-1].movedim(-1, 1) * 20.0 - 10
-            return OccOutputs(torch.where(far, -1.0, batch.binary.float() * 2 - 1), logits)
+            return OccOutputs(torch.where(far, -1.0, batch.occupancy.binary.float() * 2 - 1), logits)
 
-    batch.semantic[batch.semantic == 6] = 17
+    batch.occupancy.semantic[batch.occupancy.semantic == 6] = 17
     result = evaluate(Near(), [batch], taxonomy=OCC3D, grid=grid)
     assert result.ranges["near 25 m"] == {"binary_iou": 100, "iou": 100, "miou": 100}
     assert result.ranges["far 25 m"] == {"binary_iou": 0, "iou": 0, "miou": 0}
@@ -125,7 +125,7 @@ def test_an_evaluation_of_other_frames_than_planned_is_an_error():
 
 def test_an_evaluation_without_a_valid_voxel_is_an_error():
     batch = make_batch(2, 0)
-    batch.binary_valid[:] = False
+    batch.occupancy.binary_valid[:] = False
     with pytest.raises(ValueError, match="2 frames without a single valid voxel"):
         evaluate(Oracle(17), [batch], taxonomy=OCC3D)
 

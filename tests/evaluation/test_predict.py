@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from occstream.evaluation.evaluate import classify
-from occstream.evaluation.predict import mirrored, predict
+from occstream.evaluation.predict import predict
 from occstream.models import OccOutputs
 from occstream.pretrain.augment import two_best
 from tests.models.helpers import make_batch
@@ -20,7 +20,7 @@ class Fixed(nn.Module):
         self.logits = logits
 
     def forward(self, batch):
-        flips = [2 + axis for axis in (0, 1) if float(batch.bda[0, axis, axis]) < 0]
+        flips = [2 + axis for axis in (0, 1) if float(batch.scene_aug[0, axis, axis]) < 0]
         return OccOutputs(None, self.logits.flip(flips))
 
 
@@ -36,7 +36,7 @@ def test_top1_is_the_class_of_the_evaluation_where_voxels_are_occupied(logits, k
     want = classify(logits, kind).numpy()
     for index, (key, labels) in enumerate(predict(Fixed(logits), [batch], kind=kind, occupied=occupied)):
         assert key == f"k{index}"
-        binary = batch.binary[index].numpy() if occupied == "labels" else want[index] != 17
+        binary = batch.occupancy.binary[index].numpy() if occupied == "labels" else want[index] != 17
         assert (labels.binary == binary).all()
         assert (labels.semantic == np.where(binary, want[index], 17)).all()
         assert labels.logits is None
@@ -63,8 +63,8 @@ def test_two_best_are_the_same_from_top2_and_from_all_logits(logits):
 
 def test_soft_label_of_the_specification():
     batch = make_batch(1, 0, augment=False)
-    batch.binary[...] = False
-    batch.binary[0, 3, 4, 1] = True
+    batch.occupancy.binary[...] = False
+    batch.occupancy.binary[0, 3, 4, 1] = True
     logits = torch.full((1, 17, 16, 16, 4), -9.0)
     logits[0, 5, 3, 4, 1], logits[0, 2, 3, 4, 1] = 2.0, 1.0
     [(_, labels)] = predict(Fixed(logits), [batch], keep="top2", occupied="labels")
@@ -78,9 +78,9 @@ def test_mirror_images_are_brought_back_before_they_are_averaged(logits):
     plain = [labels.semantic for _, labels in predict(Fixed(logits), [batch])]
     flipped = [labels.semantic for _, labels in predict(Fixed(logits), [batch], flips=True)]
     assert all((a == b).all() for a, b in zip(plain, flipped))
-    twice = mirrored(mirrored(batch, (True, False)), (True, False))
-    torch.testing.assert_close(twice.bda, batch.bda)
-    assert (twice.binary == batch.binary).all()
+    twice = batch.mirrored(True, False).mirrored(True, False)
+    torch.testing.assert_close(twice.scene_aug, batch.scene_aug)
+    assert (twice.occupancy.binary == batch.occupancy.binary).all()
 
 
 def test_a_pretraining_network_cannot_label():

@@ -41,7 +41,7 @@ def test_overlay_draws_near_points_over_far_ones_and_skips_those_behind():
 
 def test_prediction_picture_is_written(tmp_path):
     batch = make_batch(2, 1)
-    logits = batch.binary.float()[:, ::2, ::2] * 4 - 2
+    logits = batch.occupancy.binary.float()[:, ::2, ::2] * 4 - 2
     semantic = np.zeros((1, 17, *SMALL.shape), np.float32)
 
     outputs = OccOutputs(logits, torch.from_numpy(semantic))

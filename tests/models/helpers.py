@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 
 from occstream.models import syncnorm
-from occstream.models.batch import OccBatch
+from occstream.models.batch import Batch, Cameras, Occupancy
 from occstream.sharding.grid import VoxelGrid
 
 SMALL = VoxelGrid("small", (-8, -8, -1), (8, 8, 3), (1, 1, 1))
@@ -32,9 +32,7 @@ def two_equal_ranks():
         yield
 
 
-def make_batch(
-    size=2, semantic=1, views=3, image_size=(32, 64), grid=SMALL, classes=17, seed=0, augment=True
-) -> OccBatch:
+def make_batch(size=2, semantic=1, views=3, image_size=(32, 64), grid=SMALL, classes=17, seed=0, augment=True) -> Batch:
     g = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.rand(*shape, generator=g)  # noqa: E731
     height, width = image_size
@@ -50,25 +48,29 @@ def make_batch(
             to_ego[b, v, :3, :3] = turn @ base
             to_ego[b, v, :3, 3] = torch.tensor([math.cos(a), math.sin(a), 1.5]) + 0.1 * rand(3)
     post_rot, post_tran = torch.eye(3).repeat(size, views, 1, 1), torch.zeros(size, views, 3)
-    bda = torch.eye(3).repeat(size, 1, 1)
+    aug = torch.eye(3).repeat(size, 1, 1)
     if augment:
         a = (rand(size, views) - 0.5) * 0.2
         scale = 0.9 + 0.2 * rand(size, views)
         post_rot[..., 0, 0], post_rot[..., 0, 1] = scale * a.cos(), -scale * a.sin()
         post_rot[..., 1, 0], post_rot[..., 1, 1] = scale * a.sin(), scale * a.cos()
         post_tran[..., :2] = (rand(size, views, 2) - 0.5) * 10
-        bda[:, 0, 0], bda[:, 1, 1] = (rand(size) > 0.5) * 2.0 - 1, (rand(size) > 0.5) * 2.0 - 1
+        aug[:, 0, 0], aug[:, 1, 1] = (rand(size) > 0.5) * 2.0 - 1, (rand(size) > 0.5) * 2.0 - 1
     labels = torch.where(rand(size, *grid.shape) < 0.2, (rand(size, *grid.shape) * classes).long(), classes)
-    return OccBatch(
-        images=(rand(size, views, 3, *image_size) * 255).to(torch.uint8),
-        intrinsics=intrinsics,
-        camera_to_ego=to_ego,
-        post_rot=post_rot,
-        post_tran=post_tran,
-        bda=bda,
-        binary=labels != classes,
-        binary_valid=rand(size, *grid.shape) > 0.1,
-        semantic=labels[:semantic].to(torch.uint8),
-        num_semantic=semantic,
+    return Batch(
+        scene_aug=aug,
+        labeled=semantic,
         keys=[f"k{i}" for i in range(size)],
+        cameras=Cameras(
+            images=(rand(size, views, 3, *image_size) * 255).to(torch.uint8),
+            intrinsics=intrinsics,
+            camera_to_ego=to_ego,
+            post_rot=post_rot,
+            post_tran=post_tran,
+        ),
+        occupancy=Occupancy(
+            binary=labels != classes,
+            binary_valid=rand(size, *grid.shape) > 0.1,
+            semantic=labels[:semantic].to(torch.uint8),
+        ),
     )

@@ -102,7 +102,7 @@ def test_tokens_of_a_batch_are_those_of_its_frames():
     """Places, references and sightings of frames with 9, 0 and 40 tokens, against each frame alone."""
     batch = make_batch(3, 0, views=2, seed=4)
     grid = VoxelGrid("odd", (-5, -7, -1), (5, 7, 2), (2, 2, 1))
-    tokens = VoxelTokens(grid, 12, tuple(batch.images.shape[-2:]))
+    tokens = VoxelTokens(grid, 12, tuple(batch.cameras.images.shape[-2:]))
     index = [torch.randperm(105)[:n] for n in (9, 0, 40)]
     found = tokens.at(index, batch)
     assert found.counts == [9, 0, 40]

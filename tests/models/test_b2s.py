@@ -93,11 +93,11 @@ def test_checkpoints_of_another_strategy_or_family_are_refused_by_name():
 
 def test_offboard_refines_what_the_labels_say_and_nothing_else():
     model, batch = build(strategy="offboard", floor=1).eval(), make_batch(2, 2)
-    truth, _ = pool_binary(batch.binary, batch.binary_valid, (8, 8, 4))
+    truth, _ = pool_binary(batch.occupancy.binary, batch.occupancy.binary_valid, (8, 8, 4))
     assert model(batch).selected.tolist() == truth.flatten(1).sum(1).tolist()
     for occupied in (False, True):  # nothing, and everything
-        batch.binary[...] = occupied
-        batch.binary_valid[...] = True
+        batch.occupancy.binary[...] = occupied
+        batch.occupancy.binary_valid[...] = True
         outputs = model(batch)
         assert outputs.selected.tolist() == ([8 * 8 * 4] * 2 if occupied else [0, 0])
         assert torch.isfinite(outputs.semantic_logits).all()
@@ -111,7 +111,7 @@ def test_rigs_and_grids(name):
         batch = make_batch(2, 1, views=views, grid=long)
         outputs = build(name=name, grid=long)(batch)
         assert outputs.semantic_logits.shape[2:] == (16, 24, 3)
-    batch.camera_to_ego[..., :3, 3] += 1000  # far outside
+    batch.cameras.camera_to_ego[..., :3, 3] += 1000  # far outside
     model = build(name=name, grid=long)
     loss, _ = occupancy_loss(model(batch), batch, LossConfig())
     loss.backward()
@@ -139,7 +139,7 @@ def test_activation_checkpointing_and_heads_in_parts_change_nothing(name):
 def test_depth_loss_pulls_the_lift_towards_the_points():
     model, batch = build(semantic=False), make_batch(2, 0)
     shape = model(batch).depth.shape
-    batch.depth = torch.where(torch.rand(2, 3, *shape[-2:]) < 0.5, 7.3, 0.0)
+    batch.cameras.depth = torch.where(torch.rand(2, 3, *shape[-2:]) < 0.5, 7.3, 0.0)
     wanted = int((7.3 - 1) / 2)
     config = LossConfig(binary_weight=0, depth_weight=3.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -170,15 +170,15 @@ def test_replayed_frames_change_nothing_of_the_semantic_frames_but_batch_statist
 def test_voxels_that_labels_choose_are_neither_dropped_nor_added(settings):
     """Also in frames with none at all, and beyond floor and cap of predicted ones."""
     model, batch = build(**settings, floor=40, cap=256).eval(), make_batch(3, 3)
-    batch.binary[1] = False
-    batch.binary[2] = True
+    batch.occupancy.binary[1] = False
+    batch.occupancy.binary[2] = True
     outputs = model(batch)
-    occupied, _ = pool_binary(batch.binary, batch.binary_valid, (8, 8, 4))
+    occupied, _ = pool_binary(batch.occupancy.binary, batch.occupancy.binary_valid, (8, 8, 4))
     assert outputs.selected.tolist() == occupied.flatten(1).sum(1).tolist()
     assert outputs.selected[1] == 0
     chosen = model.semantic.select(*model.semantic.scores(None, batch))
     assert all(occupied[i].flatten()[c].all() for i, c in enumerate(chosen))
-    batch.binary[...] = False
+    batch.occupancy.binary[...] = False
     model.train()
     loss, _ = occupancy_loss(model(batch), batch, LossConfig())
     loss.backward()
@@ -191,7 +191,7 @@ def test_voxels_that_labels_choose_are_neither_dropped_nor_added(settings):
 @pytest.mark.parametrize("settings", [{"strategy": "offboard"}, {"selection": "union"}])
 def test_more_given_voxels_than_the_cap_are_an_error_that_names_it(settings):
     model, batch = build(**settings, floor=1, cap=200).train(), make_batch(1, 1)
-    batch.binary[...] = batch.binary_valid[...] = True
+    batch.occupancy.binary[...] = batch.occupancy.binary_valid[...] = True
     with pytest.raises(ValueError, match=r"call 256 voxels of B' occupied, model\.cap allows 200: set model\.cap=256"):
         model(batch)
 
@@ -208,7 +208,7 @@ def test_selection_by_labels_and_by_both():
     batch = make_batch(2, 2)
     logits = torch.full((2, 8, 8, 4), -5.0)
     logits[0, 0, 0, 0] = 5
-    truth, _ = pool_binary(batch.binary, batch.binary_valid, (8, 8, 4))
+    truth, _ = pool_binary(batch.occupancy.binary, batch.occupancy.binary_valid, (8, 8, 4))
     gt = build(selection="gt").semantic.scores(logits, batch)[0] > 0.5
     torch.testing.assert_close(gt, truth.flatten(1))
     union = build(selection="union").semantic

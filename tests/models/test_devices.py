@@ -30,7 +30,7 @@ def step(name, semantic, strategy, device, frames=2):
     batch = make_batch(frames, (frames - 1 if model.predicts_binary else frames) * semantic)
     lifting = hasattr(model.lift, "splat")
     if lifting:
-        batch.depth = torch.full((frames, 3, 4, 8), 7.3)
+        batch.cameras.depth = torch.full((frames, 3, 4, 8), 7.3)
     batch = batch.to(device)
     outputs = model(batch)
     loss, _ = occupancy_loss(outputs, batch, LossConfig(depth_weight=float(lifting)))
@@ -108,7 +108,7 @@ def test_geometry_in_less_than_fp32_is_refused():
     points = lift.frustum((32, 64), (2, 2), torch.tensor([1.0, 2.0]))
     with pytest.raises(AssertionError, match="bfloat16"):
         lift.unproject(points.bfloat16(), batch)
-    batch.intrinsics = batch.intrinsics.bfloat16()
+    batch.cameras.intrinsics = batch.cameras.intrinsics.bfloat16()
     with pytest.raises(AssertionError, match="bfloat16"):
         lift.project([torch.zeros(1, 3)], batch)
     with pytest.raises(AssertionError, match="bfloat16"):

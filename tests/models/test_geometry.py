@@ -70,13 +70,13 @@ def test_pooling_equals_a_loop_and_so_do_its_gradients(seed):
 
 
 def test_mirroring_the_scene_mirrors_the_volume():
-    """``bda`` is all that a flip needs: the pooled volume comes out reversed along that axis."""
+    """``scene_aug`` is all that a flip needs: the pooled volume comes out reversed along that axis."""
     batch = make_batch(1, 0, views=3, augment=False, seed=5)
     points = frustum((32, 64), (4, 8), torch.arange(1.0, 7.0))
     depth, context = torch.rand(1, 3, 6, 4, 8), torch.rand(1, 3, 2, 4, 8)
     plain = voxel_pool(depth, context, unproject(points, batch), ODD)
     for axis in (0, 1):
-        bda = torch.eye(3)
-        bda[axis, axis] = -1
-        mirrored = voxel_pool(depth, context, unproject(points, dataclasses.replace(batch, bda=bda[None])), ODD)
+        aug = torch.eye(3)
+        aug[axis, axis] = -1
+        mirrored = voxel_pool(depth, context, unproject(points, dataclasses.replace(batch, scene_aug=aug[None])), ODD)
         torch.testing.assert_close(mirrored, plain.flip(2 + axis))

@@ -8,7 +8,7 @@ import pytest
 import simplejpeg
 import torch
 
-from occstream.models import OccBatch
+from occstream.models import Batch
 from occstream.models.lift import project
 from occstream.pretrain.augment import AugmentConfig, FrameFiller, flip_matrix, flip_voxels, image_affine, warp_jpeg
 from occstream.sharding.codec import IncompleteSample
@@ -67,7 +67,7 @@ def test_flips_reverse_labels_and_geometry_alike():
         centers = grid.centers() @ flip_matrix(flips).T.astype(float)
         index, inside = grid.to_index(centers)
         assert inside.all()
-        # What was at voxel v is now where bda takes the center of v.
+        # What was at voxel v is now where scene_aug takes the center of v.
         assert (mirrored[tuple(index.reshape(-1, 3).T)] == labels.reshape(-1)).all()
 
 
@@ -93,10 +93,10 @@ def test_filler_masks_labels_and_is_the_same_every_time(frame):
     filler(frame, 2, b)
     for name in a:
         np.testing.assert_array_equal(a[name], b[name])
-    assert (a["semantic"][~a["binary_valid"]] == 255).all()
-    assert a["binary_valid"].mean() == pytest.approx(frame.labels.mask_camera.mean())
+    assert (a["occupancy.semantic"][~a["occupancy.binary_valid"]] == 255).all()
+    assert a["occupancy.binary_valid"].mean() == pytest.approx(frame.labels.mask_camera.mean())
     filler(frame, 3, b)
-    assert not np.array_equal(a["images"], b["images"])
+    assert not np.array_equal(a["cameras.images"], b["cameras.images"])
 
 
 def test_binary_target_from_semantic_labels(frame):
@@ -104,7 +104,7 @@ def test_binary_target_from_semantic_labels(frame):
     a, b = views_of(from_semantic), views_of(plain)
     from_semantic(frame, 0, a)
     plain(frame, 0, b)
-    np.testing.assert_array_equal(a["binary"], b["binary"])
+    np.testing.assert_array_equal(a["occupancy.binary"], b["occupancy.binary"])
 
 
 def test_missing_parts_are_named(frame):
@@ -125,21 +125,17 @@ def test_depth_maps_hold_the_nearest_point_where_the_image_shows_it():
     filler = FrameFiller(CONFIG, cameras, get_grid("tiny"), OCC3D, 3, True, depth_cell=8)
     assert filler.needs_lidar
     arrays = {n: np.zeros((1, *shape), dtype) for n, (shape, dtype) in filler.fields().items()}
-    assert arrays["depth"].shape == (1, len(cameras), 8, 22)
+    assert arrays["cameras.depth"].shape == (1, len(cameras), 8, 22)
     filler(frame, 0, {n: a[0] for n, a in arrays.items()})
-    assert (arrays["depth"] > 0).mean() > 0.2
-    batch = OccBatch(
-        **{n: torch.from_numpy(a) for n, a in arrays.items() if n != "semantic"},
-        semantic=torch.zeros(0),
-        num_semantic=0,
-    )
+    assert (arrays["cameras.depth"] > 0).mean() > 0.2
+    batch = Batch.of({n: torch.from_numpy(a) for n, a in arrays.items()})
     ego = frame.lidar.xyz @ frame.lidar.sensor_to_ego[:3, :3].T + frame.lidar.sensor_to_ego[:3, 3]
-    points = torch.from_numpy(ego).float() @ batch.bda[0].mT
+    points = torch.from_numpy(ego).float() @ batch.scene_aug[0].mT
     [(pixels, depth)] = project([points], batch)
     for view in range(len(cameras)):
         seen = (depth[view] > 0.1) & ((pixels[view] >= 0) & (pixels[view] < torch.tensor([175, 63]))).all(-1)
         cells = (pixels[view][seen] / 8 + 1e-4).long()
-        nearest = batch.depth[0, view][cells[:, 1], cells[:, 0]]
+        nearest = batch.cameras.depth[0, view][cells[:, 1], cells[:, 0]]
         close = (nearest > 0) & (nearest <= depth[view][seen] + 0.05)
         assert close.float().mean() > 0.9, "pixels at the border of two cells may differ by rounding"
 
@@ -154,7 +150,7 @@ def test_labels_in_the_frame_of_the_lidar_move_the_cameras_there():
         assert filler.needs_lidar == (where == "lidar")
         arrays = {n: np.zeros(shape, dtype) for n, (shape, dtype) in filler.fields().items()}
         filler(frame, 0, arrays)
-        found.append(arrays["camera_to_ego"])
+        found.append(arrays["cameras.camera_to_ego"])
     np.testing.assert_allclose(frame.lidar.sensor_to_ego @ found[1], found[0], atol=1e-5)
 
 
@@ -171,8 +167,8 @@ def test_frames_before_are_further_views_of_what_stands_still():
     now, both = views_of(plain), views_of(wide)
     plain(frame, 1, now)
     wide(frame, 1, both)
-    assert len(both["images"]) == 2 * len(cameras), "one frame of the two"
-    np.testing.assert_array_equal(both["images"][: len(cameras)], now["images"])
+    assert len(both["cameras.images"]) == 2 * len(cameras), "one frame of the two"
+    np.testing.assert_array_equal(both["cameras.images"][: len(cameras)], now["cameras.images"])
     alone = views_of(filler_for(old, train=False, mask="none"))
     filler_for(old, train=False, mask="none")(old, 0, alone)
     still = views_of(filler_for(frame, train=False, mask="none", history=1))
@@ -180,10 +176,10 @@ def test_frames_before_are_further_views_of_what_stands_still():
     point = np.append(np.random.default_rng(0).uniform(-15, 15, 3), 1)
     before = np.linalg.inv(old.ego_to_global) @ frame.ego_to_global @ point  # the same place in the old ego frame
     for i in range(len(cameras)):
-        seen = np.linalg.inv(still["camera_to_ego"][len(cameras) + i]) @ point
-        expected = np.linalg.inv(alone["camera_to_ego"][i]) @ before
+        seen = np.linalg.inv(still["cameras.camera_to_ego"][len(cameras) + i]) @ point
+        expected = np.linalg.inv(alone["cameras.camera_to_ego"][i]) @ before
         np.testing.assert_allclose(seen, expected, atol=1e-3)
-        np.testing.assert_array_equal(still["images"][len(cameras) + i], alone["images"][i])
+        np.testing.assert_array_equal(still["cameras.images"][len(cameras) + i], alone["cameras.images"][i])
 
 
 def test_frames_before_are_augmented_as_their_camera_is_now():
@@ -197,8 +193,8 @@ def test_frames_before_are_augmented_as_their_camera_is_now():
     now, all_views = views_of(alone), views_of(wide)
     alone(frame, 1, now)
     wide(frame, 1, all_views)
-    for name in ("post_rot", "post_tran"):
+    for name in ("cameras.post_rot", "cameras.post_tran"):
         for past in range(3):
             np.testing.assert_array_equal(all_views[name].reshape(3, -1, *now[name].shape[1:])[past], now[name])
-    assert len(np.unique(now["post_tran"], axis=0)) == len(frame.cameras), "each camera has its own"
-    np.testing.assert_array_equal(all_views["bda"], now["bda"])
+    assert len(np.unique(now["cameras.post_tran"], axis=0)) == len(frame.cameras), "each camera has its own"
+    np.testing.assert_array_equal(all_views["scene_aug"], now["scene_aug"])

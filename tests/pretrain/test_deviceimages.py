@@ -78,10 +78,12 @@ def batches(url, decoder, *words, count=4):
 def test_a_stream_gives_the_same_batches(data, words):
     for mine, theirs in zip(batches(data, "nvimagecodec", *words), batches(data, "cpu", *words), strict=True):
         assert mine.keys == theirs.keys
-        assert mine.images.shape == theirs.images.shape
-        assert (mine.images.int() - theirs.images).abs().float().mean() < 1
-        for name in ("intrinsics", "camera_to_ego", "post_rot", "post_tran", "semantic", "binary_valid"):
-            assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+        assert mine.cameras.images.shape == theirs.cameras.images.shape
+        assert (mine.cameras.images.int() - theirs.cameras.images).abs().float().mean() < 1
+        for name in ("intrinsics", "camera_to_ego", "post_rot", "post_tran"):
+            assert torch.equal(getattr(mine.cameras, name), getattr(theirs.cameras, name)), name
+        for name in ("semantic", "binary_valid"):
+            assert torch.equal(getattr(mine.occupancy, name), getattr(theirs.occupancy, name)), name
 
 
 def stored(jpeg, size=(352, 198)):
@@ -91,12 +93,12 @@ def stored(jpeg, size=(352, 198)):
 def completed(*samples):
     n = len(samples)
     arrays = {
-        "post_rot": np.tile(np.eye(3, dtype=np.float32), (n, 1, 1, 1)),
-        "post_tran": np.zeros((n, 1, 3), np.float32),
+        "cameras.post_rot": np.tile(np.eye(3, dtype=np.float32), (n, 1, 1, 1)),
+        "cameras.post_tran": np.zeros((n, 1, 3), np.float32),
     }
-    batch = StreamBatch(arrays | {"intrinsics": np.zeros((n, 1, 3, 3))}, [], [], {}, list(samples))
+    batch = StreamBatch(arrays | {"cameras.intrinsics": np.zeros((n, 1, 3, 3))}, [], [], {}, list(samples))
     DeviceImages((64, 176), CPU, 1)(batch)
-    return batch.arrays["images"]
+    return batch.arrays["cameras.images"]
 
 
 def test_empty_shares_and_damage():

@@ -253,8 +253,8 @@ def test_a_batch_taken_ahead_is_the_same_batch_with_its_own_position(root, there
     for (batch, state), (want, position) in zip(found, expected[1:], strict=True):
         assert state == position
         assert batch.keys == want.keys
-        assert torch.equal(batch.images, want.images)
-        assert torch.equal(batch.semantic, want.semantic)
+        assert torch.equal(batch.cameras.images, want.cameras.images)
+        assert torch.equal(batch.occupancy.semantic, want.occupancy.semantic)
     assert (ahead.held is not None) == there
     plain.close()
     other.close()
@@ -272,7 +272,7 @@ class LateCopies:
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock())
         monkeypatch.setattr(torch.cuda, "Event", lambda: mock.Mock(synchronize=self.finish))
-        monkeypatch.setattr(replay, "to_occ_batch", self.copy)
+        monkeypatch.setattr(replay, "to_batch", self.copy)
 
     def copy(self, got, device):
         target = mock.Mock(values=None)
@@ -321,14 +321,14 @@ def test_a_rank_without_its_data_goes_on_with_its_first_batch_until_all_know(roo
 
     data = TrainData(load_config(RECIPE, [f"data.url={root}/data"], stage="finetune"), Half(0, 2, torch.device("cpu")))
     [first] = data.micro_batches(1)
-    keys, images = list(first.keys), first.images.clone()
+    keys, images = list(first.keys), first.cameras.images.clone()
     [second] = data.micro_batches(1)
     assert (asked, data.flags.tolist()) == ([None], [0.0, 0.0])
     assert second.keys != keys
     data.close()  # asking for more is an error from here on
     for batch in data.micro_batches(3, stop=True):
         assert batch.keys == keys
-        assert torch.equal(batch.images, images)
+        assert torch.equal(batch.cameras.images, images)
     assert (asked, data.flags.tolist(), data.stopping) == ([None], [1.0, 1.0], False)
     with pytest.raises(ValueError, match="closed"):
         data.heard(1.0, 1.0)

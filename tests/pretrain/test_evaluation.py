@@ -22,7 +22,7 @@ class Says(torch.nn.Module):
         self.keys = (key, "")
 
     def forward(self, batch):
-        logits = torch.full((batch.num_semantic, 17, *batch.binary.shape[1:]), -9.0)
+        logits = torch.full((batch.labeled, 17, *batch.occupancy.binary.shape[1:]), -9.0)
         for index, key in enumerate(batch.keys):
             logits[index, 3] = 9.0 if key in self.keys else -9.0
         return OccOutputs(None, logits)
@@ -36,8 +36,8 @@ def test_a_frame_that_cannot_be_read_is_left_out_and_no_other_counts_twice(tmp_p
     lost, other, *_ = [key for batch in whole for key in batch.keys]
     for batch in whole:
         if lost in batch.keys:
-            batch.binary_valid[batch.keys.index(lost)] = False
-            batch.semantic[batch.keys.index(lost)] = IGNORE
+            batch.occupancy.binary_valid[batch.keys.index(lost)] = False
+            batch.occupancy.semantic[batch.keys.index(lost)] = IGNORE
     right = evaluate(Says(other), whole, taxonomy=config.classes)
 
     call = FrameFiller.__call__

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from occstream.models import OccBatch, OccOutputs
+from occstream.models import Batch, OccOutputs
 from occstream.models.batch import concat
 from occstream.pretrain.config import load_config
 from occstream.pretrain.losses import (
@@ -68,24 +68,24 @@ def test_fast_sum_of_soft_labels_and_class_weights_equals_the_reference():
 @pytest.mark.parametrize("kind", ["sigmoid_focal", "softmax_focal"])
 def test_sure_soft_labels_are_hard_ones_and_half_sure_ones_lie_between(kind):
     batch = make_batch(2, 2)
-    batch.semantic[:, :2] = 255
+    batch.occupancy.semantic[:, :2] = 255
     outputs, config = outputs_for(batch), LossConfig(kind=kind, binary_weight=0)
     hard, _ = occupancy_loss(outputs, batch, config)
-    batch.second = torch.full_like(batch.semantic, 255)
-    batch.confidence = torch.ones(batch.semantic.shape)
+    batch.occupancy.second = torch.full_like(batch.occupancy.semantic, 255)
+    batch.occupancy.confidence = torch.ones(batch.occupancy.semantic.shape)
     torch.testing.assert_close(occupancy_loss(outputs, batch, config)[0], hard)
-    other = torch.where(batch.semantic == 255, 255, (batch.semantic.int() + 1) % 18).to(torch.uint8)
-    batch.second, batch.confidence = other, torch.full(batch.semantic.shape, 0.5)
+    other = torch.where(batch.occupancy.semantic == 255, 255, (batch.occupancy.semantic.int() + 1) % 18).to(torch.uint8)
+    batch.occupancy.second, batch.occupancy.confidence = other, torch.full(batch.occupancy.semantic.shape, 0.5)
     half, _ = occupancy_loss(outputs, batch, config)
-    counts = [(labels[labels != 255] < 17).sum() for labels in (batch.semantic, other)]
-    batch.semantic, batch.second = other, None
+    counts = [(labels[labels != 255] < 17).sum() for labels in (batch.occupancy.semantic, other)]
+    batch.occupancy.semantic, batch.occupancy.second = other, None
     swapped = occupancy_loss(outputs, batch, config)[0] * counts[1] / counts[0]
     torch.testing.assert_close(half, (hard + swapped) / 2)
 
 
 def test_class_weights_scale_their_class():
     batch = make_batch(1, 1)
-    batch.semantic[...] = 3
+    batch.occupancy.semantic[...] = 3
     outputs = outputs_for(batch)
     weights = [1.0] * 18
     weights[3] = 2.5
@@ -107,15 +107,15 @@ def test_softmax_focal_stays_finite_when_it_is_sure():
 def outputs_for(batch, classes=17):
     g = torch.Generator().manual_seed(1)
     binary = torch.randn(batch.size, 8, 8, 4, generator=g, requires_grad=True)
-    semantic = torch.randn(batch.num_semantic, classes, *batch.binary.shape[1:], generator=g, requires_grad=True)
-    return OccOutputs(binary, semantic, torch.full((batch.num_semantic,), 7))
+    semantic = torch.randn(batch.labeled, classes, *batch.occupancy.binary.shape[1:], generator=g, requires_grad=True)
+    return OccOutputs(binary, semantic, torch.full((batch.labeled,), 7))
 
 
 @pytest.mark.parametrize("kind", ["sigmoid_focal", "softmax_focal"])
 def test_ignored_and_masked_voxels_have_no_gradient_and_no_weight(kind):
     batch = make_batch(3, 2)
-    batch.semantic[:, :4] = 255
-    batch.binary_valid[:, :4] = False
+    batch.occupancy.semantic[:, :4] = 255
+    batch.occupancy.binary_valid[:, :4] = False
     outputs = outputs_for(batch)
     config = LossConfig(kind=kind)
     loss, parts = occupancy_loss(outputs, batch, config)
@@ -124,8 +124,8 @@ def test_ignored_and_masked_voxels_have_no_gradient_and_no_weight(kind):
     assert outputs.binary_logits.grad[:, :2].abs().max() == 0
     assert outputs.semantic_logits.grad[:, :, 4:].abs().min() >= 0
     # Whatever stands in ignored voxels changes nothing.
-    changed = replace(batch, binary=batch.binary.clone())
-    changed.binary[:, :4] = ~changed.binary[:, :4]
+    changed = batch.clone()
+    changed.occupancy.binary[:, :4] = ~changed.occupancy.binary[:, :4]
     again, _ = occupancy_loss(outputs, changed, config)
     assert again.item() == loss.item()
     assert set(parts) == {"binary", "semantic", "selected"}
@@ -137,7 +137,7 @@ def test_normalisers_differ_by_the_share_of_occupied_voxels():
     by = {
         n: occupancy_loss(outputs, batch, LossConfig(normaliser=n))[1]["semantic"].item() for n in ("occupied", "valid")
     }
-    share = (batch.semantic < 17).float().mean().item()
+    share = (batch.occupancy.semantic < 17).float().mean().item()
     assert by["valid"] == pytest.approx(by["occupied"] * share, rel=1e-5)
 
 
@@ -150,24 +150,24 @@ def test_weights():
 
 def slope_of_semantic_frames(batch, config, counts=None):
     """Sum of the absolute gradients of the S frames' binary logits, all 0: 0.5 if they are one mean of a weight of 1."""
-    shape = (batch.size, *batch.binary.shape[1:])
+    shape = (batch.size, *batch.occupancy.binary.shape[1:])
     outputs = OccOutputs(
-        torch.zeros(shape, requires_grad=True), torch.zeros(batch.num_semantic, 17, *batch.binary.shape[1:])
+        torch.zeros(shape, requires_grad=True), torch.zeros(batch.labeled, 17, *batch.occupancy.binary.shape[1:])
     )
     counts = joint_counts(outputs, [batch], config) if counts is None else counts
     loss, _ = occupancy_loss(outputs, batch, config, counts)
     loss.backward()
-    return outputs.binary_logits.grad[: batch.num_semantic].abs().sum().item()
+    return outputs.binary_logits.grad[: batch.labeled].abs().sum().item()
 
 
 @pytest.mark.parametrize(("normaliser", "all_valid", "a_quarter"), [("own", 0.5, 0.5), ("joint", 0.25, 0.1)])
 def test_replay_leaves_the_weight_of_semantic_frames(normaliser, all_valid, a_quarter):
     config = LossConfig(replay_normaliser=normaliser)
     s, b = make_batch(1, 1, seed=1), make_batch(1, 0, seed=2)
-    s.binary_valid[...], b.binary_valid[...] = True, True
+    s.occupancy.binary_valid[...], b.occupancy.binary_valid[...] = True, True
     assert slope_of_semantic_frames(s, config) == pytest.approx(0.5)
     assert slope_of_semantic_frames(concat(s, b), config) == pytest.approx(all_valid)
-    s.binary_valid[:, 4:] = False  # 4 of 16 rows
+    s.occupancy.binary_valid[:, 4:] = False  # 4 of 16 rows
     assert slope_of_semantic_frames(s, config) == pytest.approx(0.5)
     assert slope_of_semantic_frames(concat(s, b), config) == pytest.approx(a_quarter)
 
@@ -180,8 +180,8 @@ def test_normalisers_of_roles_are_joint_over_ranks_and_micro_batches(ranks, monk
         [(make_batch(1, 1, seed=i), make_batch(1, 0, seed=9 - i)) for i in (1, 2)],
     )
     for s, b in both:
-        s.depth, b.depth = (torch.rand(1, 3, 4, 8) * 9 for _ in range(2))
-        s.binary_valid[:, 5:] = False
+        s.cameras.depth, b.cameras.depth = (torch.rand(1, 3, 4, 8) * 9 for _ in range(2))
+        s.occupancy.binary_valid[:, 5:] = False
     parts = [concat(*both[0]), both[1][0], both[1][1], concat(*both[1])]
     whole = functools.reduce(concat_both, parts)
     outputs = [lifted(outputs_for(p), p) for p in parts]
@@ -214,21 +214,24 @@ def lifted(outputs, batch):
 
 
 def kinds(parts):
-    return [int(i >= p.num_semantic) for p in parts for i in range(p.size)]
+    return [int(i >= p.labeled) for p in parts for i in range(p.size)]
 
 
 def concat_both(first, second):
     """S frames of both, then B frames of both."""
     order = [
-        *range(first.num_semantic),
-        *range(first.size, first.size + second.num_semantic),
-        *range(first.num_semantic, first.size),
-        *range(first.size + second.num_semantic, first.size + second.size),
+        *range(first.labeled),
+        *range(first.size, first.size + second.labeled),
+        *range(first.labeled, first.size),
+        *range(first.size + second.labeled, first.size + second.size),
     ]
-    names = ("images", "intrinsics", "camera_to_ego", "post_rot", "post_tran", "bda", "binary", "binary_valid", "depth")
-    joined = {n: torch.cat([getattr(first, n), getattr(second, n)])[order] for n in names}
-    semantic = torch.cat([first.semantic, second.semantic])
-    return OccBatch(**joined, semantic=semantic, num_semantic=len(semantic))
+    joined = {}
+    for name, part in first.parts():
+        for f, value in part.present():
+            both = torch.cat([value, getattr(getattr(second, name), f.name)])
+            joined[f"{name}.{f.name}"] = both[order] if f.metadata["axis"] == "frame" else both
+    joined["scene_aug"] = torch.cat([first.scene_aug, second.scene_aug])[order]
+    return replace(Batch.of(joined), labeled=first.labeled + second.labeled)
 
 
 def test_a_run_with_replay_that_began_before_the_choice_says_which_to_set(tmp_path):

@@ -111,9 +111,9 @@ def test_augmentation_can_be_off(data):
 
     moved, still = first(), first("augment.enabled=false")
     assert moved.keys == still.keys
-    assert torch.equal(still.bda, torch.eye(3).expand(4, 3, 3))
-    assert torch.equal(still.post_rot, still.post_rot[:1, :1].expand_as(still.post_rot))
-    assert not torch.equal(moved.post_rot, still.post_rot)
+    assert torch.equal(still.scene_aug, torch.eye(3).expand(4, 3, 3))
+    assert torch.equal(still.cameras.post_rot, still.cameras.post_rot[:1, :1].expand_as(still.cameras.post_rot))
+    assert not torch.equal(moved.cameras.post_rot, still.cameras.post_rot)
 
 
 # Data
@@ -133,7 +133,7 @@ def test_the_binary_target_can_be_that_of_the_semantic_labels(data):
         )
         views = {name: np.zeros(shape, dtype) for name, (shape, dtype) in filler.fields().items()}
         filler(frame, 0, views)
-        np.testing.assert_array_equal(views["binary"], want)
+        np.testing.assert_array_equal(views["occupancy.binary"], want)
 
 
 def scenes_of(data, *words, replay=False):
@@ -201,8 +201,8 @@ def test_replayed_frames_have_a_mask_of_their_own(data):
     words = [f"data.url={data}", f"replay.url={data}", "data.mask=none", "replay.mask=camera"]
     stream = TrainData(config(*words), ALONE)
     batch = stream.next()
-    s = batch.num_semantic
-    hidden = (~batch.binary_valid).flatten(1).any(1)
+    s = batch.labeled
+    hidden = (~batch.occupancy.binary_valid).flatten(1).any(1)
     assert not hidden[:s].any()
     assert hidden[s:].all()
     stream.close()
@@ -215,7 +215,7 @@ def test_the_class_threshold_decides_in_evaluations_pictures_and_predictions(dat
 
     class Says(torch.nn.Module):
         def forward(self, batch):
-            logits = torch.full((batch.num_semantic, 17, *batch.binary.shape[1:]), -9.0)
+            logits = torch.full((batch.labeled, 17, *batch.occupancy.binary.shape[1:]), -9.0)
             logits[:, 3] = math.log(0.4 / 0.6)
             return OccOutputs(None, logits)
 
@@ -237,7 +237,7 @@ def test_the_class_threshold_decides_in_evaluations_pictures_and_predictions(dat
 
 def test_focal_loss_weighs_positives_by_alpha_and_the_easy_by_gamma():
     batch = make_batch(1, 1)
-    batch.semantic[:] = 0
+    batch.occupancy.semantic[:] = 0
     logit = 1.0
     logits = torch.full((1, 17, *SMALL.shape), -30.0)
     logits[:, 0] = logit  # the right class, not yet sure; all others are surely absent
@@ -359,9 +359,9 @@ def test_pixels_are_normalized_by_mean_and_deviation():
     model.images.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         model(batch)
-    want = (batch.images[0].float() - torch.tensor([10.0, 20, 30]).view(3, 1, 1)) / torch.tensor([2.0, 4, 5]).view(
-        3, 1, 1
-    )
+    want = (batch.cameras.images[0].float() - torch.tensor([10.0, 20, 30]).view(3, 1, 1)) / torch.tensor(
+        [2.0, 4, 5]
+    ).view(3, 1, 1)
     torch.testing.assert_close(seen[0], want)
 
 

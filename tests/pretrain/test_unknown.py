@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from occstream.evaluation.evaluate import EvalResult, evaluate
-from occstream.models import OccBatch, OccOutputs
+from occstream.models import Batch, OccOutputs
 from occstream.pretrain import checkpoint
 from occstream.pretrain.augment import AugmentConfig, FrameFiller
 from occstream.pretrain.config import Config, load_config
@@ -59,15 +59,15 @@ def test_unknown_voxels_are_invalid_by_default(name, number, tmp_path):
     known = frame.labels.known()
     semantic = frame.labels.semantic is not None
     views = filled(frame, grid, source.taxonomy, semantic=semantic)
-    np.testing.assert_array_equal(views["binary_valid"], known)
+    np.testing.assert_array_equal(views["occupancy.binary_valid"], known)
     if semantic:
-        assert (views["semantic"][~known] == IGNORE).all()
+        assert (views["occupancy.semantic"][~known] == IGNORE).all()
     if (name, number) in UNKNOWN:
         assert 1 - known.mean() == pytest.approx(UNKNOWN[name, number], abs=1e-12)
     elif frame.labels.mask_lidar is not None:
         assert not known.all()
     everything = filled(frame, grid, source.taxonomy, semantic=semantic, mask="none")
-    assert everything["binary_valid"].all()
+    assert everything["occupancy.binary_valid"].all()
 
 
 def test_the_default_is_auto_everywhere():
@@ -105,9 +105,9 @@ def test_neither_loss_nor_metric_sees_them():
     frame = Blind().load("toy-0").frames[0]
     source = ToySource()
     arrays = filled(frame, source.grid, source.taxonomy)
-    batch = OccBatch(**{n: torch.from_numpy(a)[None] for n, a in arrays.items()}, num_semantic=1, keys=["toy-0-0000"])
+    batch = Batch.of({n: torch.from_numpy(a)[None] for n, a in arrays.items()}, ["toy-0-0000"])
     unknown = torch.from_numpy(~frame.labels.known())[None]
-    shape = tuple(batch.binary.shape)
+    shape = tuple(batch.occupancy.binary.shape)
     scores = []
     for value in (-9.0, 9.0):  # what is said of unknown voxels
         binary = torch.zeros(shape).masked_fill(unknown, value).requires_grad_()

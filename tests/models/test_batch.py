@@ -1,0 +1,96 @@
+"""Batches of parts: what moves, is cut, joined and mirrored is declared by each field."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from occstream.models.batch import PARTS, Batch, PointLabels, Points, concat
+from tests.models.helpers import make_batch
+
+
+def ragged(counts: list[int], labeled: int, seed: int = 0) -> Batch:
+    """Frames with so many points each; the first ones are labeled."""
+    g = torch.Generator().manual_seed(seed)
+    total, known = sum(counts), sum(counts[:labeled])
+    classes = torch.randint(0, 9, (known,), generator=g, dtype=torch.uint8)
+    return Batch(
+        scene_aug=torch.eye(3).repeat(len(counts), 1, 1),
+        labeled=labeled,
+        keys=[f"f{seed}-{i}" for i in range(len(counts))],
+        points=Points(torch.randn(total, 3, generator=g), torch.tensor(counts), torch.rand(total, 2, generator=g)),
+        point_labels=PointLabels(classes, torch.tensor(counts[:labeled])),
+    )
+
+
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    found = {f"{name}.{f.name}": value for name, part in batch.parts() for f, value in part.present()}
+    return {"scene_aug": batch.scene_aug, **found}
+
+
+def assert_equal(a: Batch, b: Batch) -> None:
+    assert (a.keys, a.labeled, tensors(a).keys()) == (b.keys, b.labeled, tensors(b).keys())
+    assert all(torch.equal(value, tensors(b)[name]) for name, value in tensors(a).items())
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 1), (1, 3), (2, 4), (3, 4), (0, 4), (4, 4)])
+def test_ragged_rows_follow_their_frames(first, last):
+    counts = [3, 0, 5, 2]
+    batch = ragged(counts, labeled=3)
+    part, ends = batch.select(slice(first, last)), [0, 3, 3, 8, 10]
+    assert part.keys == batch.keys[first:last]
+    assert part.labeled == max(0, min(3, last) - min(3, first))
+    assert part.points.counts.tolist() == counts[first:last]
+    assert torch.equal(part.points.xyz, batch.points.xyz[ends[first] : ends[last]])
+    assert torch.equal(part.point_labels.classes, batch.point_labels.classes[ends[min(first, 3)] : ends[min(last, 3)]])
+    assert len(part.point_labels.counts) == part.labeled
+
+
+@pytest.mark.parametrize(
+    "make", [lambda s, seed: make_batch(3, s, seed=seed), lambda s, seed: ragged([2, 0, 4], s, seed)]
+)
+def test_joining_puts_labeled_frames_first_and_selecting_takes_them_apart_again(make):
+    labeled, other = make(2, 1).select(slice(0, 2)), make(1, 2)
+    both = concat(labeled, other)
+    assert (both.size, both.labeled, both.keys) == (5, 2, labeled.keys + other.keys)
+    assert_equal(both.select(slice(0, 2)), labeled)
+    assert_equal(both.select(slice(2, 5)), other.unlabeled())
+    assert_equal(concat(labeled, None), labeled)
+
+
+def test_streams_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"only one of both streams has (cameras|points)"):
+        concat(make_batch(1, 1), ragged([3], 0))
+    with pytest.raises(ValueError, match="images of the semantic stream"):
+        concat(make_batch(1, 1, views=3), make_batch(1, 0, views=2))
+
+
+def test_mirroring_twice_is_nothing_and_once_turns_points_and_voxels():
+    batch = make_batch(2, 1, augment=False)
+    batch.points, batch.point_labels = ragged([4, 1], 1).points, ragged([4, 1], 1).point_labels
+    turned = batch.mirrored(True, False)
+    assert torch.equal(turned.points.xyz, batch.points.xyz * torch.tensor([-1.0, 1, 1]))
+    assert torch.equal(turned.occupancy.semantic, batch.occupancy.semantic.flip(1))
+    assert torch.equal(turned.cameras.images, batch.cameras.images), "the network learns of it by scene_aug"
+    assert turned.scene_aug[0].diag().tolist() == [-1, 1, 1]
+    assert_equal(turned.mirrored(True, False), batch)
+    assert_equal(batch.mirrored(True, True), batch.mirrored(False, True).mirrored(True, False))
+
+
+def test_names_make_a_batch_and_a_copy_shares_nothing():
+    batch = ragged([3, 1], 2)
+    made = Batch.of(tensors(batch), batch.keys)
+    assert_equal(made, batch)
+    copy = made.clone()
+    for value in tensors(copy).values():
+        value.zero_()
+    assert_equal(made, batch)
+    assert batch.nbytes == sum(v.nbytes for v in tensors(batch).values())
+    assert batch.to("meta").device.type == batch.to("meta").points.xyz.device.type == "meta"
+
+
+def test_every_tensor_of_a_part_declares_its_axis():
+    fields = [f for part in PARTS.values() for f in dataclasses.fields(part)]
+    assert {f.metadata["axis"] for f in fields} == {"frame", "labeled", "row", "labeled row"}
