@@ -17,7 +17,8 @@ test: dev
 bounds: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(CURDIR)/$(VENV)/bounds \
 	  $(BIN)/python -m pytest -q tests/sharding/test_kernel_bounds.py tests/sharding/test_labels.py \
-	  tests/sharding/test_synthetic.py tests/sharding/test_rows.py $(ARGS)
+	  tests/sharding/test_synthetic.py tests/sharding/test_rows.py \
+	  tests/evaluation/test_propagate.py $(ARGS)
 
 lint: dev
 	$(BIN)/ruff check .

@@ -1,0 +1,143 @@
+"""Naive Bayes over frames: what a network's classes mean, counted where the truth is known, instead of weights.
+
+log p(true) + λ Σ over frames log p(said | true, range, in view). The table is the network's confusion matrix by range and
+by whether a camera saw the voxel. λ below 1 stands for errors that neighboring frames share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+from occstream.evaluation.propagate import ABSTAIN, LOG_UNIT, Rule
+from occstream.evaluation.votes import things_of
+from occstream.sharding.codec import canonical_json
+from occstream.sharding.exactmath import decay, log
+from occstream.sharding.grid import VoxelGrid
+from occstream.sharding.schema import Taxonomy
+
+BIN = 6.4  # meters of a range bin
+BINS = 9  # the last holds the rest
+LAMBDAS = tuple(n / 10 for n in range(1, 11))
+
+
+def range_bins(grid: VoxelGrid) -> np.ndarray:
+    """(N,) uint8: bin of each voxel by its distance from the origin of the grid's frame, seen from above."""
+    x, y, _ = grid.centers().reshape(-1, 3).T
+    return np.minimum(np.sqrt(x * x + y * y) / BIN, BINS - 1).astype(np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class Confusions:
+    """How often a network says what, counted on frames that it was not trained on.
+
+    Attributes:
+        counts: (BINS, 2, K + 1, K + 1) int64: voxels by bin, in view or not, truth, what was said; the last class is free.
+        exponent: λ.
+    """
+
+    counts: np.ndarray
+    exponent: float = 1.0
+
+    def __post_init__(self):
+        counts = np.asarray(self.counts, np.int64)
+        if counts.ndim != 4 or counts.shape[:2] != (BINS, 2) or counts.shape[2] != counts.shape[3] or counts.min() < 0:
+            raise ValueError(f"a table of confusions has shape {counts.shape}, expected {BINS} x 2 x classes x classes")
+        if not 0 < self.exponent <= 1:
+            raise ValueError(f"λ is {self.exponent}, must be above 0 and at most 1")
+        object.__setattr__(self, "counts", counts)
+
+    def likelihoods(self) -> np.ndarray:
+        """(BINS, 2, K + 1 true, K + 1 said) float64: p(said | true, bin, in view), each count with 0.5 added."""
+        smooth = self.counts + 0.5
+        return smooth / smooth.sum(-1, keepdims=True)
+
+    def prior(self) -> np.ndarray:
+        """(K + 1,) float64: p(true), likewise."""
+        counts = self.counts.sum((0, 1, 3)) + 0.5
+        return counts / counts.sum()
+
+    @property
+    def digest(self) -> str:
+        """Names the table."""
+        return hashlib.blake2b(canonical_json(self.to_dict()), digest_size=8).hexdigest()
+
+    def to_dict(self) -> dict:
+        return {"counts": self.counts.tolist(), "exponent": self.exponent}
+
+    def with_exponent(self, exponent: float) -> Confusions:
+        return Confusions(self.counts, exponent)
+
+
+def naive_bayes(confusions: Confusions, grid: VoxelGrid, taxonomy: Taxonomy) -> Rule:
+    """The rule on a grid.
+
+    Raises:
+        ValueError: the table is of another number of classes.
+    """
+    classes = taxonomy.num_classes + 1
+    if confusions.counts.shape[-1] != classes:
+        raise ValueError(
+            f"the table of confusions has {confusions.counts.shape[-1] - 1} classes, taxonomy {taxonomy.name} has "
+            f"{taxonomy.num_classes}; measure it on this data"
+        )
+    rows = np.swapaxes(log(confusions.likelihoods()), 2, 3).reshape(-1, classes)
+    return Rule(
+        taxonomy.num_classes,
+        np.zeros((2, 0), np.int32),
+        np.zeros(classes, np.int64),
+        things_of(taxonomy),
+        place=range_bins(grid),
+        table=np.ascontiguousarray(np.rint(confusions.exponent * LOG_UNIT * rows).astype(np.int32)),
+        prior=np.rint(LOG_UNIT * log(confusions.prior())).astype(np.int64),
+    )
+
+
+def confusions_of(said: np.ndarray, truth: np.ndarray, grid: VoxelGrid, classes: int) -> np.ndarray:
+    """(BINS, 2, classes, classes) int64 of one frame.
+
+    Args:
+        said: (X, Y, Z) of ``propagate.packed``.
+        truth: (X, Y, Z) uint8; ids from ``classes`` on are not counted.
+        classes: number of them with free.
+    """
+    said, truth = said.reshape(-1), truth.reshape(-1)
+    index = (range_bins(grid).astype(np.int64) * 2 + (said >> 7)) * classes**2
+    keep = (truth < classes) & (said & 127 != ABSTAIN)
+    index = index[keep] + truth[keep].astype(np.int64) * classes + (said[keep] & 127)
+    return np.bincount(index, minlength=BINS * 2 * classes**2).reshape(BINS, 2, classes, classes)
+
+
+def log_likelihoods(scores: np.ndarray, truth: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """(len(LAMBDAS),) float64: sum over voxels of log p(truth) at each λ.
+
+    Args:
+        scores: (V, K + 1) int64 of ``propagate.evidence`` by a table at λ = 1.
+        truth: (V,) class ids.
+        prior: (K + 1,) of the rule.
+    """
+    sums = np.array([_behind(np.asarray(scores), np.asarray(truth), prior, exponent) for exponent in LAMBDAS])
+    return sums[:, 0]
+
+
+@numba.njit(cache=True, nogil=True)
+def _behind(scores, truth, prior, exponent):
+    """(1,) float64: sum over voxels of log p(truth), written out so that its last digits do not depend on the CPU."""
+    out = np.zeros(1)
+    for n in range(len(scores)):
+        most = -np.inf
+        for q in range(len(prior)):
+            most = max(most, (prior[q] + exponent * scores[n, q]) / LOG_UNIT)
+        norm = 0.0
+        for q in range(len(prior)):
+            norm += decay(min(max(most - (prior[q] + exponent * scores[n, q]) / LOG_UNIT, 0.0), 99.0))
+        out[0] += (prior[truth[n]] + exponent * scores[n, truth[n]]) / LOG_UNIT - most - log(norm)
+    return out
+
+
+def best_exponent(likelihoods: np.ndarray) -> float:
+    """λ of the highest likelihood, the smallest of those that are equal to the last digit that matters."""
+    return LAMBDAS[int(np.argmax(np.round(likelihoods, 6)))]

@@ -1,0 +1,366 @@
+"""Global propagation: frames of a drive vote on each other's voxels, without learning (OccFiner, Sec. III-C).
+
+The paper pushes voxels of every frame into the target's grid, which leaves holes where grids are turned against each other.
+Here each target voxel is *pulled*: its center is looked up in the grid of every source, and what the source says there
+counts. Scores are sums of integers, so the order of sources, threads and machines cannot change a byte; places are float64
+sums that are written out, so neither can the CPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numba
+import numpy as np
+
+from occstream.sharding.exactmath import decay
+from occstream.sharding.grid import VoxelGrid
+from occstream.sharding.poses import compose, inverse
+
+ABSTAIN = 127  # in a packed volume: this voxel says nothing
+IN_VIEW = 128  # in a packed volume: added where a camera saw the voxel
+VOTE_UNIT = 1_000_000  # of a vote's weight: decimal weights are whole numbers, and their ties are ties
+SHARE_UNIT = 1_000  # of a class's share of the weight
+LOG_UNIT = 65_536  # of a log probability
+SLACK = 1e-6  # voxels: a center that falls on a face goes to the upper voxel, whatever rounding made of it
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """What a voxel of a source adds to the scores of the classes. Made by ``votes.voting`` and ``bayes.naive_bayes``.
+
+    N is the number of voxels of a source grid, K the number of classes; class K is free.
+
+    Attributes:
+        num_classes: K.
+        weights: (2, N) int32, units of 1 / VOTE_UNIT: what a voxel's vote weighs out of view and in view. (2, 0): no votes,
+            but ``table``.
+        shares: (K + 1,) int64, units of 1 / SHARE_UNIT: by class that is said, the share of the weight that counts.
+        place: (N,) uint8, the bin of a voxel; (0,) for votes.
+        table: (bins * 2 * (K + 1), K + 1) int32, units of 1 / LOG_UNIT: log p(said | true, bin, in view), rows by bin, then
+            in view, then class said. (0, 0) for votes.
+        prior: (K + 1,) int64, as ``table``: log p(true).
+        things: (K + 1,) bool, classes of what may move.
+        parked: things of other frames count only where at least half of the frames that see the voxel call it a thing;
+            elsewhere the target's own things stay where the others say thing or free.
+    """
+
+    num_classes: int
+    weights: np.ndarray
+    shares: np.ndarray
+    things: np.ndarray
+    place: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    table: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))
+    prior: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    parked: bool = False
+
+    @property
+    def bayes(self) -> bool:
+        return bool(len(self.table))
+
+
+@dataclass
+class Pulled:
+    """What came out for a box of target voxels; arrays (X, Y, Z).
+
+    Attributes:
+        semantic: uint8 class; where nobody votes what was there before.
+        frames: int32, how many sources said something; None unless asked for.
+        last: int32, the last source that did, -1 for none; None likewise.
+        confidence: uint8, 255 is certain: the winner's share of the votes, or its posterior; None likewise.
+    """
+
+    semantic: np.ndarray
+    frames: np.ndarray | None = None
+    last: np.ndarray | None = None
+    confidence: np.ndarray | None = None
+
+
+def packed(semantic: np.ndarray, in_view: np.ndarray | None = None, out: np.ndarray | None = None) -> np.ndarray:
+    """What a source says, one byte a voxel.
+
+    Args:
+        semantic: (X, Y, Z) uint8 class ids; IGNORE says nothing.
+        in_view: (X, Y, Z) bool, what a camera saw; None: everything.
+        out: (X, Y, Z) uint8 to write to.
+    """
+    out = np.empty(semantic.shape, np.uint8) if out is None else out
+    np.minimum(semantic, ABSTAIN, out=out)
+    if in_view is None:
+        out |= IN_VIEW
+    else:
+        out |= in_view.view(np.uint8) << np.uint8(7)
+    return out
+
+
+def index_to_meters(grid: VoxelGrid) -> np.ndarray:
+    """(4, 4) float64: voxel index -> center in meters of the grid's frame."""
+    out = np.diag([*grid.voxel, 1.0])
+    out[:3, 3] = np.asarray(grid.lower) + 0.5 * np.asarray(grid.voxel)
+    return out
+
+
+def pull_maps(
+    target: VoxelGrid, target_to_world: np.ndarray, source: VoxelGrid, sources_to_world: np.ndarray
+) -> np.ndarray:
+    """(S, 3, 4) float64: index of a target voxel -> place of its center in each source, in voxels from its lower corner.
+
+    Args:
+        target, source: grids.
+        target_to_world: (4, 4) pose of the target's frame in any frame of the world.
+        sources_to_world: (S, 4, 4) likewise.
+    """
+    to_source = compose(inverse(sources_to_world), target_to_world, index_to_meters(target))
+    out = to_source[..., :3, :].copy()
+    out[..., 3] -= source.lower
+    out /= np.asarray(source.voxel)[:, None]
+    out[..., 3] += SLACK
+    return out
+
+
+def overlapping(maps: np.ndarray, begin: Sequence[int], end: Sequence[int], shape: Sequence[int]) -> np.ndarray:
+    """(S,) bool: sources whose box the target voxels ``begin`` to ``end`` may reach; what is False cannot."""
+    corners = np.array(np.meshgrid(*([b, e - 1] for b, e in zip(begin, end)), indexing="ij"), float).reshape(3, 8)
+    place = compose(maps, np.vstack([corners, np.ones(8)]))  # (S, 3, 8)
+    size = np.asarray(shape, float)[:, None]
+    return ~((place < 0).all(-1) | (place >= size).all(-1)).any(-1)
+
+
+def pull(
+    rule: Rule,
+    maps: np.ndarray,
+    sources: np.ndarray,
+    slots: Sequence[int],
+    before: np.ndarray,
+    *,
+    itself: int = -1,
+    wanted: np.ndarray | None = None,
+    begin: Sequence[int] = (0, 0, 0),
+    end: Sequence[int] | None = None,
+    details: bool = False,
+    numbers: Sequence[int] | None = None,
+    threads: int = 1,
+) -> Pulled:
+    """Scores of all sources for a box of target voxels, and the class that wins.
+
+    The highest score wins, of equal ones the lowest class id. Where nobody votes, or all votes weigh nothing, the class
+    stays as it was.
+
+    Args:
+        rule: how to count.
+        maps: (S, 3, 4) of ``pull_maps``.
+        sources: (any, *grid's shape) uint8 of ``packed``.
+        slots: S places in ``sources``.
+        before: (X, Y, Z) uint8, what the target says itself (IGNORE: nothing).
+        itself: which of the S sources is the target; -1: none.
+        wanted: (X, Y, Z) bool, voxels to decide; None: all.
+        begin, end: range of voxel indices to look at; the whole target by default.
+        details: count frames and confidence as well.
+        numbers: S numbers to report as ``last``; 0, 1, … by default.
+        threads: to work with.
+
+    Raises:
+        ValueError: the rule was made for another grid.
+    """
+    shape = sources.shape[1:]
+    size = int(np.prod(shape))
+    if max(rule.weights.shape[1], len(rule.place)) != size:
+        raise ValueError(
+            f"the rule was made for a grid of {max(rule.weights.shape[1], len(rule.place))} voxels, not {size}"
+        )
+    end = before.shape if end is None else end
+    out = Pulled(before.copy())
+    scores = np.zeros((0, 0, 0), np.int32)
+    frames = last = scores
+    confidence = np.zeros((0, 0, 0), np.uint8)
+    if details:
+        frames, last = np.zeros(before.shape, np.int32), np.full(before.shape, -1, np.int32)
+        confidence = np.zeros(before.shape, np.uint8)
+        out.frames, out.last, out.confidence = frames, last, confidence
+    arguments = (
+        np.ascontiguousarray(maps, np.float64),
+        sources.reshape(len(sources), size),
+        np.asarray(slots, np.int64),
+        np.asarray(shape, np.int64),
+        np.asarray(range(len(slots)) if numbers is None else numbers, np.int32),
+        int(itself),
+        np.zeros((0, 0, 0), bool) if wanted is None else wanted,
+        rule.weights,
+        rule.shares,
+        rule.place,
+        rule.table,
+        rule.prior,
+        rule.things,
+        rule.parked,
+        out.semantic,
+        frames,
+        last,
+        confidence,
+    )
+    cuts = np.linspace(begin[0], end[0], max(1, min(threads, end[0] - begin[0])) + 1).astype(int)
+    slabs = [((int(a), *begin[1:]), (int(b), *end[1:])) for a, b in itertools.pairwise(cuts)]
+    if len(slabs) == 1:
+        _pull(*slabs[0], *arguments)
+    else:
+        with ThreadPoolExecutor(len(slabs)) as pool:
+            list(pool.map(lambda slab: _pull(*slab, *arguments), slabs))
+    return out
+
+
+def evidence(rule: Rule, maps: np.ndarray, sources: np.ndarray, slots: Sequence[int], index: np.ndarray) -> np.ndarray:
+    """(V, K + 1) int64: scores of single target voxels by a table, without the prior.
+
+    Args:
+        rule, maps, sources, slots: as for ``pull``; the rule with a table.
+        index: (V, 3) int64 of the voxels.
+    """
+    shape = sources.shape[1:]
+    out = np.zeros((len(index), rule.num_classes + 1), np.int64)
+    flat = sources.reshape(len(sources), -1)
+    _evidence(index, maps, flat, np.asarray(slots, np.int64), np.asarray(shape, np.int64), rule.place, rule.table, out)
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def _evidence(index, maps, sources, slots, shape, place, table, out):
+    a, b, c = shape
+    classes = out.shape[1]
+    for n in range(len(index)):
+        i, j, k = index[n]
+        for s in range(len(slots)):
+            m = maps[s]
+            x = m[0, 0] * i + m[0, 1] * j + m[0, 3] + m[0, 2] * k
+            y = m[1, 0] * i + m[1, 1] * j + m[1, 3] + m[1, 2] * k
+            z = m[2, 0] * i + m[2, 1] * j + m[2, 3] + m[2, 2] * k
+            if 0 <= x < a and 0 <= y < b and 0 <= z < c:
+                at = (int(x) * b + int(y)) * c + int(z)
+                said = sources[slots[s], at] & 127
+                if said != ABSTAIN:
+                    row = (place[at] * 2 + (sources[slots[s], at] >> 7)) * classes + said
+                    for q in range(classes):
+                        out[n, q] += table[row, q]
+
+
+@numba.njit(cache=True, nogil=True)
+def _misses(first, last, size):
+    """Whether a line from ``first`` to ``last`` lies on one side of 0..size."""
+    return (first < 0 and last < 0) or (first >= size and last >= size)
+
+
+@numba.njit(cache=True, nogil=True)
+def _pull(begin, end, maps, sources, slots, shape, numbers, itself, wanted, weights, shares, place, table, prior,
+          things, parked, out, frames, last, confidence):  # fmt: skip
+    classes, low, height = len(things), begin[2], end[2] - begin[2]
+    bayes, some, details = len(table) > 0, wanted.size > 0, frames.size > 0
+    score, of_things = np.zeros((height, classes), np.int64), np.zeros((height, classes), np.int64)
+    # By voxel of the column: sources that say something; of these, in view; of these, things; other frames' things; the last.
+    heard = np.zeros((height, 5), np.int64)
+    for i in range(begin[0], end[0]):
+        for j in range(begin[1], end[1]):
+            if some and not wanted[i, j, low : end[2]].any():
+                continue
+            score[:] = 0
+            of_things[:] = 0
+            heard[:] = 0
+            heard[:, 4] = -1
+            for s in range(len(slots)):
+                _hear(i, j, low, maps[s], sources[slots[s]], shape, numbers[s], s == itself, weights, shares, place,
+                      table, things, parked, score, of_things, heard)  # fmt: skip
+            for h in range(height):
+                k, votes = h + low, heard[h, 0]
+                if some and not wanted[i, j, k]:
+                    continue
+                moving = parked and 2 * heard[h, 2] < heard[h, 1]
+                if moving:
+                    votes -= heard[h, 3]
+                    for q in range(classes):
+                        score[h, q] -= of_things[h, q]
+                best, own = _winner(score[h], prior, bayes, votes), out[i, j, k]
+                if best < 0:
+                    continue
+                if moving and own < classes and things[own] and (things[best] or best == classes - 1):
+                    best = own
+                out[i, j, k] = best
+                if details:
+                    frames[i, j, k], last[i, j, k] = votes, heard[h, 4]
+                    confidence[i, j, k] = _confidence(score[h], best, bayes)
+
+
+@numba.njit(cache=True, nogil=True)
+def _hear(i, j, low, m, source, shape, number, itself, weights, shares, place, table, things, parked, score, of_things,
+          heard):  # fmt: skip
+    """Adds what one source says about a column of target voxels."""
+    a, b, c = shape
+    height, classes = score.shape
+    x0 = m[0, 0] * i + m[0, 1] * j + m[0, 3]
+    y0 = m[1, 0] * i + m[1, 1] * j + m[1, 3]
+    z0 = m[2, 0] * i + m[2, 1] * j + m[2, 3]
+    dx, dy, dz, top = m[0, 2], m[1, 2], m[2, 2], low + height - 1
+    if (
+        _misses(x0 + dx * low, x0 + dx * top, a)
+        or _misses(y0 + dy * low, y0 + dy * top, b)
+        or _misses(z0 + dz * low, z0 + dz * top, c)
+    ):
+        return
+    bayes = len(table) > 0
+    for h in range(height):
+        k = h + low
+        x, y, z = x0 + dx * k, y0 + dy * k, z0 + dz * k
+        if not (0 <= x < a and 0 <= y < b and 0 <= z < c):
+            continue
+        at = np.uint64((int(x) * b + int(y)) * c + int(z))
+        said, view = source[at] & 127, source[at] >> 7
+        if said == ABSTAIN:
+            continue
+        thing = parked and things[said]
+        apart = thing and not itself
+        heard[h, 0] += 1
+        heard[h, 1] += view
+        heard[h, 2] += view and thing
+        heard[h, 3] += apart
+        heard[h, 4] = max(heard[h, 4], number)
+        if bayes:
+            row = table[(place[at] * 2 + view) * classes + said]
+            for q in range(classes):
+                score[h, q] += row[q]
+                if apart:
+                    of_things[h, q] += row[q]
+        else:
+            weight = weights[view, at] * shares[said]
+            score[h, said] += weight
+            if apart:
+                of_things[h, said] += weight
+
+
+@numba.njit(cache=True, nogil=True)
+def _winner(score, prior, bayes, votes):
+    """The class of the highest score (with its prior, which is added in place), the lowest of equal ones; -1 if nothing
+    was said."""
+    if votes == 0:
+        return -1
+    if bayes:
+        for q in range(len(score)):
+            score[q] += prior[q]
+    best = 0
+    for q in range(1, len(score)):
+        if score[q] > score[best]:
+            best = q
+    return best if bayes or score[best] > 0 else -1
+
+
+@numba.njit(cache=True, nogil=True)
+def _confidence(score, best, bayes):
+    """The share of the votes, or the posterior, of a class; 255 is 1."""
+    total, part = 0.0, 1.0
+    for q in range(len(score)):
+        if bayes:
+            # Below e^-99 of the winner a class is nothing.
+            total += decay(min(max((score[best] - score[q]) / LOG_UNIT, 0.0), 99.0))
+        else:
+            total += score[q]
+    if not bayes:
+        part = float(score[best])
+    return np.uint8(np.floor(255.0 * part / total + 0.5)) if total > 0 else np.uint8(0)
