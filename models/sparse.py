@@ -1,0 +1,599 @@
+"""Sparse 3-D convolution: submanifold, strided and inverse, with weights and parameter names of spconv.
+
+A layer computes the active voxels alone. Which input voxel meets which output voxel under which kernel offset is its
+*rulebook*; layers that name the same ``indice_key`` share one. The reference is plain PyTorch: voxels in ascending order of
+(batch, z, y, x), neighbors found by binary search, one matrix product per kernel offset. For the backward pass it keeps its
+input, its weight and the rulebook, nothing gathered. On every device each output row is written once per offset, so results
+are the same in every run.
+
+``spconv``, where installed, computes the same layers. Its limits are met here: it gets contiguous int32 indices, fp32 (it
+knows no bf16), on the CPU its native algorithm, a bias is added outside of it, and what is empty goes to the reference.
+
+Weights are (out, kz, ky, kx, in); shapes of grids are (Z, Y, X); indices are (batch, z, y, x).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from occstream.models.layers import SyncBatchNorm, full_precision, row, world_size
+from occstream.sharding.grid import VoxelGrid
+
+Triple = tuple[int, int, int]
+Backend = Literal["torch", "spconv"]
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SparseTensor:
+    """Features of active voxels. Made by ``SparseTensor.of``, which checks and sorts.
+
+    Attributes:
+        features: (N, C).
+        indices: (N, 4) int32, contiguous: batch, z, y, x; no voxel twice.
+        shape: (Z, Y, X) of the grid.
+        batch_size: number of grids.
+        ascending: rows are in ascending order of their indices. True for all that the reference computes; the outputs of
+            spconv's strided layers come in an order of its own.
+        rulebooks: of the layers so far by their ``indice_key``, shared by all tensors of the same voxels. A strided layer
+            gives its own to what follows it alone: what led to it may go through the layer again.
+        native: what spconv keeps, likewise.
+    """
+
+    features: Tensor
+    indices: Tensor
+    shape: Triple
+    batch_size: int
+    ascending: bool = True
+    rulebooks: dict[str, Rulebook] = field(default_factory=dict, repr=False)
+    native: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, features: Tensor, indices: Tensor, shape: Triple, batch_size: int) -> SparseTensor:
+        """Checks and sorts.
+
+        Args:
+            features: (N, C), any floating type.
+            indices: (N, 4), any integer type: batch, z, y, x, in any order of rows.
+
+        Raises:
+            ValueError: a voxel outside of the grid or the batch, a voxel given twice, or shapes that do not fit.
+        """
+        if features.ndim != 2 or indices.shape != (len(features), 4) or indices.is_floating_point():
+            raise ValueError(
+                f"need features (N, C) and integer indices (N, 4) (batch, z, y, x), got {tuple(features.shape)} and "
+                f"{tuple(indices.shape)} {indices.dtype}"
+            )
+        wide = indices.long()
+        outside = ((wide < 0) | (wide >= row(wide, (batch_size, *shape)))).any(1)
+        if outside.any():
+            first = tuple(wide[outside.nonzero()[0, 0]].tolist())
+            raise ValueError(
+                f"voxel (batch, z, y, x) = {first} is outside of {batch_size} grids of {tuple(shape)} (z, y, x); "
+                f"{int(outside.sum())} such voxels"
+            )
+        keys, order = torch.sort(_keys(wide, shape))
+        twice = keys[1:] == keys[:-1]
+        if twice.any():
+            first = tuple(wide[order[twice.nonzero()[0, 0]]].tolist())
+            raise ValueError(
+                f"voxel (batch, z, y, x) = {first} is given more than once; {int(twice.sum())} rows too many: "
+                f"average the points of each voxel first (voxelize)"
+            )
+        return cls(features[order], wide[order].int().contiguous(), tuple(shape), batch_size)
+
+    def replace(self, features: Tensor) -> SparseTensor:
+        """The same voxels with other features (N, C')."""
+        return dataclasses.replace(self, features=features)
+
+    def dense(self) -> Tensor:
+        """(batch_size, C, Z, Y, X), zero where no voxel is active."""
+        out = self.features.new_zeros(self.batch_size * math.prod(self.shape), self.features.shape[1])
+        out = out.index_copy(0, _keys(self.indices.long(), self.shape), self.features)
+        return out.view(self.batch_size, *self.shape, -1).permute(0, 4, 1, 2, 3).contiguous()
+
+
+def _keys(indices: Tensor, shape: Triple, margin: Triple = (0, 0, 0)) -> Tensor:
+    """(N, 4) int64 -> (N,) int64 in the order of the indices. With a margin, all neighbors within it have keys of their own,
+    also those outside of the grid."""
+    b, z, y, x = indices.unbind(1)
+    (depth, height, width), (mz, my, mx) = (n + 2 * m for n, m in zip(shape, margin)), margin
+    return ((b * depth + z + mz) * height + y + my) * width + x + mx
+
+
+def _indices(keys: Tensor, shape: Triple) -> Tensor:
+    """(N,) keys without margin -> (N, 4) int32."""
+    found = [keys]
+    for size in reversed(shape):
+        found[:1] = [torch.div(found[0], size, rounding_mode="floor"), found[0] % size]
+    return torch.stack(found, 1).int()
+
+
+# --- rulebooks ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Rulebook:
+    """Which rows meet in a convolution.
+
+    Attributes:
+        pairs: per kernel offset (z slowest) the rows of input and output, (n,) int32 each, every row at most once; None
+            where each row meets itself (the center of a submanifold kernel). Empty if spconv has them.
+        inputs, outputs: (N, 4) and (M, 4) int32 voxels of both sides; their shapes (Z, Y, X).
+        setting: kernel, stride and padding; stride 0 for submanifold.
+    """
+
+    pairs: tuple[tuple[Tensor, Tensor] | None, ...]
+    inputs: Tensor
+    outputs: Tensor
+    input_shape: Triple
+    output_shape: Triple
+    setting: tuple[Triple, Triple, Triple]
+    input_ascending: bool = True
+
+
+def submanifold_pairs(indices: Tensor, shape: Triple, kernel: Triple) -> tuple[tuple[Tensor, Tensor] | None, ...]:
+    """Pairs of each kernel offset for ascending (N, 4) indices and odd kernel sizes; see ``Rulebook``.
+
+    Neighbors along x follow each other in the order of keys: one search finds a line of the kernel. Offsets beyond the
+    center mirror those before it.
+    """
+    mz, my, mx = margin = tuple(k // 2 for k in kernel)
+    keys = _keys(indices.long(), shape, margin)
+    line = shape[2] + 2 * mx
+    plane = (shape[1] + 2 * my) * line
+    ended = torch.cat([keys, keys.new_full((1,), -1)])  # a search may end behind the last key
+    pairs: list[tuple[Tensor, Tensor] | None] = [None] * math.prod(kernel)
+    center = len(pairs) // 2
+    for dz, dy in itertools.product(range(mz + 1), range(-my, my + 1)):
+        if (dz, dy) < (0, 0):
+            continue
+        first = 1 if (dz, dy) == (0, 0) else -mx
+        wanted = keys + (dz * plane + dy * line + first)
+        at = torch.searchsorted(keys, wanted)
+        for dx in range(first, mx + 1):
+            hit = ended[at] == wanted
+            target = hit.nonzero().squeeze(1)
+            source, target = at[target].int(), target.int()
+            offset = (dz * kernel[1] + dy) * kernel[2] + dx
+            pairs[center + offset], pairs[center - offset] = (source, target), (target, source)
+            at, wanted = at + hit, wanted + 1
+    return tuple(pairs)
+
+
+def strided_shape(shape: Triple, kernel: Triple, stride: Triple, padding: Triple) -> Triple:
+    """(Z, Y, X) after a strided convolution."""
+    return tuple((n + 2 * p - k) // s + 1 for n, k, s, p in zip(shape, kernel, stride, padding))
+
+
+def strided_pairs(
+    indices: Tensor, shape: Triple, kernel: Triple, stride: Triple, padding: Triple
+) -> tuple[tuple[tuple[Tensor, Tensor], ...], Tensor]:
+    """Pairs of each kernel offset and the output voxels (M, 4) int32, ascending: all that an input voxel reaches."""
+    wide, out = indices.long(), strided_shape(shape, kernel, stride, padding)
+    reached = []  # per axis and offset: input rows that reach an output along it, and its coordinate there
+    for axis in range(3):
+        moved = wide[:, axis + 1, None] + padding[axis] - torch.arange(kernel[axis], device=wide.device)
+        at = torch.div(moved, stride[axis], rounding_mode="floor")
+        reached.append(((moved == at * stride[axis]) & (at >= 0) & (at < out[axis]), at))
+    (in_z, z), (in_y, y), (in_x, x) = reached
+    sources, keys = [], []
+    for kz, ky in itertools.product(range(kernel[0]), range(kernel[1])):
+        rows = (in_z[:, kz] & in_y[:, ky]).nonzero().squeeze(1)
+        begin = ((wide[rows, 0] * out[0] + z[rows, kz]) * out[1] + y[rows, ky]) * out[2]
+        for kx in range(kernel[2]):
+            kept = in_x[rows, kx].nonzero().squeeze(1)
+            sources.append(rows[kept])
+            keys.append(begin[kept] + x[sources[-1], kx])
+    found, targets = torch.unique(torch.cat(keys), return_inverse=True)
+    pairs = zip(sources, targets.int().split([len(s) for s in sources]))
+    return tuple((s.int(), t) for s, t in pairs), _indices(found, out)
+
+
+class _Convolve(torch.autograd.Function):
+    """Features (N, C), weight (out, kz, ky, kx, in) -> (rows, out) by the pairs of a rulebook, in the dtype of the features."""
+
+    @staticmethod
+    def forward(ctx, features: Tensor, weight: Tensor, pairs, rows: int) -> Tensor:
+        ctx.save_for_backward(features, weight)
+        ctx.pairs = pairs
+        maps = weight.flatten(1, 3).permute(1, 2, 0).contiguous()  # (K, in, out)
+        out = None if None in pairs else features.new_zeros(rows, weight.shape[0])
+        if out is None:
+            out = features @ maps[pairs.index(None)]
+        for pair, one in zip(pairs, maps):
+            if pair is not None and len(pair[0]):
+                out.index_add_(0, pair[1], features.index_select(0, pair[0]) @ one)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        features, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        maps = weight.flatten(1, 3).transpose(0, 1).contiguous()  # (K, out, in)
+        to_weight = torch.zeros_like(maps) if ctx.needs_input_grad[1] else None
+        to_features = torch.zeros_like(features) if ctx.needs_input_grad[0] else None
+        for offset, pair in enumerate(ctx.pairs):
+            if pair is not None and not len(pair[0]):
+                continue
+            come = grad if pair is None else grad.index_select(0, pair[1])
+            if to_weight is not None:
+                went = features if pair is None else features.index_select(0, pair[0])
+                torch.mm(come.t(), went, out=to_weight[offset])
+            if to_features is not None and pair is None:
+                to_features.addmm_(come, maps[offset])
+            elif to_features is not None:
+                to_features.index_add_(0, pair[0], come @ maps[offset])
+        if to_weight is not None:
+            to_weight = to_weight.transpose(0, 1).reshape(weight.shape)
+        return to_features, to_weight, None, None
+
+
+# --- layers ------------------------------------------------------------------------------------------------------------
+
+
+def choose_backend(wanted: str) -> Backend:
+    """``auto``, ``torch`` or ``spconv`` -> what layers are built with. Auto is spconv where it can be imported and there is a
+    GPU (on a CPU the reference needs no import of seconds and is about as fast), else the reference.
+
+    Raises:
+        ValueError: another name, or spconv is wanted and cannot be imported.
+    """
+    if wanted not in ("auto", "torch", "spconv"):
+        raise ValueError(f"sparse is {wanted!r}, must be auto, torch or spconv")
+    if wanted == "torch" or (wanted == "auto" and not torch.cuda.is_available()):
+        return "torch"
+    if importlib.util.find_spec("spconv") is None:
+        if wanted == "auto":
+            return "torch"
+        raise ValueError("sparse is 'spconv', which is not installed: pip install -e '.[gpu]', or choose torch")
+    try:
+        _spconv()
+    except Exception as error:  # a build for other CUDA libraries fails in ways of its own
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        if wanted == "spconv":
+            raise ValueError(f"sparse is 'spconv', which cannot be imported ({line}): choose torch") from None
+        warnings.warn(f"spconv is installed but cannot be imported ({line}): sparse convolution in torch", stacklevel=2)
+        return "torch"
+    return "spconv"
+
+
+@functools.cache
+def _spconv():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import spconv.pytorch as library
+    return library
+
+
+@functools.cache
+def _spconv_layer(kind: str, inputs: int, outputs: int, setting: tuple, key: str | None, cuda: bool) -> nn.Module:
+    """A layer of spconv to which the weight is lent at each call; what it drew for its own leaves random numbers as they were."""
+    library = _spconv()
+    kernel, stride, padding = map(list, setting)
+    geometry = {} if kind == "SparseInverseConv3d" else {"stride": stride, "padding": padding}
+    with torch.random.fork_rng(devices=[]):
+        layer = getattr(library, kind)(
+            inputs,
+            outputs,
+            kernel,
+            bias=False,
+            indice_key=key,
+            algo=None if cuda else library.ConvAlgo.Native,
+            **geometry,
+        )
+    layer.conv1x1 = False  # its way for kernels of one reads the weight as (in, out)
+    return layer
+
+
+def _triple(value: int | Triple) -> Triple:
+    return (value,) * 3 if isinstance(value, int) else tuple(value)
+
+
+class SparseModule(nn.Module):
+    """Takes and gives a ``SparseTensor``, which ``SparseSequential`` must know."""
+
+
+class _SparseConv(SparseModule):
+    """What the three kinds share. Takes and gives a ``SparseTensor``; computes in fp32 (fp64 for fp64), autocast or not.
+
+    Args:
+        inputs, outputs: channels.
+        kernel, stride, padding: one number or (z, y, x).
+        indice_key: layers of the same name use one rulebook; an inverse layer names its strided one.
+        backend: from ``choose_backend``.
+    """
+
+    kind = ""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int | Triple = 3,
+        stride: int | Triple = 1,
+        padding: int | Triple = 0,
+        bias: bool = False,
+        indice_key: str | None = None,
+        backend: Backend = "torch",
+    ):
+        super().__init__()
+        self.inputs, self.outputs, self.indice_key, self.backend = inputs, outputs, indice_key, backend
+        self.kernel, self.stride, self.padding = _triple(kernel), _triple(stride), _triple(padding)
+        self.weight = nn.Parameter(torch.empty(outputs, *self.kernel, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        bound = 1 / math.sqrt(inputs * math.prod(self.kernel))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    @property
+    def setting(self) -> tuple[Triple, Triple, Triple]:
+        return self.kernel, self.stride, self.padding
+
+    def extra_repr(self) -> str:
+        return f"{self.inputs}, {self.outputs}, {self.setting}, indice_key={self.indice_key!r}, backend={self.backend}"
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        if x.features.shape[1] != self.inputs:
+            raise ValueError(f"{self.kind} of {self.inputs} channels got {x.features.shape[1]}")
+        with full_precision(x.features.device):
+            features = x.features if x.features.dtype == torch.float64 else x.features.float()
+            x, weight = x.replace(features), self.weight.to(features.dtype)
+            # The native rulebooks of earlier layers are needed for the next: a tensor stays with one back end.
+            if self.backend == "spconv" and len(features):
+                out = self._by_spconv(x, weight)
+            else:
+                out = self._by_torch(x, weight)
+            return out if self.bias is None else out.replace(out.features + self.bias.to(features.dtype))
+
+    def _by_torch(self, x: SparseTensor, weight: Tensor) -> SparseTensor:
+        book = self._book(x)
+        if not book.pairs:
+            raise ValueError(f"rulebook {self.indice_key!r} is spconv's: build all layers with one back end")
+        out = _Convolve.apply(x.features, weight, book.pairs, len(book.outputs))
+        return self._result(x, out, book)
+
+    def _by_spconv(self, x: SparseTensor, weight: Tensor) -> SparseTensor:
+        self._before_spconv(x)
+        library, cuda = _spconv(), x.features.is_cuda
+        layer = _spconv_layer(self.kind, self.inputs, self.outputs, self.setting, self.indice_key, cuda)
+        layer.train(self.training)
+        layer._parameters["weight"] = weight
+        native = library.SparseConvTensor(x.features.contiguous(), x.indices, list(x.shape), x.batch_size)
+        native.indice_dict = x.native
+        try:
+            out = layer(native)
+        except Exception as error:
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RuntimeError(
+                f"spconv failed in {self.kind} on {len(x.features)} voxels of {x.shape} (z, y, x): {line}; "
+                f"torch in its place needs no spconv"
+            ) from None
+        finally:
+            layer._parameters["weight"] = None
+        return self._native_result(x, out)
+
+    def _must_ascend(self, x: SparseTensor) -> None:
+        if not x.ascending:
+            raise ValueError("the rows are in spconv's order: build all layers with one back end")
+
+    def _book(self, x: SparseTensor) -> Rulebook:
+        raise NotImplementedError
+
+    def _result(self, x: SparseTensor, features: Tensor, book: Rulebook) -> SparseTensor:
+        return dataclasses.replace(x, features=features, indices=book.outputs, shape=book.output_shape)
+
+    def _before_spconv(self, x: SparseTensor) -> None:
+        """Says in our words what spconv would refuse."""
+        raise NotImplementedError
+
+    def _native_result(self, x: SparseTensor, out: Any) -> SparseTensor:
+        raise NotImplementedError
+
+
+_USED = "indice_key {!r} is used by layers of different kernels or voxels; give each stage its own"
+
+
+class SubMConv3d(_SparseConv):
+    """Submanifold convolution: outputs are the input's voxels. Odd kernel; no stride; the padding is half the kernel."""
+
+    kind = "SubMConv3d"
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int | Triple = 3,
+        bias: bool = False,
+        indice_key: str | None = None,
+        backend: Backend = "torch",
+    ):
+        kernel = _triple(kernel)
+        if any(k % 2 == 0 for k in kernel):
+            raise ValueError(f"kernel of a submanifold convolution is {kernel}, must be odd")
+        super().__init__(inputs, outputs, kernel, 1, tuple(k // 2 for k in kernel), bias, indice_key, backend)
+
+    def _kept(self, x: SparseTensor) -> Rulebook | None:
+        """The rulebook of this name, if it is one of these voxels and this kernel."""
+        book = x.rulebooks.get(self.indice_key) if self.indice_key is not None else None
+        if book is not None and (book.setting != self._own or book.inputs is not x.indices):
+            raise ValueError(_USED.format(self.indice_key))
+        return book
+
+    def _keep(self, x: SparseTensor, pairs: tuple) -> Rulebook:
+        book = Rulebook(pairs, x.indices, x.indices, x.shape, x.shape, self._own)
+        if self.indice_key is not None:
+            x.rulebooks[self.indice_key] = book
+        return book
+
+    @property
+    def _own(self) -> tuple[Triple, Triple, Triple]:
+        return self.kernel, (0, 0, 0), self.padding
+
+    def _book(self, x: SparseTensor) -> Rulebook:
+        book = self._kept(x)
+        if book is None:
+            self._must_ascend(x)
+            book = self._keep(x, submanifold_pairs(x.indices, x.shape, self.kernel))
+        return book
+
+    def _before_spconv(self, x: SparseTensor) -> None:
+        self._kept(x)
+
+    def _native_result(self, x: SparseTensor, out: Any) -> SparseTensor:
+        x.native.update(out.indice_dict)
+        if self._kept(x) is None:
+            self._keep(x, ())
+        return x.replace(out.features)
+
+
+class SparseConv3d(_SparseConv):
+    """Strided convolution: outputs are all voxels that an input voxel reaches."""
+
+    kind = "SparseConv3d"
+
+    def _must_be_new(self, x: SparseTensor) -> None:
+        if self.indice_key in x.rulebooks:
+            raise ValueError(_USED.format(self.indice_key))
+
+    def _book(self, x: SparseTensor) -> Rulebook:
+        self._must_be_new(x)
+        self._must_ascend(x)
+        pairs, outputs = strided_pairs(x.indices, x.shape, *self.setting)
+        return Rulebook(pairs, x.indices, outputs, x.shape, strided_shape(x.shape, *self.setting), self.setting)
+
+    def _result(self, x: SparseTensor, features: Tensor, book: Rulebook) -> SparseTensor:
+        books = x.rulebooks if self.indice_key is None else {**x.rulebooks, self.indice_key: book}
+        return dataclasses.replace(super()._result(x, features, book), rulebooks=books)
+
+    def _before_spconv(self, x: SparseTensor) -> None:
+        self._must_be_new(x)
+
+    def _native_result(self, x: SparseTensor, out: Any) -> SparseTensor:
+        book = Rulebook((), x.indices, out.indices, x.shape, tuple(out.spatial_shape), self.setting, x.ascending)
+        return dataclasses.replace(self._result(x, out.features, book), ascending=False, native=out.indice_dict)
+
+
+class SparseInverseConv3d(_SparseConv):
+    """Back to the voxels from which the strided convolution of the same ``indice_key`` came, by its pairs."""
+
+    kind = "SparseInverseConv3d"
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int | Triple,
+        indice_key: str,
+        bias: bool = False,
+        backend: Backend = "torch",
+    ):
+        super().__init__(inputs, outputs, kernel, 1, 0, bias, indice_key, backend)
+
+    def _strided(self, x: SparseTensor) -> Rulebook:
+        book = x.rulebooks.get(self.indice_key)
+        if book is None or book.setting[0] != self.kernel or book.outputs is not x.indices:
+            raise ValueError(
+                f"inverse convolution {self.indice_key!r} of kernel {self.kernel} needs the output voxels of a strided "
+                f"convolution of the same indice_key and kernel"
+            )
+        return book
+
+    def _book(self, x: SparseTensor) -> Rulebook:
+        book = self._strided(x)
+        swapped = tuple((target, source) for source, target in book.pairs)
+        return Rulebook(swapped, book.outputs, book.inputs, book.output_shape, book.input_shape, book.setting)
+
+    def _before_spconv(self, x: SparseTensor) -> None:
+        self._strided(x)
+
+    def _native_result(self, x: SparseTensor, out: Any) -> SparseTensor:
+        book = self._strided(x)
+        return dataclasses.replace(
+            x,
+            features=out.features,
+            indices=book.inputs,
+            shape=book.input_shape,
+            ascending=book.input_ascending,
+        )
+
+
+class SparseBatchNorm(SyncBatchNorm):
+    """Batch norm of (N, C) rows over the voxels of all ranks.
+
+    Fewer than two voxels in all have no statistics: the running ones normalize them. A rank without voxels joins the others
+    with one of zeros, so that none waits for it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or len(x) > 1:
+            return super().forward(x)
+        if world_size() == 1:
+            mean, var = self.running_mean, self.running_var
+            return nn.functional.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        return super().forward(x if len(x) else x.new_zeros(1, x.shape[1]))[: len(x)]
+
+
+class SparseSequential(nn.Sequential, SparseModule):
+    """Layers in order: sparse ones take the tensor, all others its features."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        for layer in self:
+            x = layer(x) if isinstance(layer, SparseModule) else x.replace(layer(x.features))
+        return x
+
+
+# --- points to voxels --------------------------------------------------------------------------------------------------
+
+
+class Voxels(NamedTuple):
+    """Of all sweeps of a batch, in ascending order.
+
+    features: (M, C) float32, the mean over the points of a voxel. indices: (M, 4) int32: batch, z, y, x.
+    rows: (N,) int64, the voxel of each point; -1 for points outside of the grid or with a value that is not finite.
+    """
+
+    features: Tensor
+    indices: Tensor
+    rows: Tensor
+
+
+def voxelize(points: Tensor, sweep: Tensor, grid: VoxelGrid) -> Voxels:
+    """Mean feature of the points in each voxel.
+
+    Voxels are half-open boxes and their numbers are computed in float64: in float32, points within micrometers of a face
+    would change sides. Means are sums in float64 over the points of a voxel in the given order.
+
+    Args:
+        points: (N, 3 + d) float32 or float64: x, y, z in meters in the frame of ``grid``, then any features.
+        sweep: (N,) integers, the place of each point's sweep in the batch.
+        grid: the box; its shape is (X, Y, Z).
+    """
+    wide = points.double()
+    scaled = (wide[:, :3] - row(wide, grid.lower)) / row(wide, grid.voxel)
+    inside = ((scaled >= 0) & (scaled < row(wide, grid.shape)) & wide.isfinite().all(1, keepdim=True)).all(1)
+    kept = inside.nonzero().squeeze(1)
+    x, y, z = scaled[kept].floor().long().unbind(1)
+    shape = grid.shape[::-1]
+    keys, order = torch.sort(_keys(torch.stack([sweep[kept].long(), z, y, x], 1), shape), stable=True)
+    found, voxel, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+    rows = points.new_full((len(points),), -1, dtype=torch.int64)
+    rows[kept[order]] = voxel
+    means = wide.new_zeros(0, wide.shape[1])
+    if len(found):
+        means = torch.segment_reduce(wide[kept[order]], "sum", lengths=counts, axis=0) / counts[:, None]
+    return Voxels(means.float(), _indices(found, shape), rows)
