@@ -68,8 +68,17 @@ class Confusions:
     def to_dict(self) -> dict:
         return {"counts": self.counts.tolist(), "exponent": self.exponent}
 
-    def with_exponent(self, exponent: float) -> Confusions:
-        return Confusions(self.counts, exponent)
+    @classmethod
+    def from_dict(cls, data: dict, where: str) -> Confusions:
+        """The inverse of ``to_dict``. Raises ValueError that names ``where``."""
+        try:
+            counts, exponent = np.array(data["counts"]), float(data["exponent"])
+            if counts.dtype.kind != "i" or counts.ndim != 4:
+                raise ValueError("its counts are not whole numbers by bin, view, truth and class")
+            return cls(counts, exponent)
+        except (KeyError, TypeError, ValueError) as error:
+            said = " ".join(str(error).split())[:120]
+            raise ValueError(f"{where}: is no table of confusions ({said}); measure it with --holdout") from None
 
 
 def naive_bayes(confusions: Confusions, grid: VoxelGrid, taxonomy: Taxonomy) -> Rule:

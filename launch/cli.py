@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from occstream.launch import data
+from occstream.launch import data, refine
 from occstream.launch.run import guarded
 from occstream.sharding.places import place
 
@@ -196,6 +196,8 @@ def _run_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--holdout", type=data.at_least(0), default=0, help="with --truth: same as data.holdout")
     p.add_argument("--part", default="1/1", help="i/n: only every n-th shard, on the i-th GPU of this machine")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. eval.batch=2")
+
+    refine.add_command(command)
 
     p = command(
         "compare",

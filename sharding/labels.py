@@ -97,7 +97,7 @@ def label_scene(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: Label
     clouds = _gather(scene, taxonomy, config)
     frames = []
     for number, frame in enumerate(scene.frames):
-        to_grid = compose(inverse(_grid_to_global(frame, grid)), clouds.to_global)  # from the scene's own axes
+        to_grid = compose(inverse(grid_to_global(frame, grid)), clouds.to_global)  # from the scene's own axes
         votes = np.zeros((*grid.shape, taxonomy.num_classes if clouds.with_classes else 0), np.uint16)
         counts = np.zeros(grid.shape, np.uint16)
         lower, voxel = np.array(grid.lower), np.array(grid.voxel)
@@ -159,7 +159,7 @@ class _Clouds:
         yield *self.own[number], to_grid
         if frame.boxes is not None:
             here = compose(inverse(self.to_global), frame.ego_to_global)
-            _, owners, poses, _ = _box_poses(frame.boxes, here, frame.key)
+            _, owners, poses, _ = box_poses(frame.boxes, here, frame.key)
             for track, pose in zip(owners, poses):
                 if track in self.tracks:
                     yield *self.tracks[track], compose(to_grid, pose)
@@ -182,7 +182,7 @@ def _gather(scene: Scene, taxonomy: Taxonomy, config: LabelConfig) -> _Clouds:
             # A road user that no box covers has moved by the next frame, unless the data set says that it stood.
             mover = thing[classes] if sweep.moving is None else sweep.moving[keep]
             if boxes is not None and len(boxes.boxes):
-                names, owners, poses, half = _box_poses(boxes, compose(from_global, frame.ego_to_global), frame.key)
+                names, owners, poses, half = box_poses(boxes, compose(from_global, frame.ego_to_global), frame.key)
                 into = inverse(poses)
                 inside = first_box(local, np.ascontiguousarray(into[:, :3]), half + config.box_margin)
                 hit = np.flatnonzero(inside >= 0)
@@ -260,7 +260,7 @@ def _dilate(occupied: np.ndarray, semantic: np.ndarray | None, unseen: np.ndarra
 def _camera_mask(frame: Frame, solid: np.ndarray, wanted: np.ndarray, grid: VoxelGrid) -> np.ndarray:
     """(X, Y, Z) bool: in the view of a camera and not behind something solid. Right where ``wanted``."""
     seen = np.zeros(grid.shape, bool)
-    from_ego = compose(inverse(_grid_to_global(frame, grid)), frame.ego_to_global)
+    from_ego = compose(inverse(grid_to_global(frame, grid)), frame.ego_to_global)
     scale = np.diag([*grid.voxel, 1.0])
     scale[:3, 3] = grid.lower  # voxel units -> meters
     for camera in frame.cameras.values():
@@ -271,7 +271,7 @@ def _camera_mask(frame: Frame, solid: np.ndarray, wanted: np.ndarray, grid: Voxe
     return seen
 
 
-def _box_poses(boxes: Boxes, from_ego: np.ndarray, key: str):
+def box_poses(boxes: Boxes, from_ego: np.ndarray, key: str):
     """Of all boxes: class names; tracks (a box without one is one of its own); (B, 4, 4) box -> where ``from_ego`` leads;
     (B, 3) half sizes."""
     rows = boxes.boxes.astype(np.float64)
@@ -303,10 +303,11 @@ def _boxes_at(before: Frame | None, frame: Frame, timestamp: int) -> Boxes | Non
 
 def sweep_to_grid(frame: Frame, sweep: LidarSweep, grid: VoxelGrid) -> np.ndarray:
     """LiDAR axes of any sweep -> meters of the grid of a key-frame, (4, 4) float64."""
-    return compose(inverse(_grid_to_global(frame, grid)), sweep.ego_to_global, sweep.sensor_to_ego)
+    return compose(inverse(grid_to_global(frame, grid)), sweep.ego_to_global, sweep.sensor_to_ego)
 
 
-def _grid_to_global(frame: Frame, grid: VoxelGrid) -> np.ndarray:
+def grid_to_global(frame: Frame, grid: VoxelGrid) -> np.ndarray:
+    """Frame of a key-frame's grid -> global, (4, 4) float64; a grid in the LiDAR frame needs the sweep."""
     if grid.frame == "ego":
         return frame.ego_to_global
     return compose(frame.ego_to_global, sweep_to_key_ego(frame, frame.lidar))

@@ -1,0 +1,356 @@
+"""Refined labels of a data set: every frame of a drive votes on its neighbors (OccFiner, Sec. III-C), scene by scene."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from occstream.evaluation.bayes import (
+    BINS,
+    Confusions,
+    best_exponent,
+    confusions_of,
+    log_likelihoods,
+    naive_bayes,
+)
+from occstream.evaluation.drive import DriveReader, Source, Volumes, Votes, label_manifest
+from occstream.evaluation.propagate import Rule, evidence, overlapping, packed, pull, pull_maps
+from occstream.evaluation.votes import VoteConfig, voting
+from occstream.sharding.attach import Sidecar
+from occstream.sharding.codec import Coding, encode
+from occstream.sharding.manifest import Manifest, SceneEntry
+from occstream.sharding.poses import inverse
+from occstream.sharding.schema import IGNORE, Labels, get_taxonomy
+from occstream.sharding.shardfile import ShardWriter
+from occstream.sharding.stream import ShardReader
+
+VERSION = 1  # of the method: another number, other labels
+Movers = Literal["parked", "tracks", "none"]
+MOVERS: tuple[Movers, ...] = ("parked", "tracks", "none")
+SAMPLED = 4000  # voxels of a frame, and
+EVERY = 4  # frames of a scene, by which λ is fitted
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """Settings.
+
+    Attributes:
+        rule: votes, or bayes with a table of confusions.
+        window: key-frames before and after each one that vote in it.
+        movers: parked: things of other frames count where at least half of the frames in view of a voxel call it a thing, and
+            elsewhere the frame's own things stay; tracks: what lies in a tracked box votes in the box's frame; none: as if
+            everything stood still.
+        votes: of the weighted votes.
+        voxels: all that a frame labels vote, or only those that its labels' mask knows.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    rule: Literal["votes", "bayes"] = "votes"
+    window: int = 25
+    movers: Movers = "parked"
+    votes: VoteConfig = field(default_factory=VoteConfig)
+    voxels: Votes = "all"
+
+    def __post_init__(self):
+        if self.rule not in ("votes", "bayes"):
+            raise ValueError(f"rule {self.rule!r} is neither votes nor bayes")
+        if not 0 <= self.window <= 500:
+            raise ValueError(f"window is {self.window}, must be 0 to 500 key-frames")
+        if self.movers not in MOVERS:
+            raise ValueError(f"movers {self.movers!r} is not one of {', '.join(MOVERS)}")
+
+    @property
+    def view(self) -> bool:
+        """Whether it matters what cameras saw."""
+        return self.rule == "bayes" or self.votes.sensor == "camera" or self.movers == "parked"
+
+
+@dataclass
+class Refined:
+    """What a call did.
+
+    Attributes:
+        manifest: with the refined labels; None while other parts are missing.
+        frames, changed, bytes: made by this call; ``changed`` is the number of voxels with another class.
+        seconds, reading, voting, writing: of time; CPU seconds of the three kinds of work.
+        skipped: tars that were there.
+        view_from: how it was known what cameras saw.
+    """
+
+    manifest: Manifest | None = None
+    frames: int = 0
+    changed: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    reading: float = 0.0
+    voting: float = 0.0
+    writing: float = 0.0
+    skipped: int = 0
+    view_from: str = ""
+
+
+def make_rule(config: RefineConfig, manifest: Manifest, table: Confusions | None = None) -> Rule:
+    """The rule for a set's labels. Raises ValueError: bayes without a table, or a table of other classes."""
+    taxonomy = get_taxonomy(manifest.taxonomy)
+    if config.rule == "votes":
+        rule = voting(config.votes, manifest.grid, taxonomy)
+    elif table is None:
+        raise ValueError("rule bayes needs a table of confusions: measure it with --holdout, or give it with --table")
+    else:
+        rule = naive_bayes(table, manifest.grid, taxonomy)
+    return dataclasses.replace(rule, parked=config.movers == "parked")
+
+
+@dataclass
+class SceneRefiner:
+    """Refines the frames of scenes.
+
+    Attributes:
+        reader: of the labels.
+        rule: how to count.
+        config: settings.
+        threads: of the kernel.
+        done: time that was spent.
+    """
+
+    reader: DriveReader
+    rule: Rule
+    config: RefineConfig
+    threads: int = 1
+    done: Refined = field(default_factory=Refined)
+    _buffers: list[np.ndarray] = field(default_factory=list)
+
+    def frames(self, scene: int):
+        """(source, refined (X, Y, Z) uint8) of each frame of a scene, in order."""
+        count = self.reader.manifest.scenes[scene].frames
+        reach = self.config.window
+        volumes = Volumes.of(self.reader, scene, min(count, 2 * reach + 1), self._buffers)
+        for index in range(count):
+            began = time.process_time()
+            window = range(max(0, index - reach), min(count, index + reach + 1))
+            for other in window:
+                volumes.slot(other)
+            read = time.process_time()
+            out = self._refine(volumes, index, window)
+            self.done.reading += read - began
+            self.done.voting += time.process_time() - read
+            yield volumes.sources[index], out
+
+    def _refine(self, volumes: Volumes, index: int, window: range) -> np.ndarray:
+        own, grid = volumes.sources[index], self.reader.grid
+        maps = pull_maps(grid, own.pose, grid, np.stack([volumes.sources[i].pose for i in window]))
+        near = overlapping(maps, (0, 0, 0), grid.shape, grid.shape)
+        chosen = [i for i, wanted in zip(window, near) if wanted]
+        moved = own.boxes is not None and bool(own.boxes.owner.any())
+        out = pull(
+            self.rule,
+            maps[near],
+            volumes.packed if volumes.standing is None else volumes.standing,
+            [volumes.slot(i) for i in chosen],
+            own.semantic,
+            itself=chosen.index(index),
+            wanted=own.boxes.owner == 0 if moved else None,
+            threads=self.threads,
+        ).semantic
+        return self._boxes(volumes, index, window, out) if moved else out
+
+    def _boxes(self, volumes: Volumes, index: int, window: range, out: np.ndarray) -> np.ndarray:
+        """Decides what lies in the boxes of a frame by the same places of the same boxes in other frames."""
+        own, grid = volumes.sources[index], self.reader.grid
+        for number in np.unique(own.boxes.owner)[1:]:
+            track = own.boxes.tracks[number - 1]
+            sharing = [i for i in window if (b := volumes.sources[i].boxes) is not None and track in b.tracks]
+            # Through the box: the source's grid takes the place of the world.
+            from_box = [b.to_grid[b.tracks.index(track)] for b in (volumes.sources[i].boxes for i in sharing)]
+            to_box = inverse(own.boxes.to_grid[number - 1])
+            maps = pull_maps(grid, to_box, grid, inverse(np.stack(from_box)))
+            where = np.argwhere(own.boxes.owner == number)
+            out = pull(
+                self.rule,
+                maps,
+                volumes.packed,
+                [volumes.slot(i) for i in sharing],
+                out,
+                itself=sharing.index(index),
+                wanted=own.boxes.owner == number,
+                begin=where.min(0),
+                end=where.max(0) + 1,
+            ).semantic
+        return out
+
+
+def refine(
+    url: str,
+    group: str,
+    name: str,
+    config: RefineConfig,
+    *,
+    table: Confusions | None = None,
+    part: tuple[int, int] = (1, 1),
+    threads: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Refined:
+    """Refines a label group of a data set, shard by shard; a rerun continues where it stopped.
+
+    Args:
+        url: the data set.
+        group: what votes: "labels" or a sidecar such as ``pseudo-a``.
+        name: of the new group, ``pseudo-…``.
+        config: settings.
+        table: for rule bayes.
+        part: (i, n): only every n-th shard. The call that finds all parts done publishes the manifest.
+        threads: of this process.
+        progress: gets shards done and shards in all.
+
+    Raises:
+        ValueError: data set, group, table and name do not fit each other.
+    """
+    if not 1 <= part[0] <= part[1]:
+        raise ValueError(f"part {part[0]}/{part[1]}: needs i/n with 1 <= i <= n")
+    if name == group:
+        raise ValueError(f"{name} would take the place of what it is made from; choose another name")
+    base, began = Manifest.load(url), time.perf_counter()
+    reader = DriveReader(base, group, config.voxels, config.view, config.movers == "tracks")
+    rule = make_rule(config, reader.manifest, table)
+    refiner = SceneRefiner(reader, rule, config, threads)
+    sidecar = _sidecar(base, reader.manifest, name, group, config, table)
+    numbers = {scene.name: number for number, scene in enumerate(base.scenes)}
+
+    def fill(writer: ShardWriter, scenes: list[SceneEntry]) -> None:
+        for scene in scenes:
+            for source, semantic in refiner.frames(numbers[scene.name]):
+                _write(writer, source, semantic, refiner)
+
+    try:
+        mine = sorted(sidecar.scenes)[part[0] - 1 :: part[1]]
+        for count, number in enumerate(mine, 1):
+            refiner.done.skipped += sidecar.published(number) is not None
+            sidecar.write(number, fill)
+            if progress:
+                progress(count, len(mine))
+    finally:
+        reader.close()
+    refiner.done.manifest, refiner.done.view_from = sidecar.publish(), reader.view_from
+    refiner.done.seconds = time.perf_counter() - began
+    return refiner.done
+
+
+def _sidecar(
+    base: Manifest, labels: Manifest, name: str, group: str, config: RefineConfig, table: Confusions | None
+) -> Sidecar:
+    """The group that is written; what it is made from and by is its origin."""
+    rule = dataclasses.asdict(config)
+    if config.rule == "bayes":
+        rule["votes"] = None
+    origin = {
+        "refine": VERSION,
+        "input": labels.fingerprint,
+        "rule": rule,
+        "table": table.digest if table and config.rule == "bayes" else None,
+    }
+    said = f"votes of {config.votes.sensor}" if config.rule == "votes" else f"bayes {table.digest}"
+    about = f"{said} over {config.window} key-frames to each side, movers {config.movers}, of {group} {labels.fingerprint[:16]}"
+    return Sidecar(base, name, labels.grid, labels.taxonomy, labels.classes, about, origin, labels.convention)
+
+
+def _write(writer: ShardWriter, source: Source, semantic: np.ndarray, refiner: SceneRefiner) -> None:
+    began, done = time.process_time(), refiner.done
+    free = refiner.rule.num_classes
+    known = source.mask("mask_lidar")
+    if known is not None:  # what other frames tell of a voxel that this one did not see is known
+        known |= (source.semantic == IGNORE) & (semantic != IGNORE)
+    labels = Labels(semantic < free, semantic, known, source.mask("mask_camera"))
+    frame = dataclasses.replace(source.frame, labels=labels)
+    members = encode(frame, "labels", Coding())
+    writer.add(frame.key, members)
+    done.frames += 1
+    done.changed += int(np.count_nonzero(semantic != source.semantic))
+    done.bytes += sum(len(data) for _, data in members)
+    done.writing += time.process_time() - began
+
+
+def measure(
+    url: str, group: str, scenes: list[int], config: RefineConfig, truth: str = "labels"
+) -> tuple[Confusions, np.ndarray]:
+    """Confusions of a label group against the truth, and λ, on scenes that the network was not trained on.
+
+    λ is fitted on every second scene by a table of the others, by the likelihood of the truth; the table that is returned
+    counts all.
+
+    Args:
+        url: the data set.
+        group: predictions.
+        scenes: numbers, two at least.
+        config: as for ``refine``; ``window`` and ``movers`` matter for λ.
+        truth: group of labels to compare with; what their mask does not know is not counted.
+
+    Returns:
+        The table, and the mean log likelihood of a voxel at each of ``bayes.LAMBDAS``.
+
+    Raises:
+        ValueError: fewer than two scenes, or truth on another grid or of other classes.
+    """
+    if len(scenes) < 2:
+        raise ValueError("rule bayes measures its table and λ on different scenes: hold out two scenes or more")
+    base = Manifest.load(url)
+    reader = DriveReader(base, group, config.voxels, view=True)
+    manifest, true_manifest = reader.manifest, label_manifest(base, truth)
+    known = ShardReader(true_manifest, (truth,))
+    if not manifest.grid.same_voxels(true_manifest.grid) or manifest.classes != true_manifest.classes:
+        raise ValueError(f"{url}: {truth} and {group} have other grids or classes, so they cannot be compared")
+    classes = len(manifest.classes) + 1
+    counts = [np.zeros((BINS, 2, classes, classes), np.int64) for _ in range(2)]
+    for turn, scene in enumerate(scenes):
+        for index in range(base.scenes[scene].frames):
+            source, view = reader.read(scene, index)
+            true = _truth(known, scene, index)
+            counts[turn % 2] += confusions_of(packed(source.semantic, view), true, manifest.grid, classes)
+    if not min(c.sum() for c in counts):
+        raise ValueError(f"{url}: {truth} knows nothing about the held-out scenes; choose others")
+    rule = naive_bayes(Confusions(counts[0]), manifest.grid, get_taxonomy(manifest.taxonomy))
+    found, voxels = 0.0, 0
+    for scene in scenes[1::2]:
+        likelihoods, seen = _fit(reader, known, rule, scene, config)
+        found, voxels = found + likelihoods, voxels + seen
+    for each in (reader, known):
+        each.close()
+    means = found / voxels
+    return Confusions(counts[0] + counts[1], best_exponent(means)), means
+
+
+def _truth(reader: ShardReader, scene: int, index: int) -> np.ndarray:
+    """(X, Y, Z) uint8, IGNORE where unknown."""
+    labels = reader.frame(scene, index).labels
+    if labels is None or labels.semantic is None:
+        raise ValueError(f"{reader.manifest.url}: the labels of held-out scenes have no classes to measure by")
+    return np.where(labels.known(), labels.semantic, IGNORE)
+
+
+def _fit(
+    reader: DriveReader, known: ShardReader, rule: Rule, scene: int, config: RefineConfig
+) -> tuple[np.ndarray, int]:
+    """Sums of log likelihoods by λ, and of how many voxels, in some voxels of some frames of a scene."""
+    count, reach, grid = reader.manifest.scenes[scene].frames, config.window, reader.grid
+    volumes = Volumes.of(reader, scene, min(count, 2 * reach + 1), [])
+    total, voxels, stride = 0.0, 0, max(1, grid.size // SAMPLED) | 1
+    for index in range(0, count, EVERY):
+        true = _truth(known, scene, index).reshape(-1)
+        chosen = np.arange(index % stride, grid.size, stride)
+        chosen = chosen[true[chosen] <= rule.num_classes]
+        window = range(max(0, index - reach), min(count, index + reach + 1))
+        for other in window:
+            volumes.slot(other)
+        poses = np.stack([volumes.sources[i].pose for i in window])
+        maps = pull_maps(grid, volumes.sources[index].pose, grid, poses)
+        where = np.stack(np.unravel_index(chosen, grid.shape), 1)
+        scores = evidence(rule, maps, volumes.packed, [volumes.slot(i) for i in window], where)
+        total, voxels = total + log_likelihoods(scores, true[chosen], rule.prior), voxels + len(chosen)
+    return total, voxels

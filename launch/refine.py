@@ -1,0 +1,144 @@
+"""``occstream refine``: labels of a packed data set, refined by the votes of each drive's other frames."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from occstream.launch.data import at_least, parse_part
+
+
+def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Adds the command's arguments."""
+    p = command(
+        "refine",
+        run,
+        "refine predictions by the votes of each drive's other frames, as a label group alongside the images",
+        "Rerunning skips what is done. Split the job across machines with --part 1/8 … 8/8; the last part publishes.",
+    )
+    p.add_argument("url", help="the data set")
+    p.add_argument("--input", required=True, help="label group that votes: pseudo-… of `occstream predict`, or labels")
+    p.add_argument("--name", required=True, help="of the new group, pseudo-…; train with data.labels=NAME")
+    p.add_argument(
+        "--rule",
+        choices=("votes", "bayes"),
+        default="votes",
+        help="votes weighted by the sensor (default), or naive Bayes by a table of the network's confusions",
+    )
+    p.add_argument("--window", type=at_least(0), default=25, help="key-frames to each side that vote (default 25)")
+    p.add_argument(
+        "--movers",
+        choices=("parked", "tracks", "none"),
+        default="parked",
+        help="parked (default): other frames' things count where half of the frames that see the place call it a thing; "
+        "tracks: what lies in a tracked box of the set's own labels votes in the box's frame; none: everything stands",
+    )
+    p.add_argument(
+        "--sensor",
+        choices=("camera", "lidar", "none"),
+        default="camera",
+        help="votes: by view and nearness (camera, default), by distance (lidar), or all alike",
+    )
+    p.add_argument(
+        "--empty", type=float, default=0.3, help="votes: what free weighs against the occupied (default 0.3)"
+    )
+    p.add_argument(
+        "--voxels",
+        choices=("all", "known"),
+        default="all",
+        help="voxels of a frame that vote: all (default), or those that mask_lidar of the labels knows",
+    )
+    p.add_argument(
+        "--holdout",
+        type=at_least(0),
+        default=0,
+        help="bayes: measure the table on this many held-out scenes, of which training saw none (as data.holdout)",
+    )
+    p.add_argument("--subset-seed", type=at_least(0), default=0, help="bayes: same as data.subset_seed (default 0)")
+    p.add_argument(
+        "--truth", default="labels", help="bayes: group of labels that the table is measured by (default labels)"
+    )
+    p.add_argument(
+        "--table", default="", help="bayes: a .json file; used if it is there, otherwise written by --holdout"
+    )
+    p.add_argument("--part", default="1/1", help="i/n: only every n-th shard")
+    p.add_argument("--workers", type=at_least(1), default=1, help="threads (default 1)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    from occstream.evaluation.refine import RefineConfig, refine
+    from occstream.evaluation.votes import VoteConfig
+
+    config = RefineConfig(args.rule, args.window, args.movers, VoteConfig(args.sensor, empty=args.empty), args.voxels)
+    if args.rule == "votes" and (args.holdout or args.table):
+        raise ValueError("--holdout and --table belong to --rule bayes; votes need no table")
+    part = parse_part(args.part)
+    table = _table(args, config) if args.rule == "bayes" else None
+    found = refine(
+        args.url,
+        args.input,
+        args.name,
+        config,
+        table=table,
+        part=part,
+        threads=args.workers,
+        progress=lambda done, total: print(f"{done}/{total} shards", flush=True) if done % 10 in (0, total) else None,
+    )
+    if found.frames:
+        each = [f"{getattr(found, name) / found.frames:.2f}" for name in ("reading", "voting", "writing")]
+        print(f"in view: {found.view_from}")
+        print(
+            f"{args.name}: {found.frames} frames in {found.seconds:.0f} s; CPU seconds per frame: {each[0]} reading, {each[1]} "
+            f"voting, {each[2]} writing; {found.changed / found.frames:,.0f} voxels changed and "
+            f"{found.bytes / found.frames / 1e3:.1f} kB per frame"
+        )
+    if found.skipped:
+        print(f"{found.skipped} shards already existed")
+    if found.manifest is None:
+        print(f"part {args.part} is done; the part that finishes last publishes {args.name}")
+    else:
+        print(
+            f"published {args.name} at {args.url}; train with data.labels={args.name}, fingerprint "
+            f"{found.manifest.fingerprint}"
+        )
+    return 0
+
+
+def _table(args: argparse.Namespace, config):
+    """The table of confusions, read or measured."""
+    from occstream.evaluation.bayes import LAMBDAS, Confusions
+    from occstream.evaluation.refine import measure
+    from occstream.sharding.manifest import Manifest
+    from occstream.sharding.received import load_json
+
+    path = Path(args.table) if args.table else None
+    if path and path.exists():
+        data = load_json(path.read_bytes(), str(path), "measure it again with --holdout")
+        table = Confusions.from_dict(data, str(path))
+        names = data.get("scenes") if isinstance(data.get("scenes"), list) else []
+        print(f"table {table.digest} of {path}: measured on {len(names)} scenes of {data.get('input', 'unknown labels')!s:.60}, "
+              f"λ {table.exponent:g}")  # fmt: skip
+        return table
+    if not args.holdout:
+        raise ValueError(
+            f"rule bayes needs a table of the network's confusions: {f'{path} is not there; ' if path else ''}give "
+            "--holdout N to measure it on N scenes that training never saw (as data.holdout), or --table FILE of such a run"
+        )
+    base = Manifest.load(args.url)
+    if args.holdout > len(base.scenes):
+        raise ValueError(f"--holdout {args.holdout}: {args.url} has {len(base.scenes)} scenes")
+    scenes = base.held_out(args.holdout, args.subset_seed)
+    table, means = measure(args.url, args.input, scenes, dataclasses.replace(config), args.truth)
+    said = ", ".join(f"{exponent:g}: {mean:.4f}" for exponent, mean in zip(LAMBDAS, means))
+    print(f"table {table.digest}: measured on {len(scenes)} held-out scenes; mean log likelihood by λ: {said}")
+    print(f"λ {table.exponent:g}; scores on these scenes flatter the rule, evaluate it on others")
+    if path:
+        names = [base.scenes[i].name for i in scenes]
+        about = {"input": f"{args.input} of {base.source}", "scenes": names, "classes": list(base.classes)}
+        path.write_text(json.dumps({**table.to_dict(), **about}))
+        print(f"wrote {path}")
+    return table
