@@ -20,15 +20,15 @@ import importlib.util
 import itertools
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from occstream.models.layers import SyncBatchNorm, full_precision, row, world_size
-from occstream.sharding.grid import VoxelGrid
 
 Triple = tuple[int, int, int]
 Backend = Literal["torch", "spconv"]
@@ -85,7 +85,7 @@ class SparseTensor:
                 f"voxel (batch, z, y, x) = {first} is outside of {batch_size} grids of {tuple(shape)} (z, y, x); "
                 f"{int(outside.sum())} such voxels"
             )
-        keys, order = torch.sort(_keys(wide, shape))
+        keys, order = torch.sort(order_keys(wide, shape))
         twice = keys[1:] == keys[:-1]
         if twice.any():
             first = tuple(wide[order[twice.nonzero()[0, 0]]].tolist())
@@ -102,11 +102,11 @@ class SparseTensor:
     def dense(self) -> Tensor:
         """(batch_size, C, Z, Y, X), zero where no voxel is active."""
         out = self.features.new_zeros(self.batch_size * math.prod(self.shape), self.features.shape[1])
-        out = out.index_copy(0, _keys(self.indices.long(), self.shape), self.features)
+        out = out.index_copy(0, order_keys(self.indices.long(), self.shape), self.features)
         return out.view(self.batch_size, *self.shape, -1).permute(0, 4, 1, 2, 3).contiguous()
 
 
-def _keys(indices: Tensor, shape: Triple, margin: Triple = (0, 0, 0)) -> Tensor:
+def order_keys(indices: Tensor, shape: Triple, margin: Triple = (0, 0, 0)) -> Tensor:
     """(N, 4) int64 -> (N,) int64 in the order of the indices. With a margin, all neighbors within it have keys of their own,
     also those outside of the grid."""
     b, z, y, x = indices.unbind(1)
@@ -114,7 +114,7 @@ def _keys(indices: Tensor, shape: Triple, margin: Triple = (0, 0, 0)) -> Tensor:
     return ((b * depth + z + mz) * height + y + my) * width + x + mx
 
 
-def _indices(keys: Tensor, shape: Triple) -> Tensor:
+def key_indices(keys: Tensor, shape: Triple) -> Tensor:
     """(N,) keys without margin -> (N, 4) int32."""
     found = [keys]
     for size in reversed(shape):
@@ -152,7 +152,7 @@ def submanifold_pairs(indices: Tensor, shape: Triple, kernel: Triple) -> tuple[t
     center mirror those before it.
     """
     mz, my, mx = margin = tuple(k // 2 for k in kernel)
-    keys = _keys(indices.long(), shape, margin)
+    keys = order_keys(indices.long(), shape, margin)
     line = shape[2] + 2 * mx
     plane = (shape[1] + 2 * my) * line
     ended = torch.cat([keys, keys.new_full((1,), -1)])  # a search may end behind the last key
@@ -200,7 +200,33 @@ def strided_pairs(
             keys.append(begin[kept] + x[sources[-1], kx])
     found, targets = torch.unique(torch.cat(keys), return_inverse=True)
     pairs = zip(sources, targets.int().split([len(s) for s in sources]))
-    return tuple((s.int(), t) for s, t in pairs), _indices(found, out)
+    return tuple((s.int(), t) for s, t in pairs), key_indices(found, out)
+
+
+def _blocks(pairs, rows: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Kernel offset and rows of input and output, at most ``rows`` at a time."""
+    for offset, pair in enumerate(pairs):
+        for source, target in zip(*(side.split(rows) for side in pair)) if pair is not None and len(pair[0]) else ():
+            yield offset, source, target
+
+
+class _Scratch:
+    """Memory for what is gathered: fresh memory, and memory that leaves the CPU's cache, costs more than the products."""
+
+    def __init__(self, like: Tensor, pairs, *widths: int):
+        longest = max((len(pair[0]) for pair in pairs if pair is not None), default=0)
+        self.rows = max(1, longest if like.is_cuda else min(longest, 2048))
+        self.parts = [like.new_empty(self.rows * width) for width in widths]
+
+    def take(self, part: int, table: Tensor, rows: Tensor) -> Tensor:
+        """``table[rows]``."""
+        return torch.index_select(table, 0, rows, out=self._of(part, len(rows), table.shape[1]))
+
+    def product(self, part: int, a: Tensor, b: Tensor) -> Tensor:
+        return torch.mm(a, b, out=self._of(part, len(a), b.shape[1]))
+
+    def _of(self, part: int, rows: int, width: int) -> Tensor:
+        return self.parts[part][: rows * width].view(rows, width)
 
 
 class _Convolve(torch.autograd.Function):
@@ -211,33 +237,34 @@ class _Convolve(torch.autograd.Function):
         ctx.save_for_backward(features, weight)
         ctx.pairs = pairs
         maps = weight.flatten(1, 3).permute(1, 2, 0).contiguous()  # (K, in, out)
-        out = None if None in pairs else features.new_zeros(rows, weight.shape[0])
-        if out is None:
-            out = features @ maps[pairs.index(None)]
-        for pair, one in zip(pairs, maps):
-            if pair is not None and len(pair[0]):
-                out.index_add_(0, pair[1], features.index_select(0, pair[0]) @ one)
+        out = features @ maps[pairs.index(None)] if None in pairs else features.new_zeros(rows, weight.shape[0])
+        scratch = _Scratch(features, pairs, *maps.shape[1:])
+        for offset, source, target in _blocks(pairs, scratch.rows):
+            out.index_add_(0, target, scratch.product(1, scratch.take(0, features, source), maps[offset]))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        features, weight = ctx.saved_tensors
+        (features, weight), pairs = ctx.saved_tensors, ctx.pairs
         grad = grad.contiguous()
         maps = weight.flatten(1, 3).transpose(0, 1).contiguous()  # (K, out, in)
         to_weight = torch.zeros_like(maps) if ctx.needs_input_grad[1] else None
         to_features = torch.zeros_like(features) if ctx.needs_input_grad[0] else None
-        for offset, pair in enumerate(ctx.pairs):
-            if pair is not None and not len(pair[0]):
-                continue
-            come = grad if pair is None else grad.index_select(0, pair[1])
+        if None in pairs:
+            center = pairs.index(None)
             if to_weight is not None:
-                went = features if pair is None else features.index_select(0, pair[0])
-                torch.mm(come.t(), went, out=to_weight[offset])
-            if to_features is not None and pair is None:
-                to_features.addmm_(come, maps[offset])
-            elif to_features is not None:
-                to_features.index_add_(0, pair[0], come @ maps[offset])
+                torch.mm(grad.t(), features, out=to_weight[center])
+            if to_features is not None:
+                torch.mm(grad, maps[center], out=to_features)
+        outputs, inputs = maps.shape[1:]
+        scratch = _Scratch(features, pairs, outputs, inputs, inputs)
+        for offset, source, target in _blocks(pairs, scratch.rows):
+            come = scratch.take(0, grad, target)
+            if to_weight is not None:
+                to_weight[offset].addmm_(come.t(), scratch.take(1, features, source))
+            if to_features is not None:
+                to_features.index_add_(0, source, scratch.product(2, come, maps[offset]))
         if to_weight is not None:
             to_weight = to_weight.transpose(0, 1).reshape(weight.shape)
         return to_features, to_weight, None, None
@@ -555,45 +582,3 @@ class SparseSequential(nn.Sequential, SparseModule):
         for layer in self:
             x = layer(x) if isinstance(layer, SparseModule) else x.replace(layer(x.features))
         return x
-
-
-# --- points to voxels --------------------------------------------------------------------------------------------------
-
-
-class Voxels(NamedTuple):
-    """Of all sweeps of a batch, in ascending order.
-
-    features: (M, C) float32, the mean over the points of a voxel. indices: (M, 4) int32: batch, z, y, x.
-    rows: (N,) int64, the voxel of each point; -1 for points outside of the grid or with a value that is not finite.
-    """
-
-    features: Tensor
-    indices: Tensor
-    rows: Tensor
-
-
-def voxelize(points: Tensor, sweep: Tensor, grid: VoxelGrid) -> Voxels:
-    """Mean feature of the points in each voxel.
-
-    Voxels are half-open boxes and their numbers are computed in float64: in float32, points within micrometers of a face
-    would change sides. Means are sums in float64 over the points of a voxel in the given order.
-
-    Args:
-        points: (N, 3 + d) float32 or float64: x, y, z in meters in the frame of ``grid``, then any features.
-        sweep: (N,) integers, the place of each point's sweep in the batch.
-        grid: the box; its shape is (X, Y, Z).
-    """
-    wide = points.double()
-    scaled = (wide[:, :3] - row(wide, grid.lower)) / row(wide, grid.voxel)
-    inside = ((scaled >= 0) & (scaled < row(wide, grid.shape)) & wide.isfinite().all(1, keepdim=True)).all(1)
-    kept = inside.nonzero().squeeze(1)
-    x, y, z = scaled[kept].floor().long().unbind(1)
-    shape = grid.shape[::-1]
-    keys, order = torch.sort(_keys(torch.stack([sweep[kept].long(), z, y, x], 1), shape), stable=True)
-    found, voxel, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
-    rows = points.new_full((len(points),), -1, dtype=torch.int64)
-    rows[kept[order]] = voxel
-    means = wide.new_zeros(0, wide.shape[1])
-    if len(found):
-        means = torch.segment_reduce(wide[kept[order]], "sum", lengths=counts, axis=0) / counts[:, None]
-    return Voxels(means.float(), _indices(found, shape), rows)
