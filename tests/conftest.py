@@ -1,9 +1,24 @@
-"""Fixtures that more than one folder of tests uses."""
+"""Fixtures that more than one folder of tests uses, and the three kinds of tests.
+
+Every test is of one kind, by marker:
+
+* ``process``: it starts processes with Python in them, or needs the object store, which is one. Tests that use the fixture
+  ``endpoint`` are of this kind by themselves.
+* ``slow``: one process, but more than about two seconds of CPU time.
+* ``unit``: everything else. No marker needs to be written; a unit test that starts a process with Python in it fails.
+
+``process`` and ``slow`` are written at the test (``@pytest.mark.slow``) or for its file (``pytestmark = pytest.mark.process``).
+Where a process takes long, ``process`` is the kind.
+"""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 # Kernels are tested through Triton's interpreter, which must be chosen before anything imports Triton.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -11,6 +26,48 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import pytest
+
+KINDS = ("unit", "process", "slow")
+
+
+def kinds_of(item: pytest.Item) -> list[str]:
+    """The kinds that a test is marked with, one if all is well."""
+    return [kind for kind in KINDS if item.get_closest_marker(kind)]
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "endpoint" in getattr(item, "fixturenames", ()):
+            item.add_marker("process")
+        elif not kinds_of(item):
+            item.add_marker("unit")
+        if len(kinds_of(item)) > 1:
+            raise pytest.UsageError(f"{item.nodeid} is marked {' and '.join(kinds_of(item))}: one kind for each test")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    if "unit" not in kinds_of(item):
+        return (yield)
+    start = subprocess.Popen._execute_child
+
+    def execute(self, args, executable, *rest):
+        command = [args] if isinstance(args, (str, bytes)) else list(args)
+        program = Path(os.fsdecode(executable or command[0]))
+        if program.parent == Path(sys.executable).parent or program.name.startswith("python"):
+            refuse()
+        return start(self, args, executable, *rest)
+
+    with (
+        mock.patch.object(BaseProcess, "start", refuse),
+        mock.patch.object(subprocess.Popen, "_execute_child", execute),
+    ):
+        return (yield)
+
+
+def refuse(*_) -> None:
+    pytest.fail("a unit test starts a process: mark it @pytest.mark.process", pytrace=False)
 
 
 @pytest.fixture(scope="session")

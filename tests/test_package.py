@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 
 
+@pytest.mark.process
 def test_wheel_holds_every_module_recipe_and_page(tmp_path):
     # In a copy: setuptools would add what an earlier build has left in build/.
     copy = tmp_path / "copy"
@@ -70,6 +71,7 @@ def test_every_thread_tells_of_its_errors():
             assert "Thread(" not in path.read_text(), f"{path}: start it by sharding.threads"
 
 
+@pytest.mark.process
 def test_launch_scripts_say_how_to_install(tmp_path):
     """Without the package they print the command that fixes it."""
     script = ROOT / "launch" / "pretrain.py"

@@ -51,6 +51,7 @@ def client(tmp_path):
     return client
 
 
+@pytest.mark.slow
 def test_report_of_a_whole_study(client, tmp_path):
     text = study_report(client, "study", tmp_path / "out")
     study = read_study(client, "study")
@@ -74,6 +75,7 @@ def test_report_of_a_whole_study(client, tmp_path):
     assert study_report(client, "study", None) is not None, "its own report run is no cell"
 
 
+@pytest.mark.slow
 def test_missing_cells_are_named_and_refused_or_marked(client, tmp_path):
     tags = {"strategy": "S+B", "family": "LS", "pretrain_scenes": 320, "finetune_scenes": 6, "seed": 0}
     add(client, client.experiment, "late", tags, {"eval/miou": 1.0}, status="FAILED")

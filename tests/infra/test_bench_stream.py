@@ -8,6 +8,8 @@ import pytest
 
 from infra.bench import stream as bench_stream
 
+pytestmark = pytest.mark.process
+
 FRAMES = 4
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from tests.forked import Forked
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "infra/gpu_check.sh"
 

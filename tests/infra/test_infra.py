@@ -33,12 +33,14 @@ def tool(name):
     return found
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("file", SHELL, ids=lambda p: p.name)
 def test_shell_scripts(file):
     passes("bash", "-n", file)
     passes(tool("shellcheck"), "-s", "bash", file)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("file", sorted(INFRA.glob("*Dockerfile")), ids=lambda p: p.name)
 def test_dockerfiles(file):
     passes(tool("hadolint"), "--failure-threshold", "warning", file)
@@ -48,10 +50,12 @@ def test_dockerfiles(file):
     assert "tini" in text or file.name != "Dockerfile"
 
 
+@pytest.mark.process
 def test_yaml_is_clean():
     passes(tool("yamllint"), "-d", RULES, INFRA, ROOT / "launch/recipes")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["accounts", "mlflow", "shard-job"])
 def test_kubernetes_manifests_fit_their_schemas(name):
     passes(tool("kubernetes-validate"), "--strict", INFRA / f"k8s/{name}.yaml")

@@ -20,6 +20,7 @@ except SystemExit as stop:
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["sweep", "--help"], ["shard"]], ids=" ".join)
 def test_no_heavy_package_is_loaded_to_print_help(words):
     done = subprocess.run(

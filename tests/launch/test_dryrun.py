@@ -49,6 +49,7 @@ def test_states_are_divided_as_zero_says():
     assert buckets == [0, 4e8 + 4 * size / 8, 4e8 + 4 * size / 8, 2e8 + 4 * size / 8]
 
 
+@pytest.mark.slow
 def test_activations_grow_with_frames_and_shrink_with_checkpointing():
     config = load_config(RECIPE, ["model.dropout=0.0"], stage="pretrain")
     two, four = activations(config, 0, 2), activations(config, 0, 4)

@@ -77,6 +77,7 @@ def test_a_checkpoint_computes_in_its_recipes_precision_and_says_so(place, capsy
     assert found == [torch.bfloat16 if precision == "bf16" else torch.float32]
 
 
+@pytest.mark.process
 def test_the_loop_closes(place, capsys):
     saved = checkpoint.Checkpoint(place / "teacher").state
     assert saved["unknown_share"] == {"data.mask": 0.0}, (
@@ -104,6 +105,7 @@ def test_the_loop_closes(place, capsys):
     assert losses(place / "student")[2]["train/semantic"] > 0
 
 
+@pytest.mark.process
 def test_parts_and_a_kill_give_the_bytes_of_one_run(place):
     url = str(place / "data")
     whole = predict_checkpoint(place / "teacher", url, "pseudo-whole", keep="top2")

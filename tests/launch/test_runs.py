@@ -10,6 +10,8 @@ from occstream.pretrain.events import read_events
 from tests.forked import Forked
 from tests.pretrain.small import RECIPE, ROOT, environment, free_port, losses, pack_small, run_jobs
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

@@ -60,6 +60,7 @@ def test_wrong_names_are_one_line(words, said, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.process
 def test_a_reader_that_stops_early_is_no_error():
     """As in ``occstream recipe | head -1``."""
     command = [sys.executable, "-m", "occstream.launch.cli", "recipe"]

@@ -19,6 +19,8 @@ from occstream.pretrain.events import read_events
 from occstream.pretrain.replay import EvalData, TrainData
 from tests.pretrain.small import RECIPE, environment, pack_small
 
+pytestmark = pytest.mark.process
+
 STUDY = {
     "name": "little",
     "pretrain": {"recipe": RECIPE, "scenes": [0, 3], "set": {"train": {"steps": 3}}},

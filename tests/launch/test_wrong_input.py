@@ -112,6 +112,7 @@ def test_manifest_of_another_grid_or_taxonomy(data, tmp_path, said):
     assert "labels use taxonomy 'occ3d', the recipe expects 'openscene'" in said()
 
 
+@pytest.mark.process
 def test_no_data_and_missing_shard(tmp_path, said):
     assert pretrain(tmp_path / "nothing", tmp_path / "run") == 2
     assert "no manifest there" in said()
@@ -123,6 +124,7 @@ def test_no_data_and_missing_shard(tmp_path, said):
     assert cli.main(["verify", str(tmp_path / "data")]) == 1
 
 
+@pytest.mark.process
 def test_checkpoint_of_another_model_or_damaged(data, tmp_path, said):
     trained(data, tmp_path / "pre")
     fine = ["--recipe", RECIPE, f"data.url={data}", "train.steps=1", f"train.init={tmp_path / 'pre'}"]
@@ -140,6 +142,7 @@ def test_checkpoint_of_another_model_or_damaged(data, tmp_path, said):
     assert "no complete checkpoint there" in said()
 
 
+@pytest.mark.process
 def test_training_goes_on_without_its_mlflow_server(data, tmp_path):
     error = trained(data, tmp_path / "run", "track.uri=http://127.0.0.1:9")
     assert "does not answer" in error
@@ -151,6 +154,7 @@ def test_training_goes_on_without_its_mlflow_server(data, tmp_path):
     assert cli.main(["sync", str(tmp_path / "run"), "--uri", f"sqlite:///{tmp_path}/mlflow.db"]) == 0
 
 
+@pytest.mark.process
 def test_checkpoint_evaluates_by_command(data, tmp_path, capsys):
     trained(data, tmp_path / "run")
     assert cli.main(["evaluate", str(tmp_path / "run"), "--picture", str(tmp_path / "pictures")]) == 0
@@ -158,6 +162,7 @@ def test_checkpoint_evaluates_by_command(data, tmp_path, capsys):
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
 
 
+@pytest.mark.process
 def test_losses_that_are_not_finite_end_the_run_before_they_reach_the_weights(data, tmp_path):
     run = tmp_path / "run"
     error = trained(data, run, "train.lr=1e30", "train.warmup=1", "train.steps=9", "train.clip=1e30", code=3)

@@ -30,6 +30,7 @@ def trained(backend, checkpointing, ranks):
     return out.detach(), {n: p.grad for n, p in encoder.named_parameters()}, dict(encoder.named_buffers()), graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("ranks", [contextlib.nullcontext, two_equal_ranks])

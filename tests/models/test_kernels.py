@@ -94,6 +94,7 @@ def test_focal_loss(gamma, weighted):
     assert none.shape == (0, 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["b2s_ls", "b2s_bevformer"])
 def test_a_whole_network_is_the_same_with_them(name, monkeypatch):
     """Outputs, loss and the gradient of every parameter, in float32."""
@@ -116,6 +117,7 @@ def test_a_whole_network_is_the_same_with_them(name, monkeypatch):
             torch.testing.assert_close(found[1][1][key], grad, rtol=1e-3, atol=1e-5 * largest, msg=key)
 
 
+@pytest.mark.process
 def test_they_compile_for_the_gpus_of_the_field_without_one():
     """PTX and machine code for A100 and H100, by a process without the interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -28,6 +28,7 @@ def rendered(height, width):
     return source.load(source.scene_names()[0]).frames[0].cameras["CAM_FRONT"].jpeg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height", "factor"), [(180, 101, 1), (352, 198, 2), (1401, 789, 8)])
 def test_warping_is_that_of_the_readers(width, height, factor):
     """Enlarged, halved and shrunk eightfold by the decoder; odd sizes, mirrored, rotated, cropped and black outside."""

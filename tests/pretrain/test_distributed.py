@@ -23,6 +23,8 @@ from occstream.pretrain.events import read_events
 from occstream.pretrain.replay import Prefetcher, TrainData
 from tests.pretrain.small import RECIPE, launch_ranks, losses, pack_small, run_jobs, start_jobs
 
+pytestmark = pytest.mark.process
+
 STAGES = (0, 1, 2, 3)
 CASES = [*((kind, stage) for kind in ("pretrain", "replay") for stage in STAGES), ("mix", 1)]
 

@@ -39,6 +39,7 @@ def wait_for_step(run, step):
         time.sleep(0.01)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("way", ["SIGTERM", "SIGUSR1", "STOP"])
 def test_a_run_that_is_asked_to_stop_saves_and_says_so_by_its_exit_code(data, tmp_path, way):
     words = [f"data.url={data}", "train.steps=400", f"train.upload=file://{tmp_path}/store"]
@@ -66,6 +67,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_says_so_by_its_exit_code(data, tm
         assert sorted(losses(tmp_path / "elsewhere")) == [step + 1, step + 2]
 
 
+@pytest.mark.process
 def test_a_second_job_in_the_same_folder_is_refused_and_the_first_goes_on(data, tmp_path):
     words = [f"data.url={data}", "train.steps=400"]
     first = start(tmp_path / "run", *words)
@@ -79,6 +81,7 @@ def test_a_second_job_in_the_same_folder_is_refused_and_the_first_goes_on(data, 
     assert first.returncode == REQUEUE
 
 
+@pytest.mark.process
 def test_a_profile_is_a_trace_and_a_table(data, tmp_path):
     process = start(tmp_path / "run", f"data.url={data}", "train.steps=13", "--profile", "2")
     said, _ = process.communicate(timeout=100)
@@ -124,6 +127,7 @@ def test_a_watchdog_that_saw_no_hang_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 def test_a_hang_that_holds_pythons_lock_ends_too(tmp_path):
     script = tmp_path / "hang.py"
     script.write_text(
@@ -136,6 +140,7 @@ def test_a_hang_that_holds_pythons_lock_ends_too(tmp_path):
     assert "in stuck" in (tmp_path / "stacks-rank-0.txt").read_text()
 
 
+@pytest.mark.process
 def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(data, tmp_path):
     words = [f"data.url={data}", "train.steps=6"]
     assert start(tmp_path / "run", *words[:1], "train.steps=2").wait(100) == 0
@@ -188,6 +193,7 @@ def test_ranks_that_went_away_are_one_line(kind, capsys):
     assert "Connection closed by peer [10.0.0.7]" in line
 
 
+@pytest.mark.process
 def test_a_short_soak(tmp_path):
     """Four of the kills of soak.py, over one and two processes."""
     found = soak(tmp_path, kills=4, steps=24, seed=3, worlds=(2, 1))

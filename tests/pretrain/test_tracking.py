@@ -32,6 +32,7 @@ def _history(uri, run_id, key):
     return [(m.step, m.value) for m in open_client(uri).get_metric_history(run_id, key)]
 
 
+@pytest.mark.slow
 def test_everything_arrives_once(tmp_path):
     uri, folder = _uri(tmp_path), tmp_path / "run"
     tracker = _tracker(folder, uri)

@@ -42,6 +42,7 @@ def drawn(data: str, *words: str) -> list[list[str]]:
         stream.close()
 
 
+@pytest.mark.slow
 def test_other_images_and_other_labels_of_the_same_scenes_come_in_the_same_order(data, tmp_path):
     other = str(tmp_path / "other")
     pack_small(other, image_size=(64, 176))
@@ -128,6 +129,7 @@ def evaluated(data, tmp_path_factory, world):  # noqa: F811
     return run, result
 
 
+@pytest.mark.slow
 def test_a_run_logs_a_curve_of_scores_and_ends_with_one(evaluated):
     run, result = evaluated
     curve = scores(run)

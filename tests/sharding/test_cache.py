@@ -98,6 +98,7 @@ ShardReader(Manifest.load(url), ("labels",), ShardCache(folder)).frame(0, 0)
 """
 
 
+@pytest.mark.process
 def test_killed_in_the_middle_of_a_fetch(s3, through, tmp_path):
     """The next start works at once; what the killed one left goes away by itself."""
     manifest = pack(ToySource((2, 3)), f"{s3}/killed", grid=GRID)
@@ -256,6 +257,7 @@ def test_a_shard_that_another_process_removes_is_fetched_again(tmp_path, monkeyp
     os.close(file)
 
 
+@pytest.mark.process
 def test_eviction_under_readers_costs_no_sample(tmp_path):
     """A cache with room for two of six shards, used by threads that each have a cache object, as processes do."""
     shards, errors = _shards(tmp_path / "store", 6), []

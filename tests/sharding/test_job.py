@@ -47,6 +47,7 @@ def kill_and_finish(url: str, part: list[int], rng: random.Random, env=None, kil
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.process
 def test_killed_parts_merged_equal_one_run(tmp_path):
     whole = tmp_path / "whole"
     pack(ToySource(COUNTS), str(whole), grid=GRID, scenes_per_shard=2)
@@ -65,6 +66,7 @@ def test_killed_parts_merged_equal_one_run(tmp_path):
     assert verify(str(parts)) == []
 
 
+@pytest.mark.process
 def test_more_parts_than_shards(tmp_path):
     """The last machines have nothing to do, and the whole is complete all the same."""
     whole = pack(ToySource((2, 1)), str(tmp_path / "whole"), grid=GRID)
@@ -116,6 +118,7 @@ def test_failures_are_collected_and_left_out_and_retried(tmp_path):
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
+@pytest.mark.process
 def test_no_manifest_while_shards_are_replaced(tmp_path):
     """Other settings over a published set: a kill in the middle must not leave the old manifest over new shards."""
     pack(ToySource(COUNTS), str(tmp_path), grid=GRID, scenes_per_shard=2, coding=Coding(level=3))
@@ -125,6 +128,7 @@ def test_no_manifest_while_shards_are_replaced(tmp_path):
     assert not (tmp_path / "manifest.json").exists()
 
 
+@pytest.mark.process
 def test_full_disk_is_one_clear_error_and_a_rerun_finishes(tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
@@ -287,6 +291,7 @@ class Elsewhere(ToySource):
         return scene
 
 
+@pytest.mark.slow
 def test_label_attach_and_subset_by_command(tmp_path, capsys):
     """Labels from LiDAR alongside the synthetic truth, and training on them."""
     options = ["scenes=4", "frames=2", "image_size=[32,88]", "--grid", "tiny"]

@@ -75,6 +75,7 @@ def test_minimum_of_points():
     assert np.argwhere(labels.binary).tolist() == [[5, 2, 2]]
 
 
+@pytest.mark.slow
 def test_labels_of_synthetic_drives_agree_with_their_exact_occupancy():
     source = open_source("synthetic", {"scenes": 2, "frames": 3, "image_size": (32, 88), "sweeps": 2})
     made = Labeler(get_grid("occ3d"), "occ3d")
@@ -195,6 +196,7 @@ def test_levelling_leaves_right_poses_alone():
     assert flat[0].ego_to_global is scene.frames[0].ego_to_global  # labels change nothing but labels
 
 
+@pytest.mark.slow
 def test_left_out_sweeps_tell_good_labels_from_bad_ones():
     """Aggregation hits more than one sweep; wrong poses show as rays that cross occupied voxels."""
     right, wrong = road_scene(8, 0.0, 0.0), road_scene(8, 0.4, 0.0)
@@ -212,6 +214,7 @@ def test_left_out_sweeps_tell_good_labels_from_bad_ones():
         measure(road_scene(1, 0, 0), grid, OCC3D, LabelConfig())
 
 
+@pytest.mark.slow
 def test_real_labels_predict_sweeps_that_took_no_part(shared_data):
     scene = open_source("nuscenes", {"root": str(shared_data / "nuscenes"), "scenes": ["scene-9001"]}).load(
         "scene-9001"

@@ -98,6 +98,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.process
 def test_a_killed_packer_takes_its_workers_along(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(PACK)

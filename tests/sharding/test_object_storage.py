@@ -26,6 +26,8 @@ from tests.sharding.test_job import COUNTS, kill_and_finish
 from tests.sharding.test_shards import digests
 from tests.sharding.toy import GRID, ToySource
 
+pytestmark = pytest.mark.process
+
 
 def objects(url: str) -> dict[str, str]:
     """SHA-256 by name of everything below a URL."""

@@ -147,6 +147,7 @@ def test_a_list_in_itself_comes_to_an_end():
     assert found[1] is found
 
 
+@pytest.mark.slow
 def test_changed_bytes_never_raise_anything_else():
     rng = random.Random(0)
     seeds = [pickle.dumps({"a": ARRAYS, "b": [np.float64(1), "x"]}, protocol) for protocol in range(6)]

@@ -123,6 +123,7 @@ def test_reader_gives_the_frames_back(tmp_path):
     assert only_labels.labels is not None
 
 
+@pytest.mark.process
 def test_workers_kills_and_reruns_do_not_change_a_byte(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     first = pack(ToySource(), str(whole), grid=GRID)

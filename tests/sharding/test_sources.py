@@ -447,6 +447,7 @@ def refusal(options):
     return ""
 
 
+@pytest.mark.slow
 def test_a_fault_in_any_field_of_openscene_is_one_line(tmp_path):
     options = layouts.openscene(tmp_path, scenes=1, frames=1)
     path = tmp_path / "meta_datas/log-a.pkl"

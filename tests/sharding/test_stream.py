@@ -129,6 +129,7 @@ def test_cost_of_forty_million_frames():
     assert time.process_time() - began < 60  # no speed claim: only that nothing is listed frame by frame
 
 
+@pytest.mark.slow
 @given(
     frames=FRAMES,
     per_shard=st.integers(1, 4),

@@ -23,6 +23,7 @@ def scenes():
     return [source.load(name) for name in source.scene_names()]
 
 
+@pytest.mark.slow
 def test_a_scene_is_a_function_of_seed_and_number(scenes):
     again = open_source("synthetic", {**SMALL, "scenes": 2, "first": 3})
     scene = again.load("synthetic-v2-s0-000003")
@@ -49,6 +50,7 @@ CPUS = [
 ]
 
 
+@pytest.mark.process
 def test_every_cpu_makes_the_same_frames():
     script = Path(__file__).with_name("fingerprint.py")
     plain = {k: v for k, v in os.environ.items() if k not in {name for cpu in CPUS for name in cpu}}
@@ -155,6 +157,7 @@ def test_other_rig_grid_and_taxonomy():
     assert seen == set(range(9)), "all eight classes and free occur in eight scenes"
 
 
+@pytest.mark.slow
 def test_every_class_of_occ3d_occurs(scenes):
     source = open_source("synthetic", {"scenes": 40, "frames": 1, "image_size": [16, 44], "lidar": False})
     found = set()
