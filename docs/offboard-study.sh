@@ -17,7 +17,7 @@ one() { # name seed overrides…
   shift 2
   if [[ " $arms " != *" $name "* ]]; then return; fi
   $python "$launch/finetune.py" --recipe study-tiny "data.url=$data" "output=$out/$name$suffix-s$seed" "train.seed=$seed" \
-    train.lr=2.0e-3 train.batch=2 train.warmup=40 "train.steps=${STEPS:-1120}" "track.uri=sqlite:///$out/mlflow.db" \
+    optim.lr=2.0e-3 train.batch=2 optim.warmup=40 "train.steps=${STEPS:-1120}" "track.uri=sqlite:///$out/mlflow.db" \
     track.experiment=study-offboard "track.tags={study: study-offboard, arm: $name$suffix}" "$@" > "$out/$name$suffix-s$seed.txt" 2>&1
 }
 mkdir -p "$out"

@@ -245,7 +245,7 @@ def _run_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 def _machine_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p = command("recipe", _recipe, "list the packaged recipes, or show the keys of one and their meanings")
     p.add_argument("name", nargs="?", default="", help="a packaged recipe, or the path of a .yaml file")
-    p.add_argument("key", nargs="?", default="", help="one key or section, e.g. train.lr or augment")
+    p.add_argument("key", nargs="?", default="", help="one key or section, e.g. optim.lr or augment")
 
     p = command("doctor", _doctor, "show what this machine has and what to install")
     p.add_argument("--data", default="", help="URL of a packed data set to check access to")

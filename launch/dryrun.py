@@ -20,6 +20,7 @@ from occstream.pretrain.distributed import World
 from occstream.pretrain.engine import BUCKET
 from occstream.pretrain.losses import occupancy_loss
 from occstream.pretrain.networks import create_model
+from occstream.pretrain.optim import parameter_groups
 from occstream.pretrain.replay import EvalData, TrainData
 from occstream.sharding.manifest import Manifest
 
@@ -177,6 +178,7 @@ def predicted_memory(config: Config, data: TrainData, ranks: int) -> Memory:
     replayed = (data.frames_per_step - cfg.batch) // cfg.accumulate
     binary = -(-replayed // ranks) if config.stage == "finetune" else -(-cfg.batch // cfg.accumulate // ranks)
     model = create_model(config)
+    parameter_groups(model, config.optim)  # or a name in it is wrong
     parameters = sum(p.numel() for p in model.parameters())
     live = activations(config, semantic, binary) + statistics(model, ranks)
     return Memory(**states(parameters, cfg.zero_stage, ranks, cfg.ema), activations=live, allocator=SLACK * live)

@@ -31,7 +31,7 @@ def parser(stage: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog=f"launch/{stage}.py",
         description="Pre-trains on binary occupancy." if stage == "pretrain" else "Fine-tunes semantic occupancy.",
-        epilog="Overrides are dotted keys of the recipe, for example train.lr=1e-4 data.scenes=2000 output=runs/a. "
+        epilog="Overrides are dotted keys of the recipe, for example optim.lr=1e-4 data.scenes=2000 output=runs/a. "
         "Rerunning the same command resumes from the newest complete checkpoint.",
     )
     made.add_argument("--recipe", required=True, help="name of a packaged recipe, or path of a .yaml file")

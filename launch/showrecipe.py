@@ -14,6 +14,7 @@ import yaml
 
 from occstream.pretrain.config import load_config, read_recipe
 from occstream.pretrain.configdocs import Key, recipe_keys
+from occstream.pretrain.renamed import RENAMED
 
 
 def show_recipe(name: str = "", key: str = "") -> str:
@@ -57,6 +58,8 @@ def _shown(name: str, key: str) -> str:
     values = {k.name: _value(config.to_dict(), k.name) for k in keys}
     chosen = [k for k in keys if not key or k.name == key or k.name.startswith(f"{key}.")]
     if not chosen:
+        if key in RENAMED:
+            raise ValueError(f"{key} is now {RENAMED[key]}: occstream recipe {name} {RENAMED[key]}")
         near = difflib.get_close_matches(key, values, 3, 0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else f"; occstream recipe {name} lists them"
         raise ValueError(f"recipe {name} has no key {key!r}{hint}")
@@ -82,5 +85,5 @@ def _entry(key: Key, value: Any) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return repr(value)
+        return re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))  # as YAML reads numbers
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")

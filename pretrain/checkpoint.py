@@ -5,7 +5,7 @@ conversion): a folder ``step-00000120`` with full fp32 values,
 
     model.safetensors      parameters and buffers
     ema.safetensors        averaged parameters and floating buffers (if EMA is on)
-    optimizer.safetensors  AdamW moments
+    optimizer.safetensors  Adam's moments
     state.json             position in the data, hyper-parameters, config, fingerprints, MLflow run
     COMPLETE.json          sizes and SHA-256 of the others
 
@@ -32,8 +32,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from occstream.pretrain.renamed import saved_settings
 from occstream.sharding import storage, threads
-from occstream.sharding.secrets import redacted
 
 FORMAT = 1
 COMPLETE, LATEST = "COMPLETE.json", "latest.json"
@@ -62,7 +62,7 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
         if bad:
             raise FloatingPointError(
                 f"step {step}: {len(bad)} tensors of {stem} hold NaN or infinity{_some(bad)}; this checkpoint is not saved. "
-                "Restart from the previous one with a lower train.lr or train.clip, or a longer train.warmup"
+                "Restart from the previous one with a lower optim.lr or optim.clip, or a longer optim.warmup"
             )
     final = root / f"step-{step:08d}"
     partial = root / f".partial-{step:08d}"
@@ -369,6 +369,8 @@ def _check_state(state: object, where: Path) -> None:
         bad += [name for name in whole if type(state[name]) is not int or not 0 <= state[name] < 2**53]
         if "cameras" not in bad and not all(isinstance(c, str) for c in state.get("cameras", ())):
             bad.append("cameras")
+        if "groups" not in bad and not all(isinstance(g, dict) for g in state.get("groups", ())):
+            bad.append("groups")
     if bad:
         raise Damaged(f"{where}: {bad[0]} is not what was written; take another checkpoint")
 
@@ -428,7 +430,7 @@ def export(path: str | Path, out: str | Path) -> Path:
     partial.chmod(storage.file_mode())
     partial.replace(out)
     scores = read_scores(saved.path.parent).get(str(saved.state["step"]), {})
-    config = redacted(saved.state.get("config", {}))
+    config = saved_settings({"config": {}, **saved.state})
     card = {
         "model": config.get("model_name"),
         "stage": config.get("stage"),

@@ -24,6 +24,8 @@ from occstream.models import model_entry
 from occstream.pretrain.augment import AugmentConfig
 from occstream.pretrain.events import default_uri
 from occstream.pretrain.losses import LossConfig
+from occstream.pretrain.optim import OptimConfig
+from occstream.pretrain.renamed import refuse_old_names
 from occstream.pretrain.yamlfile import NotYaml, read_yaml
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.places import place
@@ -147,7 +149,7 @@ class EvalConfig:
 
 @dataclass
 class TrainConfig:
-    """Optimization (B2S, Sec. 4.1) and how it runs."""
+    """Length of the run, its batches, and how it runs."""
 
     seed: int = 0
     """Seeds the initial weights, the data order, augmentation and dropout."""
@@ -159,18 +161,6 @@ class TrainConfig:
     """Passes over ``data``; ignored if ``steps`` is set."""
     steps: int | None = None
     """Total optimizer steps. None: from ``epochs``."""
-    lr: float = 2e-4
-    """AdamW's learning rate for ``batch`` as given; it is not rescaled."""
-    weight_decay: float = 0.01
-    """Applied to all parameters (without exceptions, as in COTR)."""
-    warmup: int = 200
-    """Steps of linear warm-up from 0.001 of ``lr``."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After warm-up: constant (COTR's effective schedule) or cosine to ``min_lr_ratio``."""
-    min_lr_ratio: float = 1e-3
-    """Final value of the cosine schedule, as a fraction of ``lr``."""
-    clip: float = 5.0
-    """Gradient norm limit (L2 over all parameters)."""
     ema: bool = True
     """Evaluate and export an exponential moving average of all floating state."""
     ema_decay: float = 0.999
@@ -232,13 +222,12 @@ class TrainConfig:
         )
         _need(self.zero_stage in (0, 1, 2, 3), f"zero_stage is {self.zero_stage}, must be 0, 1, 2 or 3")
         _need(not (self.compile and self.zero_stage == 3), "compile does not work with zero_stage 3; use 0 to 2")
-        _need(self.lr > 0, f"lr is {self.lr}, must be positive")
         _need(self.steps is None or self.steps >= 1, f"steps is {self.steps}, must be at least 1 (or null)")
         _need(self.epochs > 0, f"epochs is {self.epochs}, must be positive")
         _need(self.keep >= 1, f"keep is {self.keep}, must be at least 1")
         _need(self.log_every >= 1, f"log_every is {self.log_every}, must be at least 1")
         _need(self.data_timeout > 0, f"data_timeout is {self.data_timeout}, must be positive")
-        for name in ("threads", "timeout_minutes", "save_every", "keep_every", "skip_nonfinite", "profile", "warmup"):
+        for name in ("threads", "timeout_minutes", "save_every", "keep_every", "skip_nonfinite", "profile"):
             _need(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, must not be negative")
 
 
@@ -277,6 +266,7 @@ class Config:
     model: Any = None
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
@@ -413,6 +403,7 @@ _PLACES = (("", "output"), ("data", "url"), ("replay", "url"), ("eval", "url"), 
 
 def parse_config(data: Mapping[str, Any]) -> Config:
     """A ``Config`` from nested plain values. Raises ValueError with the dotted key, the value and what would be right."""
+    refuse_old_names(data)
     data = dict(data)
     entry = model_entry(data.get("model_name", Config.model_name))
     known = [*dotted_keys(Config), *dotted_keys(entry.config, "model.")]
@@ -472,13 +463,17 @@ def merge(low: Mapping, high: Mapping) -> dict:
     return out
 
 
+# What follows these in an override is the name of a module, with its dots.
+_OF_MODULES = ("optim.groups.", "optim.decay_groups.")
+
+
 def parse_overrides(words: Iterable[str]) -> dict:
-    """``["train.lr=1e-3", "data.url=s3://b/x"]`` to nested values; values are YAML scalars or lists."""
+    """``["optim.lr=1e-3", "data.url=s3://b/x"]`` to nested values; values are YAML scalars or lists."""
     out: dict = {}
     for word in words:
         key, sign, text = word.partition("=")
         if not sign or not key:
-            raise ValueError(f"override {word!r}: write key=value, for example train.lr=1e-4")
+            raise ValueError(f"override {word!r}: write key=value, for example optim.lr=1e-4")
         try:
             value = read_yaml(text, f"setting {word!r}") if text else ""
         except NotYaml:
@@ -487,8 +482,9 @@ def parse_overrides(words: Iterable[str]) -> dict:
             # YAML 1.1 reads 1e-4 as a string.
             with contextlib.suppress(ValueError):
                 value = float(value) if value.lower() not in ("nan", "inf", "-inf", "infinity") else value
-        nested: Any = value
-        for part in reversed(key.split(".")):
+        section = next((s for s in _OF_MODULES if key.startswith(s)), "")
+        nested: Any = {key.removeprefix(section): value} if section else value
+        for part in reversed((section[:-1] or key).split(".")):
             nested = {part: nested}
         out = merge(out, nested)
     return out

@@ -10,39 +10,44 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from occstream.pretrain.config import TrainConfig
+from occstream.pretrain.config import Config
 from occstream.pretrain.distributed import World
+from occstream.pretrain.optim import describe_groups, make_optimizer
 
 BUCKET = 50_000_000  # elements; buckets of DeepSpeed's default size (5e8) would take 2 GB each
 
 
-def build_engine(model: nn.Module, config: TrainConfig, world: World):
-    """DeepSpeed engine over AdamW with ZeRO ``config.zero_stage``; fp32 parameters and optimizer state always.
+def build_engine(model: nn.Module, config: Config, world: World):
+    """DeepSpeed engine with ZeRO ``train.zero_stage``; fp32 parameters and optimizer state always.
 
     Args:
         model: on the CPU or on ``world.device``, with the weights to start from: ZeRO copies them here.
 
     Returns:
-        The engine. ``engine.optimizer.param_groups`` are live: the trainer sets ``lr`` itself.
+        The engine. ``engine.optimizer.param_groups`` are live: ``Schedule.apply`` sets rates there.
+
+    Raises:
+        ValueError: as ``parameter_groups``.
     """
     import deepspeed
 
     model.to(world.device)
-    params = [p for p in model.parameters() if p.requires_grad]
-    fused = fuses(world.device)
-    optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    optimizer = make_optimizer(model, config.optim, fuses(world.device))
+    if len(optimizer.param_groups) > 1:
+        world.say(f"groups of parameters: {describe_groups(optimizer.param_groups)}")
+    cfg = config.train
     settings = {
         # Only bookkeeping: the frames of a rank are the stream's business (a rank may even have none of one kind).
-        "train_micro_batch_size_per_gpu": max(1, config.batch // config.accumulate // world.size),
-        "gradient_accumulation_steps": config.accumulate,
+        "train_micro_batch_size_per_gpu": max(1, cfg.batch // cfg.accumulate // world.size),
+        "gradient_accumulation_steps": cfg.accumulate,
         # Stage 0 is clipped in ``clip_gradients``: DeepSpeed would launch some kernels for each parameter.
-        "gradient_clipping": config.clip if config.zero_stage else 0.0,
+        "gradient_clipping": config.optim.clip if cfg.zero_stage else 0.0,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
         "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a step
         "zero_optimization": {
-            "stage": config.zero_stage,
-            "overlap_comm": world.device.type == "cuda" and config.zero_stage > 0,
+            "stage": cfg.zero_stage,
+            "overlap_comm": world.device.type == "cuda" and cfg.zero_stage > 0,
             "reduce_bucket_size": BUCKET,
             "allgather_bucket_size": BUCKET,
             # Everything is partitioned and freed after use, so that EMA and checkpoints see one kind of parameter.
@@ -51,7 +56,7 @@ def build_engine(model: nn.Module, config: TrainConfig, world: World):
         },
         "zero_allow_untested_optimizer": True,
     }
-    if config.precision == "bf16":
+    if cfg.precision == "bf16":
         # No "safe modules": gradients are reduced in fp32, whatever the forward computed in.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     with _quiet(world):
@@ -60,12 +65,12 @@ def build_engine(model: nn.Module, config: TrainConfig, world: World):
 
 
 def fuses(device: torch.device) -> bool:
-    """Whether AdamW is one kernel there, which can also be told on the device to change nothing."""
+    """Whether Adam is one kernel there, which can also be told on the device to change nothing."""
     return device.type == "cuda"
 
 
-def clip_gradients(engine, config: TrainConfig, world: World) -> Tensor:
-    """Stage 0, at the end of a step's last backward: scales gradients to a norm of at most ``config.clip`` (0: leaves them).
+def clip_gradients(engine, limit: float, world: World) -> Tensor:
+    """Stage 0, at the end of a step's last backward: scales gradients to a norm of at most ``limit`` (0: leaves them).
 
     Returns:
         Scalar float32 on the device: their L2 norm before; the same on every rank, not finite if any gradient is not.
@@ -75,8 +80,8 @@ def clip_gradients(engine, config: TrainConfig, world: World) -> Tensor:
     if world.size > 1:
         norm = norm / world.size
         dist.all_reduce(norm)
-    if config.clip:
-        torch.nn.utils.clip_grads_with_norm_(params, config.clip, norm)
+    if limit:
+        torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
     return norm
 
 

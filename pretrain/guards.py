@@ -21,7 +21,7 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from occstream.pretrain.config import TrainConfig
+from occstream.pretrain.config import Config
 from occstream.pretrain.distributed import World
 from occstream.pretrain.engine import buffers_of, clip_gradients, drop_step, fuses, or_nan, put_back
 from occstream.sharding import threads
@@ -220,11 +220,11 @@ class FiniteGuard:
         skipped: steps left out so far.
     """
 
-    def __init__(self, engine, config: TrainConfig, run: Path, world: World, heard: Callable[[float, float], None]):
+    def __init__(self, engine, config: Config, run: Path, world: World, heard: Callable[[float, float], None]):
         self.engine, self.config, self.run, self.world, self.heard = engine, config, run, world, heard
-        self.limit, self.skipped = config.skip_nonfinite, 0
+        self.limit, self.skipped = config.train.skip_nonfinite, 0
         self.norm: Tensor | float = math.nan
-        self._late = fuses(world.device) and not config.zero_stage and not self.limit
+        self._late = fuses(world.device) and not config.train.zero_stage and not self.limit
         self._held: tuple[_Step, list[Tensor], torch.cuda.Event | None] | None = None
         self._now = _Step(0)
 
@@ -261,7 +261,7 @@ class FiniteGuard:
             engine.step()  # with NaN or infinity in any gradient, it changes nothing
             self.norm = math.nan if engine.optimizer.overflow else float(engine.get_global_grad_norm())
             return self._judge(self._now, self._now.flags, self.norm)
-        self.norm = clip_gradients(engine, self.config, self.world)
+        self.norm = clip_gradients(engine, self.config.optim.clip, self.world)
         if self._late:
             self.settle()
             engine.optimizer.found_inf = (~torch.isfinite(self.norm)).float()
@@ -309,7 +309,7 @@ class FiniteGuard:
         said += f"Frame keys are in {file}"
         if self.skipped >= self.limit:
             more = f", after {self.skipped} steps left out" if self.limit else ""
-            raise FloatingPointError(f"{said}{more}. Lower train.lr, raise train.warmup, or look at those frames")
+            raise FloatingPointError(f"{said}{more}. Lower optim.lr, raise optim.warmup, or look at those frames")
         self.skipped += 1
         put_back(self.engine.module, step.buffers)
         if self.world.is_main:

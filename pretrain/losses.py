@@ -39,9 +39,9 @@ class LossConfig:
     """Focusing of the focal loss."""
     alpha: float = 0.25
     """Weight of positives in the sigmoid focal loss (negatives get 1 - alpha)."""
-    normaliser: Literal["occupied", "valid"] = "occupied"
+    normalizer: Literal["occupied", "valid"] = "occupied"
     """The focal loss is divided by the number of occupied voxels, or of all valid ones."""
-    replay_normaliser: Literal["own", "joint"] = "own"
+    replay_normalizer: Literal["own", "joint"] = "own"
     """What the binary and depth losses of replayed frames are divided by: their own number of valid voxels or points, so that
     replay leaves the weight of the semantic frames' losses as it is; or joint: one mean over both kinds of frames, in which
     replaying as many frames halves it."""
@@ -139,7 +139,7 @@ def _counts(outputs: OccOutputs, batch: Batch, config: LossConfig) -> list[Tenso
     if outputs.semantic_logits is not None:
         valid = batch.occupancy.semantic != IGNORE
         occupied = batch.occupancy.semantic < outputs.semantic_logits.shape[1]
-        found.append((valid & occupied if config.normaliser == "occupied" else valid).sum())
+        found.append((valid & occupied if config.normalizer == "occupied" else valid).sum())
     if config.depth_weight:
         known = _known_depth(outputs, batch)[1]
         found += [known[frames].sum() for frames in roles]
@@ -151,7 +151,7 @@ def _counts(outputs: OccOutputs, batch: Batch, config: LossConfig) -> list[Tenso
 def _roles(outputs: OccOutputs, batch: Batch, config: LossConfig) -> list[slice]:
     """Frames whose losses have a normalizer of their own: in fine-tuning the semantic frames and the replayed ones, either of
     which a rank may lack; else all. The same number on every rank."""
-    if outputs.semantic_logits is None or config.replay_normaliser == "joint":
+    if outputs.semantic_logits is None or config.replay_normalizer == "joint":
         return [slice(None)]
     return [slice(0, batch.labeled), slice(batch.labeled, None)]
 

@@ -6,6 +6,8 @@ It leans on private attributes of DeepSpeed (pinned exactly in pyproject.toml): 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,12 @@ from occstream.pretrain.distributed import World
 from occstream.pretrain.partition import is_partitioned, to_full, to_local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BY_DEVICE = ("fused", "foreach", "capturable", "differentiable")  # how AdamW computes, not what
+GROUP = ("name", "lr_factor", "weight_decay")  # what a group is; rates are the schedule's
 
 
 def optimizer_state(engine, world: World) -> tuple[dict[str, Tensor], list[dict]]:
-    """AdamW's full moments by ``<moment>/<parameter>`` plus ``step`` (collective; {} on ranks that do not save), and the
-    hyper-parameters by group."""
+    """Adam's full moments by ``<moment>/<parameter>`` plus ``step`` (collective; {} on ranks that do not save), and what each
+    group is (``GROUP``)."""
     from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
 
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
@@ -43,24 +45,23 @@ def optimizer_state(engine, world: World) -> tuple[dict[str, Tensor], list[dict]
     steps = {float(s["step"]) for s in base.state.values() if "step" in s}
     if world.is_main:
         tensors["step"] = torch.tensor(max(steps, default=0.0))
-    groups = [
-        {k: v for k, v in g.items() if k not in BY_DEVICE and isinstance(v, (int, float, bool, str))}
-        for g in base.param_groups
-    ]
-    return tensors, groups
+    return tensors, [{k: g[k] for k in GROUP} for g in base.param_groups]
 
 
 def load_optimizer_state(engine, tensors: dict[str, Tensor], groups: list[dict], world: World) -> None:
-    """Puts back what ``optimizer_state`` gave, at any stage and world size. Parameters must be loaded already."""
+    """Puts back what ``optimizer_state`` gave, at any stage and world size. Parameters must be loaded already.
+
+    Raises:
+        ValueError: the parameters that learn, or their groups, are others than those that were saved.
+    """
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     base = optimizer if stage == 0 else optimizer.optimizer
-    for group, saved in zip(base.param_groups, groups, strict=True):
-        group.update({k: v for k, v in saved.items() if k not in BY_DEVICE})
+    named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+    _check_fits([name for name, _ in named], base.param_groups, tensors, groups)
     # A fused optimizer counts on the device.
     count = tensors["step"].to(world.device if base.param_groups[0].get("fused") else "cpu")
-    named = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
     if stage == 0:
         for name, p in named:
             moments = {m: tensors[f"{m}/{name}"].to(p.device, copy=True) for m in MOMENTS}
@@ -79,6 +80,26 @@ def load_optimizer_state(engine, tensors: dict[str, Tensor], groups: list[dict],
                 safe_set_local_optimizer_state(p, to_local(p, full, world).to(world.device), moment)
             else:
                 safe_set_full_optimizer_state(p, full.to(world.device), moment)
+
+
+def _check_fits(names: list[str], groups: list[dict], tensors: Mapping[str, Tensor], saved: list[dict]) -> None:
+    """Raises ValueError if a state belongs to other parameters or groups. Versions that knew no groups saved one without a
+    name."""
+    expected = {"step", *(f"{moment}/{name}" for moment in MOMENTS for name in names)}
+    other = sorted({key.partition("/")[2] or key for key in expected ^ tensors.keys()})
+    if other:
+        raise ValueError(
+            f"the checkpoint's optimizer state does not fit: {len(other)} parameters learn only then or only now"
+            f" ({', '.join(other[:4])}); resume with the settings it was trained with, or start a new run from its weights"
+        )
+    then, now = ([tuple(g.get(key) for key in GROUP) for g in found] for found in (saved, groups))
+    unnamed = len(then) == len(now) == 1 and then[0][0] is None
+    if then != now and not unnamed:
+        said = [", ".join(f"{n} (lr x {f}, weight decay {d})" for n, f, d in found) for found in (then, now)]
+        raise ValueError(
+            f"the checkpoint's groups of parameters were {said[0]}, and are {said[1]} now; resume with the optim.groups, "
+            "decay_groups, decay_vectors and weight_decay that it was trained with"
+        )
 
 
 def _shape(param: Tensor) -> torch.Size:

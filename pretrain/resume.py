@@ -13,7 +13,7 @@ from occstream.pretrain.checkpoint import Checkpoint, Damaged
 from occstream.pretrain.config import Config, merge, parse_config
 from occstream.pretrain.distributed import World, control_group
 from occstream.pretrain.events import flatten, redact
-from occstream.sharding.secrets import redacted
+from occstream.pretrain.renamed import saved_settings
 
 # Settings that a resumed run may change: none of them changes what the same step learns. Data is compared by
 # fingerprint, so it may move.
@@ -152,11 +152,11 @@ def check_same_run(config: Config, fingerprints: dict[str, str], saved: Checkpoi
     old, new = settings_then(saved, config), flatten(config.to_dict())
     # Labels choose the voxels of an offboard model: there the limit changes nothing that is learned.
     free = (*_FREE, "model.cap") if config.model.strategy == "offboard" else _FREE
-    changed = [k for k in new if old.get(k) != new[k] and not k.startswith(free)]
+    changed = [k for k in {**new, **old} if old.get(k) != new.get(k) and not k.startswith(free)]
     if changed:
         first = changed[0]
         raise ValueError(
-            f"{saved.path} was trained with {first}={old.get(first)}, this run has {first}={new[first]}"
+            f"{saved.path} was trained with {first}={old.get(first)}, this run has {first}={new.get(first)}"
             f"{f' (and {len(changed) - 1} more differ)' if changed[1:] else ''}; "
             "choose another output= for a new run, or restore the old settings to resume"
         )
@@ -169,9 +169,9 @@ def check_same_run(config: Config, fingerprints: dict[str, str], saved: Checkpoi
 
 def settings_then(saved: Checkpoint, now: Config) -> dict[str, object]:
     """What a checkpoint was trained with, by dotted key: settings that did not exist then are as the code was."""
-    config = redacted(saved.state["config"])
+    config = saved_settings(saved.state)
     if "resize_relative" not in config.get("augment", {}):
         config = merge(config, {"augment": {"resize_relative": True}})
-    if now.replay.url and "replay_normaliser" not in config.get("loss", {}):
-        config = merge(config, {"loss": {"replay_normaliser": "joint"}})
+    if now.replay.url and "replay_normalizer" not in config.get("loss", {}):
+        config = merge(config, {"loss": {"replay_normalizer": "joint"}})
     return flatten(parse_config(config).to_dict())

@@ -28,7 +28,7 @@ def write_config(run: Path, config: Config, ranks: int, saved: Checkpoint | None
     if saved:
         old = settings_then(saved, config) | {"world_size": saved.state.get("world_size")}
         new = flatten(config.to_dict()) | {"world_size": ranks}
-        changed = {k: (old.get(k), new[k]) for k in new if old.get(k) != new[k]}
+        changed = {k: (old.get(k), new.get(k)) for k in {**new, **old} if old.get(k) != new.get(k)}
     if changed or not path.exists():
         storage.publish(text.encode(), str(path))
     if not saved:

@@ -17,8 +17,8 @@ from occstream.pretrain.config import Config, merge, parse_config, parse_overrid
 from occstream.pretrain.device import describe, pick_device
 from occstream.pretrain.distributed import World
 from occstream.pretrain.networks import accelerate, at_precision, create_model
+from occstream.pretrain.renamed import saved_settings
 from occstream.pretrain.replay import EvalData
-from occstream.sharding.secrets import redacted
 
 
 def evaluate_on(config: Config, model: nn.Module, frames: EvalData, drawer: Drawer | None = None) -> EvalResult:
@@ -100,7 +100,7 @@ def load_trained(path: str | Path, overrides: Sequence[str] = (), number: int = 
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current one, wherever its tensors are
     saved = checkpoint.Checkpoint(path)
-    config = parse_config(merge(redacted(saved.state["config"]), parse_overrides(overrides)))
+    config = parse_config(merge(saved_settings(saved.state), parse_overrides(overrides)))
     world, cfg = World(0, 1, device), config.train
     model = create_model(config)
     checkpoint.load_declared(model, saved.weights(), model.state_dict(), str(saved.path))

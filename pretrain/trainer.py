@@ -28,13 +28,13 @@ from occstream.pretrain.losses import joint_counts, occupancy_loss
 from occstream.pretrain.manager import CheckpointManager
 from occstream.pretrain.meter import Meter
 from occstream.pretrain.networks import accelerate, create_model
+from occstream.pretrain.optim import Schedule
 from occstream.pretrain.optimstate import load_optimizer_state
 from occstream.pretrain.partition import float_state, to_local
 from occstream.pretrain.profile import Profile
 from occstream.pretrain.replay import EvalData, TrainData
 from occstream.pretrain.resume import check_same_run
 from occstream.pretrain.runconfig import write_config
-from occstream.pretrain.schedule import learning_rate
 from occstream.pretrain.seeds import seed_everything
 from occstream.pretrain.tracking import Tracker
 from occstream.pretrain.trained import Drawer, evaluate_on
@@ -96,7 +96,9 @@ class _Training:
         self.path = saved.path if saved else None
         model = self._model(saved)
         self.parameters = sum(p.numel() for p in model.parameters())
-        self.engine = build_engine(model, config.train, world)
+        self.engine = build_engine(model, config, world)
+        batch = config.train.batch
+        self.schedule = Schedule(config.optim, batch, self.total * batch, self.data.epoch_samples)
         self.ema = Ema(self.engine.module, config.train) if config.train.ema else None
         if saved:
             self._restore(saved)
@@ -172,7 +174,7 @@ class _Training:
     def run(self) -> Result:
         """Trains to the end, or until the run is asked to stop; saved either way."""
         cfg, world, data = self.config.train, self.world, self.data
-        self.guard = FiniteGuard(self.engine, cfg, self.folder, world, data.heard)
+        self.guard = FiniteGuard(self.engine, self.config, self.folder, world, data.heard)
         self.watchdog = Watchdog(self.folder, world, cfg.timeout_minutes)
         self.meter = Meter(self.step, self.total, data, world, cfg.precision == "bf16", not cfg.compile)
         status, evaluation = "FAILED", None
@@ -224,9 +226,7 @@ class _Training:
         config, cfg, data = self.config, self.config.train, self.data
         # Dropout is a function of the step too, so a resumed run draws what an uninterrupted one would.
         seed_everything(cfg.seed, self.step, self.world.rank, 1)
-        self.rate = learning_rate(self.step * cfg.batch, self.total * cfg.batch, cfg)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self.rate
+        self.rate = self.schedule.apply(self.engine.optimizer, self.step * cfg.batch)
         parts: dict[str, Tensor] = {}
         self.guard.begin(self.step)
         counts, batches, taken = None, data.micro_batches(cfg.accumulate, stop), True

@@ -144,7 +144,7 @@ def launched(check: Check) -> str:
                 "track.uri=",
                 f"output={run}",
             ]
-            words += ["train.steps=60", "train.batch=8", "train.log_every=10", "train.threads=8", "train.warmup=10"]
+            words += ["train.steps=60", "train.batch=8", "train.log_every=10", "train.threads=8", "optim.warmup=10"]
             command = ["deepspeed", "--num_gpus", "1", f"launch/{stage}.py", "--recipe", "r50", *words]
             _call(*command, "train.kernels=true")
         seen = [v["train/loss"] for v in losses(run).values() if "train/loss" in v]

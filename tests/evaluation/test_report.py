@@ -75,7 +75,7 @@ def test_compare_reads_finished_runs_from_mlflow(tmp_path, capsys):
         for seed, miou in enumerate(values):
             folder = tmp_path / f"{arm}-{seed}"
             tracker = Tracker(
-                folder, uri, "study", folder.name, {"arm": arm, "seed": str(seed)}, {"train": {"lr": 0.1}}
+                folder, uri, "study", folder.name, {"arm": arm, "seed": str(seed)}, {"optim": {"lr": 0.1}}
             )
             tracker.log(1, {"perf/samples_per_s": 5.0})
             tracker.log_result(

@@ -35,6 +35,8 @@ def test_it_refuses_what_cannot_start_or_fit(data, capsys):
     assert "change train.accumulate" in capsys.readouterr().err
     assert main("pretrain", [*words, "--dry-run", "--world-size", "64"]) == 2
     assert "raise train.batch to at least 64" in capsys.readouterr().err
+    assert main("pretrain", [*words, "--dry-run", "optim.groups.image=0.1"]) == 2
+    assert "optim.groups names 'image'" in capsys.readouterr().err
 
 
 def test_states_are_divided_as_zero_says():

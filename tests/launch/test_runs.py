@@ -70,7 +70,7 @@ def test_deepspeed_launcher_trains_on_two_processes_and_fine_tuning_goes_on_from
 
 
 def test_a_run_continues_at_another_zero_stage_and_length(data, tmp_path):
-    settings = [f"data.url={data}", "train.schedule=constant"]
+    settings = [f"data.url={data}", "optim.schedule=constant"]
     run("pretrain", tmp_path / "whole", *settings, "train.steps=8")
     run("pretrain", tmp_path / "parts", *settings, "train.steps=4")
     run("pretrain", tmp_path / "parts", *settings, "train.steps=8", "train.zero_stage=3")

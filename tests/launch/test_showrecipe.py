@@ -48,7 +48,8 @@ def recipe_section(name):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["r50", "train.lrr"], "no key 'train.lrr'; did you mean train.lr"),
+        (["r50", "optim.lrr"], "no key 'optim.lrr'; did you mean optim.lr"),
+        (["r50", "train.lr"], "train.lr is now optim.lr: occstream recipe r50 optim.lr"),
         (["r51"], "unknown recipe 'r51'; did you mean 'r50'?"),
         (["study-b2s"], "is a study, not a recipe"),
     ],

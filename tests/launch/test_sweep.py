@@ -119,7 +119,7 @@ def test_wrong_studies_are_named(data, tmp_path):
 
 def test_a_killed_sweep_goes_on_and_a_broken_cell_stops_nothing_else(data, tmp_path):
     strategies = {k: STUDY["strategies"][k] for k in ("S+B*", "S+B")}
-    broken = {"finetune": {"train": {"lr": 1e30, "warmup": 1, "clip": 1e30, "steps": 8}}}
+    broken = {"finetune": {"optim": {"lr": 1e30, "warmup": 1, "clip": 1e30}, "train": {"steps": 8}}}
     path = write(tmp_path, data, strategies={**strategies, "Broken": broken}, controls=[], label_curve=[])
     command = [sys.executable, "-m", "occstream.launch.cli", "sweep", path, "--jobs", "2"]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True)

@@ -79,7 +79,7 @@ def test_unknown_source_option_grid_and_recipe(tmp_path, said):
     ("override", "message"),
     [
         ("data.scene=2", "unknown key 'data.scene'; did you mean 'data.scenes'"),
-        ("lr=1e-3", "did you mean 'train.lr'"),
+        ("lr=1e-3", "did you mean 'optim.lr'"),
         ("model.flor=3", "did you mean 'model.floor'"),
         ("train.zero_stage=4", "zero_stage is 4, must be 0, 1, 2 or 3"),
         ("train.batch=many", "train.batch = 'many'"),
@@ -130,8 +130,8 @@ def test_checkpoint_of_another_model_or_damaged(data, tmp_path, said):
     fine = ["--recipe", RECIPE, f"data.url={data}", "train.steps=1", f"train.init={tmp_path / 'pre'}"]
     assert main("finetune", [*fine, f"output={tmp_path / 'fine'}", "model.lift_channels=4"]) == 2
     assert "have another shape" in said()
-    assert pretrain(data, tmp_path / "pre", "train.lr=1.0", "train.steps=2") == 2
-    assert "was trained with train.lr=0.001, this run has train.lr=1.0" in said()
+    assert pretrain(data, tmp_path / "pre", "optim.lr=1.0", "train.steps=2") == 2
+    assert "was trained with optim.lr=0.001, this run has optim.lr=1.0" in said()
     weights = next((tmp_path / "pre").rglob("model.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
     assert main("finetune", [*fine, f"output={tmp_path / 'fine'}"]) == 2
@@ -165,7 +165,7 @@ def test_checkpoint_evaluates_by_command(data, tmp_path, capsys):
 @pytest.mark.process
 def test_losses_that_are_not_finite_end_the_run_before_they_reach_the_weights(data, tmp_path):
     run = tmp_path / "run"
-    error = trained(data, run, "train.lr=1e30", "train.warmup=1", "train.steps=9", "train.clip=1e30", code=3)
+    error = trained(data, run, "optim.lr=1e30", "optim.warmup=1", "train.steps=9", "optim.clip=1e30", code=3)
     assert "no update was made" in error
     [report] = run.glob("nonfinite-step-*.json")
     assert len(json.loads(report.read_text())["keys"]) == 4

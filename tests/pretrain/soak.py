@@ -40,7 +40,7 @@ def soak(folder: Path, kills: int, steps: int, seed: int, worlds: tuple[int, ...
     def job(name: str) -> list[dict]:
         # Dropout is drawn per rank and step: without it the sum is the same at every world size.
         words = [f"data.url={data}", f"replay.url={data}", f"output={folder}/{name}", f"train.steps={steps}"]
-        words += ["train.save_every=3", "train.lr=2e-5", "train.log_keys=true", "model.dropout=0.0", "data.scenes=4"]
+        words += ["train.save_every=3", "optim.lr=2e-5", "train.log_keys=true", "model.dropout=0.0", "data.scenes=4"]
         words += ["data.holdout=2", "replay.holdout=2"]
         words += [f"train.upload=file://{folder}/store/{name}", "train.threads=1"]
         return [{"recipe": RECIPE, "stage": "finetune", "overrides": words}]

@@ -15,7 +15,6 @@ from occstream.launch import recipes
 from occstream.launch.study import load_study
 from occstream.models import model_entry
 from occstream.pretrain.config import Config, load_config, merge, parse_config, parse_overrides, read_recipe
-from occstream.pretrain.schedule import learning_rate
 
 PACKAGED = sorted(
     p.name.removesuffix(".yaml") for p in importlib.resources.files(recipes).iterdir() if p.name.endswith(".yaml")
@@ -83,16 +82,16 @@ def test_a_recipe_file_may_hold_negative_numbers_where_they_mean_something():
 
 
 def test_recipe_base_and_overrides_are_merged_in_order(tmp_path):
-    (tmp_path / "mine.yaml").write_text("base: demo-scratch\ntrain: {lr: 0.5}\n")
+    (tmp_path / "mine.yaml").write_text("base: demo-scratch\noptim: {lr: 0.5}\n")
     config = load_config(str(tmp_path / "mine.yaml"), ["train.batch=6", "track.tags.note=x y"], stage="finetune")
-    assert (config.train.lr, config.train.batch, config.train.epochs, config.data.scenes) == (0.5, 6, 18, 6)
+    assert (config.optim.lr, config.train.batch, config.train.epochs, config.data.scenes) == (0.5, 6, 18, 6)
     assert config.track.tags == {"study": "demo", "arm": "scratch", "note": "x y"}
 
 
 @pytest.mark.parametrize(
     ("word", "value"),
     [
-        ("train.lr=1e-4", 1e-4),
+        ("optim.lr=1e-4", 1e-4),
         ("a=[1, 2]", [1, 2]),
         ("a=s3://b/c", "s3://b/c"),
         ("a=true", True),
@@ -140,12 +139,3 @@ def test_a_setting_under_which_a_run_would_hang_or_divide_by_zero_is_refused(wor
     key, _, value = word.partition("=")
     with pytest.raises(ValueError, match=f"{key.rpartition('.')[2]} is {value}"):
         load_config("demo", [word])
-
-
-def test_learning_rate_is_a_function_of_samples():
-    config = load_config("demo", ["train.batch=4", "train.warmup=10", "train.lr=1.0", "train.schedule=cosine"]).train
-    assert learning_rate(0, 400, config) == pytest.approx(0.001)
-    assert learning_rate(20, 400, config) == pytest.approx(0.5005)
-    assert learning_rate(40, 400, config) == pytest.approx(1.0)
-    assert learning_rate(220, 400, config) == pytest.approx(0.5005)
-    assert learning_rate(400, 400, config) == pytest.approx(0.001)

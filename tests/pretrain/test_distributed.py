@@ -45,7 +45,7 @@ def runs(root):
     def job(kind, ranks, stage):
         # A small learning rate: Adam turns the rounding of gradients that are zero into whole steps.
         overrides = [f"data.url={data}", f"output={root}/{kind}-{ranks}-{stage}", f"train.zero_stage={stage}"]
-        overrides += ["train.lr=2e-5", "train.warmup=20", "train.save_every=10"]
+        overrides += ["optim.lr=2e-5", "optim.warmup=20", "train.save_every=10"]
         if kind == "mix":
             # Two sources of B, two to one; a batch of four takes 3 + 1, 2 + 2, 3 + 1.
             more = f"[{{url: {data}, weight: 1, holdout: 1, subset_seed: 5}}]"
@@ -56,10 +56,13 @@ def runs(root):
                 "train.batch=2",
                 "replay.batch=4",
             ]
-            overrides += ["data.scenes=2", "model.dropout=0.0"]
+            overrides += ["data.scenes=2", "model.dropout=0.0", "optim.schedule=onecycle"]
+            overrides += ["optim.groups={images: 0.1, images.smooth: 0.5}", "optim.decay_vectors=false"]
         if kind == "replay":
             # One S frame per step: rank 0 of two has none. Dropout differs between one and two processes.
             overrides += [f"replay.url={data}", "train.batch=1", "replay.batch=3", "data.scenes=2", "model.dropout=0.0"]
+            # Groups that change nothing but how DeepSpeed holds the parameters.
+            overrides += ["optim.groups={images: 1, binary_head: 1}"] if ranks == 2 else []
         return {"recipe": RECIPE, "stage": "pretrain" if kind == "pretrain" else "finetune", "overrides": overrides}
 
     run_jobs([job(k, 1, 0) for k in ("pretrain", "replay", "mix")], 1, root / "one")
@@ -163,7 +166,7 @@ def test_accumulated_micro_batches_are_one_large_batch_also_on_four_processes(ro
         overrides = [
             f"data.url={root}/data",
             f"output={root}/{name}",
-            "train.lr=2e-5",
+            "optim.lr=2e-5",
             "train.steps=4",
             "model.dropout=0.0",
         ]
@@ -190,7 +193,7 @@ def test_a_step_that_is_not_finite_is_left_out_whole_at_every_stage(root):
             f"train.zero_stage={stage}",
             "train.steps=5",
         ]
-        overrides += ["train.save_every=1", "train.keep=9", "train.skip_nonfinite=1"]
+        overrides += ["train.save_every=1", "train.keep=9", "train.skip_nonfinite=1", "optim.groups.images=0"]
         return {"recipe": RECIPE, "stage": "pretrain", "overrides": overrides, "infinite_at": 2}
 
     def late(name, **more):
@@ -220,6 +223,10 @@ def test_a_step_that_is_not_finite_is_left_out_whole_at_every_stage(root):
             # Integers count batches.
             assert all(torch.equal(old[k], same[k]) for k in old if old[k].is_floating_point()), (stage, kind)
             assert any(not torch.equal(old[k], new[k]) for k in old), (stage, kind)
+            if kind == "model":
+                moved = {k for k in old if not torch.equal(old[k], new[k])}
+                moved = {k.partition(".")[0] for k in moved if "running_" not in k and "num_batches" not in k}
+                assert moved == {"lift", "decoder", "binary_head"}, (stage, "a group whose rate is 0 stays")
         assert sorted(losses(root / f"nan-{stage}")) == [1, 2, 4, 5]
     assert "left out step 2" in (root / "nan-log/rank0.log").read_text()
 
@@ -414,7 +421,7 @@ def test_one_rank_killed_and_the_job_started_again(tmp_path):
             f"output={tmp_path}/{name}",
             "train.steps=12",
             "train.save_every=4",
-            "train.lr=2e-5",
+            "optim.lr=2e-5",
         ]
         return [{"recipe": RECIPE, "stage": "pretrain", "overrides": words}]
 

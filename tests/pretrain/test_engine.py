@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from occstream.pretrain import engine, guards
-from occstream.pretrain.config import TrainConfig
+from occstream.pretrain.config import Config, TrainConfig
 from occstream.pretrain.distributed import World
 from occstream.pretrain.ema import Ema
 from occstream.pretrain.engine import clip_gradients, or_nan
@@ -51,7 +51,7 @@ def test_judging_and_clipping_a_step_launches_as_much_for_many_parameters_as_for
         for p in made.module.parameters():
             assert not p._backward_hooks
         with Ops() as ops:
-            norm = clip_gradients(made, TrainConfig(clip=1e-3), ALONE)
+            norm = clip_gradients(made, 1e-3, ALONE)
         counts.append([n for n in ops.names if n not in ("aten::view", "aten::detach", "aten::unbind.int")])
         assert torch.nn.utils.get_total_norm([p.grad for p in made.module.parameters()]) == pytest.approx(
             1e-3, rel=1e-3
@@ -65,7 +65,7 @@ def test_judging_and_clipping_a_step_launches_as_much_for_many_parameters_as_for
 def test_a_gradient_that_is_not_finite_or_whose_square_is_not_shows_in_the_norm(value):
     made = with_gradients(3)
     next(made.module.parameters()).grad[0, 0] = value
-    assert not torch.isfinite(clip_gradients(made, TrainConfig(), ALONE))
+    assert not torch.isfinite(clip_gradients(made, 5.0, ALONE))
 
 
 def test_a_loss_that_is_not_finite_and_an_error_elsewhere_spoil_every_gradient_and_nothing_else_does():
@@ -101,7 +101,7 @@ def test_numbers_of_a_step_are_asked_for_one_step_later():
     made.backward, made.step = (lambda loss: None), mock.Mock()
     heard = []
     with mock.patch.object(guards, "fuses", return_value=True):
-        guard = FiniteGuard(made, TrainConfig(), None, ALONE, lambda *flags: heard.append(flags))
+        guard = FiniteGuard(made, Config(), None, ALONE, lambda *flags: heard.append(flags))
     for step in range(3):
         guard.begin(step)
         guard.backward(torch.tensor(1.0), ["a-0"], torch.tensor([0.0, float(step)]))
@@ -118,7 +118,7 @@ def test_a_fused_optimizer_goes_on_where_it_was_and_where_another_was(tmp_path, 
     pack_small(str(tmp_path / "data"))
 
     def run(name, steps, fused):
-        words = [f"train.steps={steps}", "train.save_every=2", "train.schedule=constant", "eval.scenes=1"]
+        words = [f"train.steps={steps}", "train.save_every=2", "optim.schedule=constant", "eval.scenes=1"]
         with (
             mock.patch.object(engine, "fuses", return_value=fused),
             mock.patch.object(guards, "fuses", return_value=fused),
@@ -143,7 +143,7 @@ def test_ending_a_step_reads_nothing_back_before_the_next(monkeypatch):
     made.is_gradient_accumulation_boundary, made.zero_optimization_stage = (lambda: True), (lambda: 0)
     made.backward, made.step = (lambda loss: None), mock.Mock()
     with mock.patch.object(guards, "fuses", return_value=True):
-        guard = FiniteGuard(made, TrainConfig(), None, ALONE, lambda *flags: None)
+        guard = FiniteGuard(made, Config(), None, ALONE, lambda *flags: None)
     for step in range(2):
         with Ops() as ops:
             guard.begin(step)

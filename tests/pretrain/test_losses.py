@@ -131,11 +131,11 @@ def test_ignored_and_masked_voxels_have_no_gradient_and_no_weight(kind):
     assert set(parts) == {"binary", "semantic", "selected"}
 
 
-def test_normalisers_differ_by_the_share_of_occupied_voxels():
+def test_normalizers_differ_by_the_share_of_occupied_voxels():
     batch = make_batch(2, 2)
     outputs = outputs_for(batch)
     by = {
-        n: occupancy_loss(outputs, batch, LossConfig(normaliser=n))[1]["semantic"].item() for n in ("occupied", "valid")
+        n: occupancy_loss(outputs, batch, LossConfig(normalizer=n))[1]["semantic"].item() for n in ("occupied", "valid")
     }
     share = (batch.occupancy.semantic < 17).float().mean().item()
     assert by["valid"] == pytest.approx(by["occupied"] * share, rel=1e-5)
@@ -160,9 +160,9 @@ def slope_of_semantic_frames(batch, config, counts=None):
     return outputs.binary_logits.grad[: batch.labeled].abs().sum().item()
 
 
-@pytest.mark.parametrize(("normaliser", "all_valid", "a_quarter"), [("own", 0.5, 0.5), ("joint", 0.25, 0.1)])
-def test_replay_leaves_the_weight_of_semantic_frames(normaliser, all_valid, a_quarter):
-    config = LossConfig(replay_normaliser=normaliser)
+@pytest.mark.parametrize(("normalizer", "all_valid", "a_quarter"), [("own", 0.5, 0.5), ("joint", 0.25, 0.1)])
+def test_replay_leaves_the_weight_of_semantic_frames(normalizer, all_valid, a_quarter):
+    config = LossConfig(replay_normalizer=normalizer)
     s, b = make_batch(1, 1, seed=1), make_batch(1, 0, seed=2)
     s.occupancy.binary_valid[...], b.occupancy.binary_valid[...] = True, True
     assert slope_of_semantic_frames(s, config) == pytest.approx(0.5)
@@ -173,7 +173,7 @@ def test_replay_leaves_the_weight_of_semantic_frames(normaliser, all_valid, a_qu
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_normalisers_of_roles_are_joint_over_ranks_and_micro_batches(ranks, monkeypatch):
+def test_normalizers_of_roles_are_joint_over_ranks_and_micro_batches(ranks, monkeypatch):
     """Four parts of one batch, S frames, B frames or both in each, as micro-batches of one process and of two."""
     config, both = (
         LossConfig(depth_weight=0.5),
@@ -238,8 +238,8 @@ def test_a_run_with_replay_that_began_before_the_choice_says_which_to_set(tmp_pa
     words = [f"output={tmp_path}", "replay.url=b"]
     config = load_config(RECIPE, words, stage="finetune")
     before = config.to_dict()
-    del before["loss"]["replay_normaliser"]
+    del before["loss"]["replay_normalizer"]
     saved = SimpleNamespace(path="step", state={"config": before, "fingerprints": {}})
-    with pytest.raises(ValueError, match=r"trained with loss\.replay_normaliser=joint, this run has .*=own"):
+    with pytest.raises(ValueError, match=r"trained with loss\.replay_normalizer=joint, this run has .*=own"):
         check_same_run(config, {}, saved)
-    check_same_run(load_config(RECIPE, [*words, "loss.replay_normaliser=joint"], stage="finetune"), {}, saved)
+    check_same_run(load_config(RECIPE, [*words, "loss.replay_normalizer=joint"], stage="finetune"), {}, saved)

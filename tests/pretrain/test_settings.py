@@ -21,7 +21,6 @@ from occstream.pretrain.distributed import World
 from occstream.pretrain.ema import Ema
 from occstream.pretrain.losses import occupancy_loss
 from occstream.pretrain.replay import EvalData, TrainData
-from occstream.pretrain.schedule import learning_rate
 from occstream.pretrain.tracking import read_events
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.stream import ShardReader
@@ -248,11 +247,6 @@ def test_focal_loss_weighs_positives_by_alpha_and_the_easy_by_gamma():
         assert float(loss) == pytest.approx(alpha * (1 - p) ** gamma * -math.log(p), rel=1e-4)
 
 
-def test_cosine_ends_at_its_share_of_the_learning_rate():
-    train_config = config("train.schedule=cosine", "train.min_lr_ratio=0.25", "train.warmup=0", "train.lr=2").train
-    assert learning_rate(1000, 1000, train_config) == pytest.approx(0.5)
-
-
 def test_averages_decay_as_they_are_told():
     module = torch.nn.Linear(1, 1, bias=False)
     c = config("train.ema_decay=0.5", "train.ema_start=1000000").train
@@ -273,13 +267,13 @@ def runs(data, tmp_path_factory, world):  # noqa: F811
         "plain": [],
         "no-ema": ["train.ema=false"],
         "other-seed": ["train.seed=1"],
-        "decay": ["train.weight_decay=0.9"],
+        "decay": ["optim.weight_decay=0.9"],
         "tagged": ["track.tags.arm=a", "track.axes={scenes: 5}", "train.profile=1", "train.steps=12", "eval.scenes=1"],
         "epochs": ["train.steps=null", "train.epochs=0.5"],
     }
     results = {}
     for name, words in jobs.items():
-        base = ["train.steps=2", "train.lr=0.01", "train.warmup=0"]
+        base = ["train.steps=2", "optim.lr=0.01", "optim.warmup=0"]
         results[name] = train(world, "pretrain", data, folder / name, *base, *words)
     return folder, results
 

@@ -21,7 +21,7 @@ from tests.pretrain.small import RECIPE
 
 
 def _tracker(folder, uri, **more):
-    return Tracker(folder, uri, "study", "run-1", {"arm": "a"}, {"train": {"lr": 0.1}, "grid": "tiny"}, **more)
+    return Tracker(folder, uri, "study", "run-1", {"arm": "a"}, {"optim": {"lr": 0.1}, "grid": "tiny"}, **more)
 
 
 def _uri(tmp_path):
@@ -43,7 +43,7 @@ def test_everything_arrives_once(tmp_path):
     tracker.close()
     client = open_client(uri)
     run = client.get_run(tracker.run_id)
-    assert run.data.params == {"train.lr": "0.1", "grid": "tiny"}
+    assert run.data.params == {"optim.lr": "0.1", "grid": "tiny"}
     assert (run.data.tags["arm"], run.info.run_name, run.info.status) == ("a", "run-1", "FINISHED")
     assert sorted(_history(uri, tracker.run_id, "train/loss")) == [(s, s / 2) for s in range(1, 1203)]
     assert "bad" not in run.data.metrics
@@ -339,10 +339,10 @@ def test_what_a_resumed_run_changes_is_noted(tmp_path, capsys):
 
 
 def test_settings_that_an_older_run_did_not_have_yet_are_not_changes(tmp_path, capsys):
-    words = ["replay.url=b", "loss.replay_normaliser=joint", "augment.resize_relative=true"]
+    words = ["replay.url=b", "loss.replay_normalizer=joint", "augment.resize_relative=true"]
     config = load_config(RECIPE, words, stage="finetune")
     older = config.to_dict()
-    del older["loss"]["replay_normaliser"], older["augment"]["resize_relative"]
+    del older["loss"]["replay_normalizer"], older["augment"]["resize_relative"]
     saved = SimpleNamespace(state={"config": older, "world_size": 1, "step": 2})
     tracker = _tracker(tmp_path, "")
     write_config(tmp_path, config, 1, saved, tracker)

@@ -30,7 +30,7 @@ HEAD = (
 
 def job(root: Path, name: str, stage: int) -> dict:
     words = [f"data.url={root}/data", f"replay.url={root}/data", f"output={root}/{name}", f"train.zero_stage={stage}"]
-    words += ["train.lr=2e-5", "train.warmup=20", "train.save_every=10", "train.batch=1", "replay.batch=3"]
+    words += ["optim.lr=2e-5", "optim.warmup=20", "train.save_every=10", "train.batch=1", "replay.batch=3"]
     words += ["data.scenes=2", "model.dropout=0.0"]
     return {"recipe": RECIPE, "stage": "finetune", "overrides": words}
 
