@@ -333,7 +333,7 @@ def _predict(args) -> int:
 
 def _compare(args) -> int:
     from occstream.evaluation.compare import compare
-    from occstream.evaluation.study import study_report
+    from occstream.evaluation.studyreport import study_report
     from occstream.pretrain.events import default_uri, describe_uri
     from occstream.pretrain.sender import open_client
 

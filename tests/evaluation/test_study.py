@@ -1,12 +1,15 @@
 """A study's report from MLflow alone."""
 
+import ast
 import csv
 
 import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
-from occstream.evaluation.study import difference, read_study, study_report
+from occstream.evaluation.studyfindings import difference
+from occstream.evaluation.studyreport import study_report
+from occstream.evaluation.studyscores import read_study
 
 SIZES = (0, 20, 40, 80, 160)
 
@@ -106,3 +109,16 @@ def test_differences_say_what_is_known():
     assert clear.verdict == "beyond the spread of seeds"
     # Welch by hand: variance 0.01 / 3 each, 4 degrees of freedom, t = 2.776.
     assert clear.high - clear.mean == pytest.approx(2.776 * (0.02 / 3) ** 0.5, rel=1e-3)
+
+
+def test_statistics_know_no_html_and_the_page_no_statistics(repo_root):
+    def imported(name):
+        tree = ast.parse((repo_root / "evaluation" / f"{name}.py").read_text())
+        nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        return {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {
+            n.module for n in nodes if isinstance(n, ast.ImportFrom)
+        }
+
+    for name in ("scaling", "studyscores", "studyfindings"):
+        assert not {"html", "base64", "matplotlib.figure"} & imported(name)
+    assert not {"numpy", "scipy", "statistics", "math"} & imported("studyreport")
