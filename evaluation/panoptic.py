@@ -50,13 +50,20 @@ class PanopticMetric:
         self.counts = torch.zeros(max(names) + 1, 7, dtype=torch.int64)
 
     def update(
-        self, classes: np.ndarray, instances: np.ndarray, true_classes: np.ndarray, true_instances: np.ndarray
+        self,
+        classes: np.ndarray,
+        instances: np.ndarray,
+        true_classes: np.ndarray,
+        true_instances: np.ndarray,
+        near: np.ndarray | None = None,
     ) -> None:
         """Adds a frame.
 
         Args:
             classes, instances: predicted, integers of one shape; ids of instances are of any size, not negative.
             true_classes, true_instances: of the same shape.
+            near: bool of the same shape, the points that may be shared by two segments; others only make both larger. None:
+                all.
         """
         arrays = [np.asarray(a).ravel().astype(np.int64) for a in (classes, instances, true_classes, true_instances)]
         if len({len(a) for a in arrays}) != 1:
@@ -67,7 +74,8 @@ class PanopticMetric:
         classes, instances, true_classes, true_instances = (a[keep] for a in arrays)
         found, found_of, found_size = _segments(classes, instances)
         truth, truth_of, truth_size = _segments(true_classes, true_instances)
-        pairs, shared = np.unique(truth_of * max(len(found), 1) + found_of, return_counts=True)
+        near = np.ones(len(classes), bool) if near is None else np.asarray(near).ravel()[keep]
+        pairs, shared = np.unique((truth_of * max(len(found), 1) + found_of)[near], return_counts=True)
         i, j = pairs // max(len(found), 1), pairs % max(len(found), 1)
         iou = shared / (truth_size[i] + found_size[j] - shared)
         match = (truth[i] == found[j]) & (iou > 0.5)
@@ -77,7 +85,7 @@ class PanopticMetric:
         self._add(1, found[~matched_found & (found_size >= self.min_points)])
         self._add(2, truth[~matched_truth & (truth_size >= self.min_points)])
         self._add(3, truth[i[match]], np.rint(iou[match] * SHARE).astype(np.int64))
-        self._add(4, true_classes[classes == true_classes])
+        self._add(4, true_classes[(classes == true_classes) & near])
         self._add(5, true_classes)
         self._add(6, classes)
 
@@ -121,6 +129,12 @@ class PanopticMetric:
                     out[f"{'mIoU' if name == 'IoU' else name}{group}"] = _mean(values[members])
         out |= {f"{name}/{self.names[c]}": float(of_class[name][c]) for c in ids for name in ("PQ", "SQ", "RQ", "IoU")}
         return {f"{self.prefix}{name}": value for name, value in out.items()}
+
+    def of_occurring(self) -> dict[str, float]:
+        """PQ by name of the classes that have a segment which counts."""
+        found = self.result()
+        there = [name for c, name in sorted(self.names.items()) if self.counts[c, :3].any()]
+        return {name: found[f"{self.prefix}PQ/{name}"] for name in there}
 
     def _thing(self, c: int) -> bool:
         return self.names.get(c) in self.things

@@ -1,4 +1,4 @@
-"""RayIoU: occupancy compared by what simulated LiDAR rays meet, with a velocity error and a combined score.
+"""RayIoU: occupancy compared by what simulated LiDAR rays meet, with panoptic quality, a velocity error and a combined score.
 
 Liu et al., "Fully Sparse 3D Occupancy Prediction" (SparseOcc), ECCV 2024, section 4; mAVE and the occupancy score of the
 CVPR 2024 challenge on occupancy and flow. A ray hits the first voxel that is not free; its depth is where it leaves that
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from occstream.evaluation.metrics import sum_over_ranks
+from occstream.evaluation.panoptic import PanopticMetric
 from occstream.sharding.exactmath import cos_sin
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.poses import compose, inverse
@@ -25,6 +26,7 @@ LIMITS = (1.0, 2.0, 4.0)  # meters
 VELOCITY_LIMIT = 2.0  # meters; rays that are right to within it have a velocity error
 MOVERS = ("car", "truck", "trailer", "bus", "construction_vehicle", "bicycle", "motorcycle", "pedestrian")
 ORIGINS = 8  # most of a frame
+MIN_RAYS = 10  # of an unmatched segment that counts in RayPQ
 _SPEED = float(1 << 24)  # velocity errors are added in units of 1 / _SPEED m/s, see gather.SHARE
 
 
@@ -141,7 +143,7 @@ def _walk(solid, starts, steps):
 
 
 class RayMetric:
-    """RayIoU over frames, and where flow is given mAVE and the occupancy score.
+    """RayIoU over frames; where flow is given mAVE and the occupancy score, where instances are given RayPQ.
 
     Args:
         taxonomy: of the labels.
@@ -159,6 +161,9 @@ class RayMetric:
         # By class: rays of the truth, rays of the prediction, and right ones at each limit.
         self.counts = torch.zeros(k, 2 + len(LIMITS), dtype=torch.int64)
         self.speed = torch.zeros(k, 2, dtype=torch.int64)  # sum of errors (units of 1 / _SPEED m/s), rays
+        names = dict(enumerate(taxonomy.classes))
+        self.panoptic = [PanopticMetric(names, taxonomy.things, min_points=MIN_RAYS) for _ in LIMITS]
+        self._stuff = np.array([name not in taxonomy.things for name in taxonomy.classes] + [True])
         self._truths: dict[str, tuple[np.ndarray, RayHits]] = {}
         self._cache_left = cache_bytes
 
@@ -171,6 +176,8 @@ class RayMetric:
         key: str | None = None,
         flow: np.ndarray | None = None,
         true_flow: np.ndarray | None = None,
+        instances: np.ndarray | None = None,
+        true_instances: np.ndarray | None = None,
     ) -> None:
         """Adds a frame.
 
@@ -179,6 +186,7 @@ class RayMetric:
             origins: (A, 3) meters in the grid's frame, see ``ray_origins``.
             key: of the frame, under which its truth is kept for the next call with the same key and origins.
             flow, true_flow: (X, Y, Z, 2) m/s in the axes of the grid; both or none.
+            instances, true_instances: (X, Y, Z) integers, of things; both or none. Stuff is one segment a class.
         """
         for name, array in (("predicted", labels), ("true", truth)):
             if array.shape != self.grid.shape:
@@ -204,11 +212,21 @@ class RayMetric:
                 np.asarray(f, np.float64).reshape(-1, 2)[hits.voxel[keep][right]]
                 for f, hits in ((flow, found), (true_flow, there))
             )
-            error = np.rint(np.sqrt(((mine - theirs) ** 2).sum(-1)) * _SPEED)
-            known = np.isfinite(error)
-            total = np.zeros(k, np.int64)
-            np.add.at(total, a[right][known], error[known].astype(np.int64))
-            self.speed += torch.stack([torch.from_numpy(total), _bincount(a[right][known], k)], 1)
+            self._add_speed(a[right], mine, theirs)
+        if instances is not None and true_instances is not None:
+            ids, true_ids = (
+                np.where(self._stuff[classes], 0, np.asarray(i).reshape(-1)[hits.voxel[keep]])
+                for classes, i, hits in ((a, instances, found), (b, true_instances, there))
+            )
+            for limit, metric in zip(LIMITS, self.panoptic):
+                metric.update(a, ids, b, true_ids, apart < limit)
+
+    def _add_speed(self, classes: np.ndarray, mine: np.ndarray, theirs: np.ndarray) -> None:
+        error = np.rint(np.sqrt(((mine - theirs) ** 2).sum(-1)) * _SPEED)
+        known, k = np.isfinite(error), len(self.speed)
+        total = np.zeros(k, np.int64)
+        np.add.at(total, classes[known], error[known].astype(np.int64))
+        self.speed += torch.stack([torch.from_numpy(total), _bincount(classes[known], k)], 1)
 
     def _true_hits(self, truth: np.ndarray, origins: np.ndarray, key: str | None) -> RayHits:
         kept = self._truths.get(key) if key is not None else None
@@ -223,17 +241,19 @@ class RayMetric:
 
     def reset(self) -> None:
         """Counts from zero again; what is known of the truth stays."""
-        self.counts.zero_()
-        self.speed.zero_()
+        for counts in (self.counts, self.speed, *(metric.counts for metric in self.panoptic)):
+            counts.zero_()
 
     def all_reduce(self, device: torch.device | str = "cpu") -> None:
         """Sums over ranks (collective, once); exact, however frames are spread."""
         self.counts, self.speed = (sum_over_ranks(c, device) for c in (self.counts, self.speed))
+        for metric in self.panoptic:
+            metric.all_reduce(device)
 
     def result(self) -> dict[str, float]:
         """``RayIoU``: mean over limits and the classes that occur; ``RayIoU/1m`` and so on, ``RayIoU/class``. With flow also
-        ``mAVE`` (m/s, over movers with a right ray) and ``OccScore`` = 0.9 RayIoU + 0.1 max(1 - mAVE, 0). NaN where there
-        was nothing to count."""
+        ``mAVE`` (m/s, over movers with a right ray) and ``OccScore`` = 0.9 RayIoU + 0.1 max(1 - mAVE, 0), with
+        instances ``RayPQ`` and ``RayPQ/1m``. NaN where there was nothing to count."""
         true, found, *right = (c.double() for c in self.counts.T)
         iou = torch.stack([r / (true + found - r) for r in right])
         out = {"RayIoU": float(iou.nanmean())}
@@ -245,12 +265,15 @@ class RayMetric:
             out["mAVE"] = float(each[movers].nanmean())
             out["OccScore"] = 0.9 * out["RayIoU"] + 0.1 * max(1 - out["mAVE"], 0)
             out |= {f"AVE/{name}": float(each[c]) for name, c in zip(self.movers, movers.tolist())}
+        if self.panoptic[0].counts.any():
+            quality = [float(np.mean(list(m.of_occurring().values()) or math.nan)) for m in self.panoptic]
+            out |= {"RayPQ": float(np.mean(quality))} | {f"RayPQ/{d:g}m": q for d, q in zip(LIMITS, quality)}
         return out
 
     def table(self) -> str:
         """For the terminal."""
         found = self.result()
-        means = [n for n in ("RayIoU", *(f"RayIoU/{d:g}m" for d in LIMITS), "mAVE", "OccScore") if n in found]
+        means = [n for n in ("RayIoU", *(f"RayIoU/{d:g}m" for d in LIMITS), "RayPQ", "mAVE", "OccScore") if n in found]
         lines = [", ".join(f"{name} {found[name]:.4f}" for name in means)]
         return "\n".join(lines + [f"  {n:<22} {found[f'RayIoU/{n}']:7.4f}" for n in self.taxonomy.classes])
 

@@ -141,6 +141,30 @@ def test_velocity_error_and_the_occupancy_score(monkeypatch):
     assert math.isnan(scores["AVE/bus"])
 
 
+def test_panoptic_quality_of_rays(monkeypatch):
+    """Two cars of 20 and 10 rays and a road of 12. The first is found 1.5 m too far by 8 rays of 20, the second is called a
+    part of it, and the road is split into two ids, which are one segment."""
+    car, road = OCC3D.id("car"), OCC3D.id("driveable_surface")
+    true = np.repeat([car, car, road], [20, 10, 12])
+    depth = np.full(42, 5.0)
+    depth[:8] = 6.5
+    fake_hits(monkeypatch, (true, np.full(42, 5.0)), (true, depth))
+    metric = RayMetric(OCC3D, SMALL)
+    ids, true_ids = np.zeros((2, *SMALL.shape), int)
+    true_ids.reshape(-1)[:42] = np.repeat([3, 4, 0], [20, 10, 12])
+    ids.reshape(-1)[:42] = np.repeat([7, 7, 1, 2], [20, 10, 6, 6])
+    metric.update(empty(17), empty(17), np.zeros((1, 3)), instances=ids, true_instances=true_ids)
+    scores = metric.result()
+    # Within 1 m the pair shares 12 of 38 rays: no match, the prediction is false and both cars are missed.
+    assert scores["RayPQ/1m"] == pytest.approx((0 + 1) / 2)
+    # Within 2 and 4 m it shares 20 of 30: a match, and one car is missed.
+    assert scores["RayPQ/2m"] == scores["RayPQ/4m"] == pytest.approx((20 / 30 / 1.5 + 1) / 2)
+    assert scores["RayPQ"] == pytest.approx((scores["RayPQ/1m"] + 2 * scores["RayPQ/2m"]) / 3)
+    assert metric.panoptic[0].counts[car, :3].tolist() == [0, 1, 2]
+    metric.reset()
+    assert "RayPQ" not in metric.result()
+
+
 def test_perfect_and_empty_predictions():
     origins = np.array([[0, 0, 1.0], [1, 1, 1.0]])
     truth = random_labels(3)
@@ -197,7 +221,8 @@ def test_frames_over_ranks_are_one_set(monkeypatch):
     def scores(mine, reduce=False):
         metric = RayMetric(TWO, SMALL, movers=("a",))
         for found, truth, (flow, true_flow) in mine:
-            metric.update(found, truth, origins, flow=flow, true_flow=true_flow)
+            ids = {"instances": truth % 2, "true_instances": truth}
+            metric.update(found, truth, origins, flow=flow, true_flow=true_flow, **ids)
         if reduce:
             metric.all_reduce()
         return metric.result()
@@ -205,6 +230,7 @@ def test_frames_over_ranks_are_one_set(monkeypatch):
     whole = scores(frames)
     assert 0 < whole["RayIoU"] < 1
     assert whole["mAVE"] > 0
+    assert 0 <= whole["RayPQ"] < 1
     assert scores(frames[::-1]) == whole
     for found in run_ranks(2, lambda rank: scores(frames[rank::2], True), monkeypatch):
         assert found == whole
