@@ -60,7 +60,8 @@ def global_boxes(token: str, found: BoxSet, ego_to_global: np.ndarray) -> list[d
 
     Args:
         token: of the sample.
-        found: in the ego frame, with scores; where a box has no attribute it gets the default one of its class and speed.
+        found: in the ego frame, with scores; they move in its x and y. Where a box has no attribute it gets the default one
+            of its class and speed.
         ego_to_global: (4, 4) at the key-frame.
 
     Raises:
@@ -104,7 +105,7 @@ def ego_boxes(records: list[dict[str, Any]], ego_to_global: np.ndarray) -> BoxSe
         turn = rotate(to_ego, row.rotation("rotation").T)[0]  # the box's x axis
         boxes[i, :3] = apply(to_ego, row.numbers("translation", 3))
         boxes[i, [4, 3, 5]], boxes[i, 6] = row.numbers("size", 3), np.arctan2(turn[1], turn[0])
-        velocity[i] = rotate(to_ego, np.array([*row.numbers("velocity", 2), 0.0]))[:2]
+        velocity[i] = np.linalg.solve(ego_to_global[:2, :2], row.numbers("velocity", 2))  # none along ego z
     names = [row.text("attribute_name", empty=True) for row in rows]
     return BoxSet(
         boxes,

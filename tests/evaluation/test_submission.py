@@ -35,6 +35,11 @@ def boxes(n=12):
 
 def test_boxes_go_to_the_global_frame_and_back(tmp_path):
     found = boxes()
+    tilted = POSE @ pose_of((0, 0, 0), (math.cos(0.03), 0, math.sin(0.03), 0))
+    back = ego_boxes(global_boxes("t", found, tilted), tilted)
+    assert np.concatenate([back.boxes, back.velocity], 1) == pytest.approx(
+        np.concatenate([found.boxes, found.velocity], 1)
+    )
     url = tmp_path / "results.json"
     write_detection(url, {"b": global_boxes("b", found, POSE), "a": []}, Inputs(lidar=True), samples=("a", "b"))
     meta, results = read_detection(url, samples=("a", "b"))
