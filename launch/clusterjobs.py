@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from occstream.launch.study import Run, Study
+from occstream.launch.grid import Study, Training
 
 USER = 10001  # of infra/Dockerfile
 
@@ -33,7 +33,7 @@ exec bash -c "${{commands[$SLURM_ARRAY_TASK_ID]}}"
 """
 
 
-def write_jobs(kind: str, study: Study, runs: Sequence[Run]) -> list[Path]:
+def write_jobs(kind: str, study: Study, runs: Sequence[Training]) -> list[Path]:
     """Writes jobs for runs that are not done; pre-training first, fine-tuning after it.
 
     Args:

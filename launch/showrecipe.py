@@ -33,7 +33,7 @@ def show_recipe(name: str = "", key: str = "") -> str:
 def _listed() -> str:
     lines = []
     for path in sorted(Path(str(resources.files("occstream.launch.recipes"))).glob("*.yaml")):
-        kind = "study " if "strategies" in read_recipe(path.stem) else "recipe"
+        kind = "study " if _is_study(path.stem) else "recipe"
         head = f"{kind}  {path.stem:<17} "
         lines.append(
             textwrap.fill(
@@ -44,6 +44,10 @@ def _listed() -> str:
     return "\n".join(lines)
 
 
+def _is_study(name: str) -> bool:
+    return not {"strategies", "axes"}.isdisjoint(read_recipe(name))
+
+
 def _summary(text: str) -> str:
     """First sentence of the comment that a recipe begins with."""
     comment = " ".join(line.lstrip("# ") for line in itertools.takewhile(lambda x: x.startswith("#"), text.split("\n")))
@@ -51,7 +55,7 @@ def _summary(text: str) -> str:
 
 
 def _shown(name: str, key: str) -> str:
-    if "strategies" in read_recipe(name):
+    if _is_study(name):
         raise ValueError(f"{name} is a study, not a recipe: see its plan with occstream sweep {name} --dry-run")
     config = load_config(name)
     keys = recipe_keys(config)

@@ -16,7 +16,8 @@ from pathlib import Path
 from mlflow.entities import Metric
 
 from occstream.evaluation.charts import arrange_charts
-from occstream.launch.study import Run, Study, finish, load_study, plan
+from occstream.launch.grid import Study, Training, finish, plan
+from occstream.launch.study import load_study
 from occstream.pretrain.events import EVENTS, describe_uri, read_events
 from occstream.pretrain.guards import WATCHED, in_use
 from occstream.pretrain.sender import Sender, open_client
@@ -93,7 +94,7 @@ def sweep(
     return 0
 
 
-def _log_card(study: Study, runs: Sequence[Run]) -> str:
+def _log_card(study: Study, runs: Sequence[Training]) -> str:
     """The data card as a run of its own (once), as ``occstream compare`` reads MLflow only, and the arranged charts.
 
     Returns:
@@ -104,7 +105,7 @@ def _log_card(study: Study, runs: Sequence[Run]) -> str:
     page = arrange_charts(client, experiment)
     if client.search_runs([experiment], "tags.kind = 'data-card'", max_results=1):
         return page
-    config = next(r.config for r in runs if r.config.stage == "finetune")
+    config = next((r.config for r in runs if r.config.stage == "finetune"), runs[-1].config)
     others = {r.config.data.labels for r in runs} - {"labels"}
     card = data_card(Manifest.load(config.data.url), min(others, default=""))
     run = client.create_run(experiment, run_name="data-card", tags={"kind": "data-card", "study": study.name})
@@ -115,7 +116,7 @@ def _log_card(study: Study, runs: Sequence[Run]) -> str:
     return page
 
 
-def finished(study: Study, run: Run) -> bool:
+def finished(study: Study, run: Training) -> bool:
     """Whether a run has ended well before, by its own record, with the settings it has now."""
     events = read_events(Path(study.output) / run.name / EVENTS)
     status = [e["status"] for e in events if "status" in e]
@@ -128,11 +129,11 @@ def finished(study: Study, run: Run) -> bool:
     return bool(status) and status[-1] == "FINISHED"
 
 
-def outline(study: Study, runs: Sequence[Run], done: set[str], jobs: int) -> str:
+def outline(study: Study, runs: Sequence[Training], done: set[str], jobs: int) -> str:
     """The plan as text: runs, frames, and time at the rate of the runs that have finished."""
     rate = study.rate or _rate(study, done)
     lines = [f"study {study.name}: {sum(len(r.cells) for r in runs)} cells from {len(runs)} runs, {len(done)} done"]
-    for stage in ("pretrain", "finetune"):
+    for stage in dict.fromkeys(r.config.stage for r in runs):
         mine = [r for r in runs if r.config.stage == stage]
         frames = sum(r.frames for r in mine if r.name not in done)
         lines.append(f"  {stage}: {len(mine)} runs, {frames:,} frames to train on")
@@ -158,13 +159,13 @@ def _rate(study: Study, done: set[str]) -> float:
     return statistics.median(rates) if rates else 0.0
 
 
-def command(study: Study, run: Run) -> list[str]:
+def command(study: Study, run: Training) -> list[str]:
     """How a run starts, on one device."""
     recipe = Path(study.output) / "recipes" / f"{run.name}.yaml"
     return [sys.executable, str(HERE / f"{run.config.stage}.py"), "--recipe", str(recipe)]
 
 
-def _execute(study: Study, runs: Sequence[Run], done: set[str], jobs: int) -> dict[str, str]:
+def _execute(study: Study, runs: Sequence[Training], done: set[str], jobs: int) -> dict[str, str]:
     """Runs what is not done, ``jobs`` at a time; returns the reasons, by name, for what failed or could not start."""
     failed: dict[str, str] = {}
     waiting = [run for run in runs if run.name not in done]

@@ -13,13 +13,12 @@ import yaml
 from mlflow import MlflowClient
 
 from occstream.launch.cli import main
-from occstream.launch.study import finish, load_study, plan
+from occstream.launch.grid import finish, plan
+from occstream.launch.study import load_study
 from occstream.pretrain.distributed import World
 from occstream.pretrain.events import read_events
 from occstream.pretrain.replay import EvalData, TrainData
 from tests.pretrain.small import RECIPE, environment, pack_small
-
-pytestmark = pytest.mark.process
 
 STUDY = {
     "name": "little",
@@ -117,6 +116,57 @@ def test_wrong_studies_are_named(data, tmp_path):
             plan(load_study(write(tmp_path, data, **changes)))
 
 
+def axes_study(folder: Path, data: str, **changes) -> str:
+    """Learning rates with and without pre-training, which does not depend on the rate."""
+    content = {
+        "name": "rates",
+        "output": str(folder / "runs"),
+        "set": {"data": {"url": data, "scenes": 2}},
+        "stages": [
+            {"stage": "pretrain", "recipe": RECIPE, "set": {"train": {"steps": 3}}},
+            {"stage": "finetune", "recipe": RECIPE, "set": {"train": {"steps": 2}}},
+        ],
+        "axes": {
+            "start": {"binary": {}, "scratch": {"pretrain": None}},
+            "rate": {"0.1": {"finetune": {"optim": {"lr": 0.1}}}, "0.2": {"finetune": {"optim": {"lr": 0.2}}}},
+        },
+        "seeds": [0, 1],
+        **changes,
+    }
+    (folder / "axes.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return str(folder / "axes.yaml")
+
+
+def test_a_study_of_any_axes_crosses_them_and_shares_parents(data, tmp_path):
+    study = load_study(axes_study(tmp_path, data))
+    runs = plan(study)
+    by_name = {r.name: r for r in runs}
+    assert list(by_name)[:4] == [
+        "pretrain-binary-0_1-s0",
+        "finetune-binary-0_1-s0",
+        "finetune-binary-0_2-s0",
+        "finetune-scratch-0_1-s0",
+    ]
+    assert len(runs) == 2 * (1 + 4), "both rates start from the same weights"
+    shared, alone = by_name["finetune-binary-0_2-s1"], by_name["finetune-scratch-0_2-s1"]
+    assert (shared.needs, alone.needs) == ("pretrain-binary-0_1-s1", "")
+    assert shared.config.train.init == str(tmp_path / "runs" / shared.needs)
+    assert (shared.config.optim.lr, shared.config.train.seed) == (0.2, 1)
+    finish(runs, study)
+    assert shared.config.track.tags.items() >= {"start": "binary", "rate": "0.2", "arm": "binary 0.2"}.items()
+    assert by_name[shared.needs].config.track.tags["arm"] == "pretrain"
+    for changes, reason in (
+        ({"stages": []}, "stages: give a list of different stages"),
+        ({"axes": {"rate": {"low": {"finetun": {}}}}}, "axes.rate.low.finetun: no such stage"),
+        ({"axes": {"seed": {"a": {}}}}, "axes.seed: the name is taken"),
+        ({"axes": {"rate": {"low": {"finetune": {"optim": {"lrr": 1}}}}}}, "finetune-low-s0: unknown key 'optim.lrr'"),
+        ({"strategies": {}}, "unknown key 'strategies'"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            plan(load_study(axes_study(tmp_path, data, **changes)))
+
+
+@pytest.mark.process
 def test_a_killed_sweep_goes_on_and_a_broken_cell_stops_nothing_else(data, tmp_path):
     strategies = {k: STUDY["strategies"][k] for k in ("S+B*", "S+B")}
     broken = {"finetune": {"optim": {"lr": 1e30, "warmup": 1, "clip": 1e30}, "train": {"steps": 8}}}
