@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -85,6 +86,7 @@ class DriveReader:
         votes: all voxels vote, or only those that the labels' own mask knows.
         view: whether votes ask what cameras saw.
         tracks: whether boxes are needed.
+        silent: class ids that do not vote, as if they were unknown.
 
     Attributes:
         manifest: with those labels.
@@ -95,7 +97,17 @@ class DriveReader:
         ValueError: the group cannot vote.
     """
 
-    def __init__(self, base: Manifest, group: str, votes: Votes = "all", view: bool = True, tracks: bool = False):
+    def __init__(
+        self,
+        base: Manifest,
+        group: str,
+        votes: Votes = "all",
+        view: bool = True,
+        tracks: bool = False,
+        silent: Sequence[int] = (),
+    ):
+        self._spoken = np.arange(256, dtype=np.uint8)
+        self._spoken[list(silent)] = IGNORE
         self.base, self.group, self.votes, self.view, self.tracks = base, group, votes, view, tracks
         self.manifest = label_manifest(base, group)
         self.grid: VoxelGrid = self.manifest.grid
@@ -150,7 +162,7 @@ class DriveReader:
         }
         boxes = self._box_motion(scene, index, pose) if self._boxes else None
         bare = Frame(frame.scene, frame.index, frame.token, frame.timestamp, frame.ego_to_global)
-        return Source(bare, pose, labels.semantic, masks, boxes), view
+        return Source(bare, pose, self._spoken[labels.semantic], masks, boxes), view
 
     def _view(self, scene: int, mask: np.ndarray | None, pose: np.ndarray, frame: Frame) -> np.ndarray | None:
         """What counts as in view; None: everything."""

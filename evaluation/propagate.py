@@ -25,6 +25,7 @@ IN_VIEW = 128  # in a packed volume: added where a camera saw the voxel
 VOTE_UNIT = 1_000_000  # of a vote's weight: decimal weights are whole numbers, and their ties are ties
 SHARE_UNIT = 1_000  # of a class's share of the weight
 LOG_UNIT = 65_536  # of a log probability
+MOST_SOURCES = 32_767  # of one target: they are counted in 16 bits
 SLACK = 1e-6  # voxels: a center that falls on a face goes to the upper voxel, whatever rounding made of it
 
 
@@ -163,8 +164,10 @@ def pull(
         threads: to work with.
 
     Raises:
-        ValueError: the rule was made for another grid.
+        ValueError: the rule was made for another grid, or there are too many sources.
     """
+    if len(slots) > MOST_SOURCES:
+        raise ValueError(f"{len(slots)} sources for one target, at most {MOST_SOURCES} can be counted")
     shape = sources.shape[1:]
     size = int(np.prod(shape))
     if max(rule.weights.shape[1], len(rule.place)) != size:
@@ -256,8 +259,9 @@ def _pull(begin, end, maps, sources, slots, shape, numbers, itself, wanted, weig
     classes, low, height = len(things), begin[2], end[2] - begin[2]
     bayes, some, details = len(table) > 0, wanted.size > 0, frames.size > 0
     score, of_things = np.zeros((height, classes), np.int64), np.zeros((height, classes), np.int64)
-    # By voxel of the column: sources that say something; of these, in view; of these, things; other frames' things; the last.
-    heard = np.zeros((height, 5), np.int64)
+    # By voxel of the column, 16 bits each: sources that say something; of these, in view; of these, things; other frames'
+    # things. One sum is faster than four.
+    heard, latest = np.zeros(height, np.int64), np.zeros(height, np.int32)
     for i in range(begin[0], end[0]):
         for j in range(begin[1], end[1]):
             if some and not wanted[i, j, low : end[2]].any():
@@ -265,17 +269,17 @@ def _pull(begin, end, maps, sources, slots, shape, numbers, itself, wanted, weig
             score[:] = 0
             of_things[:] = 0
             heard[:] = 0
-            heard[:, 4] = -1
+            latest[:] = -1
             for s in range(len(slots)):
                 _hear(i, j, low, maps[s], sources[slots[s]], shape, numbers[s], s == itself, weights, shares, place,
-                      table, things, parked, score, of_things, heard)  # fmt: skip
+                      table, things, parked, score, of_things, heard, latest, details)  # fmt: skip
             for h in range(height):
-                k, votes = h + low, heard[h, 0]
+                k, votes = h + low, heard[h] & 0xFFFF
                 if some and not wanted[i, j, k]:
                     continue
-                moving = parked and 2 * heard[h, 2] < heard[h, 1]
+                moving = parked and 2 * (heard[h] >> 32 & 0xFFFF) < (heard[h] >> 16 & 0xFFFF)
                 if moving:
-                    votes -= heard[h, 3]
+                    votes -= heard[h] >> 48
                     for q in range(classes):
                         score[h, q] -= of_things[h, q]
                 best, own = _winner(score[h], prior, bayes, votes), out[i, j, k]
@@ -285,13 +289,13 @@ def _pull(begin, end, maps, sources, slots, shape, numbers, itself, wanted, weig
                     best = own
                 out[i, j, k] = best
                 if details:
-                    frames[i, j, k], last[i, j, k] = votes, heard[h, 4]
+                    frames[i, j, k], last[i, j, k] = votes, latest[h]
                     confidence[i, j, k] = _confidence(score[h], best, bayes)
 
 
 @numba.njit(cache=True, nogil=True)
 def _hear(i, j, low, m, source, shape, number, itself, weights, shares, place, table, things, parked, score, of_things,
-          heard):  # fmt: skip
+          heard, latest, details):  # fmt: skip
     """Adds what one source says about a column of target voxels."""
     a, b, c = shape
     height, classes = score.shape
@@ -317,11 +321,9 @@ def _hear(i, j, low, m, source, shape, number, itself, weights, shares, place, t
             continue
         thing = parked and things[said]
         apart = thing and not itself
-        heard[h, 0] += 1
-        heard[h, 1] += view
-        heard[h, 2] += view and thing
-        heard[h, 3] += apart
-        heard[h, 4] = max(heard[h, 4], number)
+        heard[h] += 1 + (np.int64(view) << 16) + (np.int64(view and thing) << 32) + (np.int64(apart) << 48)
+        if details:
+            latest[h] = max(latest[h], number)
         if bayes:
             row = table[(place[at] * 2 + view) * classes + said]
             for q in range(classes):

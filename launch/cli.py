@@ -253,10 +253,10 @@ def _machine_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p = command("bench", _bench, "measure the speed against what this machine can do, as ratios within one run")
     p.add_argument(
         "what",
-        choices=("pack", "stream", "step"),
+        choices=("pack", "stream", "step", "refine"),
         help="pack: against reading, JPEG work, zstd and hashing; stream: against the same "
         "decoding from memory, and other installed loaders (both need a checkout of the repository); step: a breakdown of a "
-        "training step of --recipe",
+        "training step of --recipe; refine: CPU seconds of refining a frame, and memory",
     )
     p.add_argument("--recipe", default="r50", help="with step (default r50)")
     p.add_argument("--stage", choices=("pretrain", "finetune"), default="pretrain", help="with step")
@@ -385,6 +385,8 @@ def _bench(args) -> int:
         found = bench_step(args.recipe, tuple(args.settings), args.stage, args.batch, args.repeats)
     elif args.what == "pack":
         found = _from_checkout("pack").bench_pack(args.scenes or 12, workers=args.workers, repeats=args.repeats)
+    elif args.what == "refine":
+        found = _from_checkout("refine").bench_refine(repeats=args.repeats)
     else:
         found = _from_checkout("stream").bench_stream(args.scenes or 30, args.repeats, args.jpeg)
     if args.json:
