@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from occstream.launch import data, refine
+from occstream.launch import citymap, data, refine
 from occstream.launch.run import guarded
 from occstream.sharding.places import place
 
@@ -198,6 +198,7 @@ def _run_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. eval.batch=2")
 
     refine.add_command(command)
+    citymap.add_command(command)
 
     p = command(
         "compare",
