@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -463,8 +464,8 @@ def merge(low: Mapping, high: Mapping) -> dict:
     return out
 
 
-# What follows these in an override is the name of a module, with its dots.
-_OF_MODULES = ("optim.groups.", "optim.decay_groups.")
+# What follows these keys is the name of a module, with its dots.
+_OF_MODULE = re.compile(r"((?:.*\.)?optim\.(?:decay_)?groups)\.(.+)")
 
 
 def parse_overrides(words: Iterable[str]) -> dict:
@@ -482,9 +483,10 @@ def parse_overrides(words: Iterable[str]) -> dict:
             # YAML 1.1 reads 1e-4 as a string.
             with contextlib.suppress(ValueError):
                 value = float(value) if value.lower() not in ("nan", "inf", "-inf", "infinity") else value
-        section = next((s for s in _OF_MODULES if key.startswith(s)), "")
-        nested: Any = {key.removeprefix(section): value} if section else value
-        for part in reversed((section[:-1] or key).split(".")):
+        module = _OF_MODULE.fullmatch(key)
+        path = [*module[1].split("."), module[2]] if module else key.split(".")
+        nested: Any = value
+        for part in reversed(path):
             nested = {part: nested}
         out = merge(out, nested)
     return out

@@ -106,6 +106,12 @@ def test_override_values(word, value):
     assert tree == value
 
 
+def test_names_of_modules_keep_their_dots():
+    words = ["set.optim.groups.images.body=0.1", "set.optim.groups.images=1", "optim.decay_groups.a.b=0"]
+    groups = {"groups": {"images.body": 0.1, "images": 1.0}}
+    assert parse_overrides(words) == {"set": {"optim": groups}, "optim": {"decay_groups": {"a.b": 0.0}}}
+
+
 TREES = st.dictionaries(
     st.sampled_from("abc"),
     st.recursive(st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3), max_leaves=8),
