@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import simplejpeg
 
 from occstream.sharding.attach import Sidecar
 from occstream.sharding.codec import Coding, encode
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.poses import apply
-from occstream.sharding.schema import OCC3D, Boxes, Frame, Labels, Scene, Taxonomy
+from occstream.sharding.schema import OCC3D, Boxes, Camera, Frame, Labels, LidarSweep, Scene, Taxonomy
 from occstream.sharding.stream import ShardReader
 
 GRID = VoxelGrid("street", (-8, -8, -1), (8, 8, 3), (0.5, 0.5, 0.5))
@@ -32,7 +33,11 @@ def solid(points: np.ndarray, cars: list[tuple[float, float]]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Street:
-    """Scenes in which the ego drives 2 m a frame along a parked car and behind one that drives. A ``Source``."""
+    """Scenes in which the ego drives 2 m a frame along a parked car and behind one that drives. A ``Source``.
+
+    With ``rig``, frames have a camera that looks ahead and a LiDAR that is turned to the left, and labels no masks; a grid in
+    the LiDAR's frame needs it.
+    """
 
     scenes: int = 2
     frames: int = 6
@@ -40,6 +45,7 @@ class Street:
     name: str = "street"
     taxonomy: Taxonomy = OCC3D
     offset: tuple[float, float, float] = field(default=(4.5e5, 5.2e6, 70.0))
+    rig: bool = False
 
     def scene_names(self) -> list[str]:
         return [f"street-{i}" for i in range(self.scenes)]
@@ -54,7 +60,9 @@ class Street:
         pose[:2, :2] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
         pose[:3, 3] = 2.0 * t, -1.5, 0.0
         cars = [(5.0 + number, 3.0), (3.0 * t + 4.0, -1.5)]
-        labels = solid(apply(pose, self.grid.centers()), cars)
+        to_ego = np.array([[0, -1, 0, 1.0], [1, 0, 0, 0.2], [0, 0, 1, 0.5], [0, 0, 0, 1]], float)
+        grid_pose = pose @ to_ego if self.grid.frame == "lidar" else pose
+        labels = solid(apply(grid_pose, self.grid.centers()), cars)
         rows = []
         for x, y in cars:
             place = pose[:3, :3].T @ (np.array([x, y, SIZE[2] / 2]) - pose[:3, 3])
@@ -63,9 +71,15 @@ class Street:
         placed = pose.copy()
         placed[:3, 3] += self.offset
         view = apply(np.eye(4), self.grid.centers())[..., 0] > 0
-        known = np.ones(self.grid.shape, bool)
-        return Frame(name, t, f"{name}-{t}", 10**15 + t * 500_000, placed, boxes=boxes,
-                     labels=Labels(labels != FREE, labels, known, view))  # fmt: skip
+        found = Labels(labels != FREE, labels, *((None, None) if self.rig else (np.ones(self.grid.shape, bool), view)))
+        out = Frame(name, t, f"{name}-{t}", 10**15 + t * 500_000, placed, boxes=boxes, labels=found)
+        if self.rig:
+            ahead = np.array([[0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 1.0], [0, 0, 0, 1]], float)
+            jpeg = simplejpeg.encode_jpeg(np.zeros((16, 24, 3), np.uint8))
+            intrinsics = np.array([[12.0, 0, 11.5], [0, 12, 7.5], [0, 0, 1]])
+            out.cameras = {"CAM_FRONT": Camera(jpeg, 24, 16, intrinsics, ahead, placed, out.timestamp)}
+            out.lidar = LidarSweep(np.zeros((1, 3), np.float32), to_ego, placed, out.timestamp)
+        return out
 
 
 def predictions(url: str, group: str, wrong: float = 0.2, seed: int = 0) -> Manifest:

@@ -1,5 +1,6 @@
 """``occstream refine`` over packed drives: results, parts, kills, and what is wrong with an input."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from occstream.evaluation.bayes import LAMBDAS, Confusions
+from occstream.evaluation.drive import DriveReader
 from occstream.evaluation.refine import RefineConfig, SceneRefiner, measure, refine
 from occstream.evaluation.votes import VoteConfig
 from occstream.launch.cli import main
@@ -177,3 +179,37 @@ def test_voxels_that_the_labels_do_not_know_may_be_silent(street):
     first, second = semantics(a.manifest), semantics(b.manifest)
     assert all((first[k] == second[k]).all() for k in first)
     assert any((v == FREE).any() for v in first.values())
+
+
+def test_without_masks_the_calibration_tells_what_is_in_view(tmp_path):
+    url = str(tmp_path / "rig")
+    pack(Street(scenes=1, frames=3, rig=True), url, groups=("cameras", "labels"), grid=GRID)
+    found = refine(url, "labels", "pseudo-r", RefineConfig(window=1))
+    assert found.view_from == "the cameras' calibration, as of each scene's first frame"
+    reader = DriveReader(Manifest.load(url), "labels")
+    _, view = reader.read(0, 1)
+    reader.close()
+    x, y, z = np.moveaxis(GRID.centers(), -1, 0)
+    ahead = np.where(x > 0, x, np.nan)
+    edge = np.maximum(np.abs(y / ahead), np.abs((z - 1) / ahead) * 12 / 8)  # of the image, at 1
+    assert (view[edge < 0.999]).all()
+    assert not view[~(edge < 1.001)].any()
+    assert 100 < view.sum() < GRID.size / 2
+    pack(Street(scenes=1, frames=3, rig=True), str(tmp_path / "bare"), groups=("labels",), grid=GRID)
+    found = refine(str(tmp_path / "bare"), "labels", "pseudo-r", RefineConfig(window=1))
+    assert "neither mask_camera nor calibration" in found.view_from
+
+
+def test_grids_in_the_lidar_frame_are_placed_by_the_sweep(tmp_path, capsys):
+    grid = dataclasses.replace(GRID, frame="lidar")
+    street = Street(scenes=1, frames=5, grid=grid, rig=True)
+    pack(street, str(tmp_path / "data"), groups=("lidar", "labels"), grid=grid)
+    truth = semantics(Manifest.load(str(tmp_path / "data")))
+    for movers in ("none", "tracks"):
+        config = RefineConfig(movers=movers, votes=VoteConfig("none", empty=1.0))
+        found = semantics(refine(str(tmp_path / "data"), "labels", f"pseudo-{movers}", config).manifest)
+        assert right(found, truth) > 97
+    assert right(found, truth, CAR) > 90, "boxes are in the ego frame"
+    pack(street, str(tmp_path / "bare"), groups=("labels",), grid=grid)
+    assert main(["refine", str(tmp_path / "bare"), "--input", "labels", "--name", "pseudo-r"]) == 2
+    assert "no group 'lidar'" in capsys.readouterr().err
