@@ -94,6 +94,7 @@ def naive_bayes(confusions: Confusions, grid: VoxelGrid, taxonomy: Taxonomy) -> 
             f"{taxonomy.num_classes}; measure it on this data"
         )
     rows = np.swapaxes(log(confusions.likelihoods()), 2, 3).reshape(-1, classes)
+    likeliest = (rows + log(confusions.prior())).argmax(1)
     return Rule(
         taxonomy.num_classes,
         np.zeros((2, 0), np.int32),
@@ -102,6 +103,7 @@ def naive_bayes(confusions: Confusions, grid: VoxelGrid, taxonomy: Taxonomy) -> 
         place=range_bins(grid),
         table=np.ascontiguousarray(np.rint(confusions.exponent * LOG_UNIT * rows).astype(np.int32)),
         prior=np.rint(LOG_UNIT * log(confusions.prior())).astype(np.int64),
+        trusted=things_of(taxonomy)[likeliest],
     )
 
 

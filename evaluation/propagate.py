@@ -46,7 +46,8 @@ class Rule:
         prior: (K + 1,) int64, as ``table``: log p(true).
         things: (K + 1,) bool, classes of what may move.
         parked: things of other frames count only where at least half of the frames that see the voxel call it a thing;
-            elsewhere the target's own things stay where the others say thing or free.
+            elsewhere the target's own things stay where the others say thing or free, if they are to be trusted.
+        trusted: (bins * 2 * (K + 1),) bool, rows as of ``table``: whether what is said is most likely a thing. (0,): always.
     """
 
     num_classes: int
@@ -57,6 +58,7 @@ class Rule:
     table: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))
     prior: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     parked: bool = False
+    trusted: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
     @property
     def bayes(self) -> bool:
@@ -198,6 +200,7 @@ def pull(
         rule.prior,
         rule.things,
         rule.parked,
+        rule.trusted,
         out.semantic,
         frames,
         last,
@@ -255,7 +258,7 @@ def _misses(first, last, size):
 
 @numba.njit(cache=True, nogil=True)
 def _pull(begin, end, maps, sources, slots, shape, numbers, itself, wanted, weights, shares, place, table, prior,
-          things, parked, out, frames, last, confidence):  # fmt: skip
+          things, parked, trusted, out, frames, last, confidence):  # fmt: skip
     classes, low, height = len(things), begin[2], end[2] - begin[2]
     bayes, some, details = len(table) > 0, wanted.size > 0, frames.size > 0
     score, of_things = np.zeros((height, classes), np.int64), np.zeros((height, classes), np.int64)
@@ -286,7 +289,13 @@ def _pull(begin, end, maps, sources, slots, shape, numbers, itself, wanted, weig
                 if best < 0:
                     continue
                 if moving and own < classes and things[own] and (things[best] or best == classes - 1):
-                    best = own
+                    at = (i * shape[1] + j) * shape[2] + k  # the target is the source ``itself``
+                    if (
+                        len(trusted) == 0
+                        or itself < 0
+                        or trusted[(place[at] * 2 + (sources[slots[itself], at] >> 7)) * classes + own]
+                    ):
+                        best = own
                 out[i, j, k] = best
                 if details:
                     frames[i, j, k], last[i, j, k] = votes, latest[h]

@@ -61,6 +61,9 @@ def slow(rule, grid, poses, target, volumes, views, itself):
             continue
         best, own = int(score.argmax()), out[index]
         keep = moving and own < rule.num_classes and rule.things[own]
+        if keep and itself >= 0 and len(rule.trusted):
+            flat = int(np.ravel_multi_index(index, grid.shape))
+            keep = rule.trusted[(rule.place[flat] * 2 + views[itself][index]) * (rule.num_classes + 1) + own]
         if not (keep and (rule.things[best] or best == rule.num_classes)):
             out[index] = best
     return out
