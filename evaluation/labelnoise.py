@@ -38,8 +38,8 @@ class NoiseConfig:
         seed: of all.
     """
 
-    lost: float = 0.12
-    wrong: float = 0.12
+    lost: float = 0.2
+    wrong: float = 0.1
     swollen: float = 0.2
     far: float = 2.5
     out_of_view: float = 2.0

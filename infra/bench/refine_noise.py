@@ -2,7 +2,7 @@
 
     python infra/bench/refine_noise.py FOLDER [scenes [frames]]
 
-Half of the scenes are held out to measure the tables of confusions; the others are scored, every second frame. The folder
+Half of the scenes are held out to measure the tables of confusions; the others are scored. The folder
 keeps the data for another run.
 """
 
@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from occstream.evaluation.drive import label_manifest
+from occstream.evaluation.bayes import Confusions
+from occstream.evaluation.drive import DriveReader
 from occstream.evaluation.labelnoise import NoiseConfig, attach_corrupted
 from occstream.evaluation.metrics import CONVENTIONS, RangedCounts, ranges_of
-from occstream.evaluation.refine import RefineConfig, measure, refine
+from occstream.evaluation.refine import RefineConfig, SceneRefiner, make_rule, measure
 from occstream.evaluation.votes import VoteConfig, in_frustum
 from occstream.sharding.grid import get_grid
 from occstream.sharding.manifest import Manifest
@@ -42,19 +43,32 @@ def forward_view() -> np.ndarray:
     return in_frustum(GRID, np.eye(4), [Camera(b"", 1241, 376, intrinsics, to_ego, np.eye(4), 0)])
 
 
-def scores(url: str, group: str, scenes: list[int], every: int = 2) -> str:
-    """IoU / mIoU by range, in percent."""
-    base = Manifest.load(url)
-    labels = label_manifest(base, group)
-    truth, said = ShardReader(base, ("labels",)), ShardReader(labels, (group,))
-    ranges = ranges_of(GRID)
-    counts = RangedCounts(len(base.classes), CONVENTIONS["occ3d"], ranges)
-    for scene in scenes:
-        for index in range(0, base.scenes[scene].frames, every):
-            pair = (torch.from_numpy(r.frame(scene, index).labels.semantic.copy()) for r in (said, truth))
-            counts.update(*(volume[None] for volume in pair))
-    matrices = [counts.matrix(part) for part in ranges.parts]
-    return "  ".join(f"{100 * m.iou():5.1f} /{100 * m.miou():5.1f}" for m in matrices)
+class Scorer:
+    """Scores labels of some scenes of a data set, as read or refined."""
+
+    def __init__(self, url: str, scenes: list[int]):
+        self.base, self.scenes = Manifest.load(url), scenes
+        self.truth = {}
+        reader = ShardReader(self.base, ("labels",))
+        for scene in scenes:
+            frames = range(self.base.scenes[scene].frames)
+            self.truth[scene] = [reader.frame(scene, i).labels.semantic.copy() for i in frames]
+        reader.close()
+
+    def row(self, words: str, group: str, config: RefineConfig, table: Confusions | None = None) -> None:
+        """Prints IoU / mIoU by range, in percent, of a group refined by a rule."""
+        began, ranges = time.process_time(), ranges_of(GRID)
+        counts = RangedCounts(len(self.base.classes), CONVENTIONS["occ3d"], ranges)
+        reader = DriveReader(self.base, group, config.voxels, config.view, config.movers == "tracks")
+        refiner = SceneRefiner(reader, make_rule(config, self.base, table), config)
+        for scene in self.scenes:
+            for (_, said), true in zip(refiner.frames(scene), self.truth[scene]):
+                counts.update(torch.from_numpy(said)[None], torch.from_numpy(true)[None])
+        reader.close()
+        matrices = [counts.matrix(part) for part in ranges.parts]
+        words += f", λ {table.exponent:g}" if table else ""
+        found = "  ".join(f"{100 * m.iou():5.1f} /{100 * m.miou():5.1f}" for m in matrices)
+        print(f"{words:<44} {found}   {time.process_time() - began:5.0f} CPU s", flush=True)
 
 
 def main() -> None:
@@ -65,38 +79,23 @@ def main() -> None:
     pack(open_source("synthetic", options), url, groups=("labels",), grid=GRID, scenes_per_shard=1)
     base = Manifest.load(url)
     held = base.held_out(scenes // 2)
-    scored = [i for i in range(scenes) if i not in held]
-    print(f"{len(scored)} scenes scored, {len(held)} held out; IoU / mIoU at {', '.join(ranges_of(GRID).parts)}")
-
-    def row(words: str, group: str, began: float) -> None:
-        print(f"{words:<44} {scores(url, group, scored)}   {time.process_time() - began:6.0f} CPU s", flush=True)
-
+    scorer = Scorer(url, [i for i in range(scenes) if i not in held])
+    print(f"{len(scorer.scenes)} scenes scored, {len(held)} held out; IoU / mIoU at {', '.join(ranges_of(GRID).parts)}")
     for movers in ("none", "parked", "tracks"):
-        began, config = time.process_time(), RefineConfig(movers=movers)
-        refine(url, "labels", f"pseudo-exact-{movers}", config)
-        row(f"exact labels, voted, movers {movers}", f"pseudo-exact-{movers}", began)
+        scorer.row(f"exact labels, voted, movers {movers}", "labels", RefineConfig(movers=movers))
     for number, (kind, noise) in enumerate(KINDS.items()):
         group = f"pseudo-noise-{number}"
         attach_corrupted(url, group, noise, forward_view())
         print(f"\nerrors {kind}")
-        row("as predicted", group, time.process_time())
-        rules = {
-            "majority": RefineConfig(votes=VoteConfig("none", empty=1.0), movers="none"),
-            "camera weights (paper), free weighs 1": RefineConfig(votes=VoteConfig(empty=1.0), movers="none"),
-            "camera weights, free 0.3, movers none": RefineConfig(movers="none"),
-            "camera weights, free 0.3, movers parked": RefineConfig(),
-            "camera weights, free 0.3, movers tracks": RefineConfig(movers="tracks"),
-            "naive Bayes, movers none": RefineConfig("bayes", movers="none"),
-            "naive Bayes, movers parked": RefineConfig("bayes"),
-            "naive Bayes, movers tracks": RefineConfig("bayes", movers="tracks"),
-        }
-        table, _ = measure(url, group, held, rules["naive Bayes, movers none"])
-        for turn, (words, config) in enumerate(rules.items()):
-            began = time.process_time()
-            name = f"pseudo-refined-{number}-{turn}"
-            refine(url, group, name, config, table=table if config.rule == "bayes" else None)
-            words += f", λ {table.exponent:g}" if config.rule == "bayes" else ""
-            row(words, name, began)
+        scorer.row("as predicted", group, RefineConfig(window=0))
+        table, _ = measure(url, group, held, RefineConfig("bayes"))
+        plain, paper = VoteConfig("none", empty=1.0), VoteConfig(empty=1.0)
+        scorer.row("majority", group, RefineConfig(votes=plain, movers="none"))
+        scorer.row("camera weights (paper), free weighs 1", group, RefineConfig(votes=paper, movers="none"))
+        for movers in ("none", "parked", "tracks"):
+            scorer.row(f"camera weights, free 0.3, movers {movers}", group, RefineConfig(movers=movers))
+        for movers in ("none", "parked", "tracks"):
+            scorer.row(f"naive Bayes, movers {movers}", group, RefineConfig("bayes", movers=movers), table)
 
 
 if __name__ == "__main__":
