@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from occstream.pretrain.config import Config, merge, parse_config, read_recipe
-from occstream.pretrain.engine import World
+from occstream.pretrain.distributed import World
 from occstream.pretrain.events import default_uri
 from occstream.pretrain.replay import EvalData, TrainData
 from occstream.sharding.codec import canonical_json
