@@ -74,6 +74,12 @@ NUSCENES = DetectionRules(
 )  # fmt: skip
 
 
+def without_attributes(rules: DetectionRules) -> DetectionRules:
+    """For boxes whose attributes nobody knows, as those of shards and of synthetic scenes. With attributes scored all the
+    same, that error is 1."""
+    return replace(rules, unscored={n: rules.unscored.get(n, frozenset()) | {"attribute"} for n in rules.classes})
+
+
 def rules_of(taxonomy: Taxonomy) -> DetectionRules:
     """nuScenes' own rules for its classes; for other taxonomies the same procedure over their things, without attributes,
     with nuScenes' range where a class has a namesake there and 50 m elsewhere."""
@@ -81,8 +87,7 @@ def rules_of(taxonomy: Taxonomy) -> DetectionRules:
         return NUSCENES
     names = tuple(name for name in taxonomy.classes if name in taxonomy.things)
     reach = dict(zip(NUSCENES.classes, NUSCENES.reach))
-    unscored = {name: NUSCENES.unscored.get(name, frozenset()) | {"attribute"} for name in names}
-    return replace(NUSCENES, classes=names, reach=tuple(reach.get(n, 50.0) for n in names), unscored=unscored)
+    return without_attributes(replace(NUSCENES, classes=names, reach=tuple(reach.get(n, 50.0) for n in names)))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from occstream.evaluation.detection import (
     default_attributes,
     in_reach,
     rules_of,
+    without_attributes,
 )
 from occstream.sharding.schema import OCC3D, OPENSCENE, Boxes
 from tests.evaluation.ranks import run_ranks
@@ -97,9 +98,17 @@ def test_perfect_predictions_score_one():
     assert result["mAOE/barrier"] == 0
 
 
+def test_errors_of_boxes_whose_score_is_zero_are_not_known():
+    assert of_car(scores((TRUTH, TRUTH))) == pytest.approx([1, 1, 1, 1, 1, 1])
+
+
 def test_a_match_is_strictly_nearer_than_the_threshold():
     result = scores((cars((10.5, 0, 0.9)), cars((10, 0))))
     assert [result[f"AP/car/{d}"] for d in ("0.5", "1")] == pytest.approx([0, 1])
+    # Nor the next nearest, where the nearest is taken.
+    second = scores((cars((10, 0, 0.9), (10, 0, 0.8)), cars((10, 0), (10.5, 0))))
+    assert second["AP/car/1"] == pytest.approx(1)
+    assert second["AP/car/0.5"] < 0.5
 
 
 def test_a_barrier_may_point_the_other_way_and_a_car_may_not():
@@ -184,6 +193,16 @@ def test_rules_for_other_taxonomies_have_no_attributes():
     found = scores((BoxSet.of(boxes, rules, scores=np.ones(2)), truth), rules=rules)
     assert math.isnan(found["mAAE"])
     assert found["NDS_present"] == pytest.approx(1, abs=1e-12)
+
+
+def test_attributes_that_nobody_knows():
+    truth = BoxSet(**{**vars(TRUTH), "attributes": None})
+    found = BoxSet(**{**vars(truth), "scores": np.array([0.9, 0.8, 0.7, 0.6])})
+    assert scores((found, truth))["mAAE/car"] == 1
+    without = scores((found, truth), rules=without_attributes(NUSCENES))
+    assert math.isnan(without["mAAE"])
+    assert without["NDS_present"] == pytest.approx(1)
+    assert without["NDS"] == pytest.approx((5 * 0.1 + (0.1 + 0.1 + 1 / 9 + 1 / 8)) / 9)
 
 
 def test_default_attributes_go_by_class_and_speed():
@@ -314,7 +333,9 @@ def test_random_frames_equal_the_slow_reference(seed):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_number_of_ranks_changes_nothing(ranks, monkeypatch):
-    frames = random_frames(7, 5)
+    frames = random_frames(7, 14)
+    for predicted, _ in frames:
+        predicted.scores[:] = 0.5  # only the order of frames and boxes decides
     whole = scores(*frames)
 
     def work(rank):

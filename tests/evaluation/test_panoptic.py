@@ -79,6 +79,12 @@ def test_stuff_at_an_iou_of_four_tenths_counts_only_in_pq_dagger():
     assert scores["PQ_dagger"] == scores["mIoU"] == pytest.approx(0.4)
 
 
+def test_half_is_no_match():
+    metric = toy(classes=2)
+    metric.update(*points((10, 1, 0), (10, 1, 0)), *points((10, 1, 0), (10, 2, 0)))
+    assert metric.counts[1].tolist()[:3] == [0, 1, 1]
+
+
 def test_what_is_ignored_changes_nothing_and_nothing_valid_is_nan():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
