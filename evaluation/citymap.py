@@ -241,16 +241,11 @@ def make_map(
             progress(count, len(mine))
     reader.close()
     work.made.view_from = reader.view_from
-    if all((done / "-".join(map(str, place))).exists() for place in work.shards):
-        summary = {
-            **origin,
-            **about,
-            "digest": digest,
-            "frames": frames.keys,
-            "shards": [list(place) for place in work.shards],
-        }
+    work.made.complete = all((done / "-".join(map(str, place))).exists() for place in work.shards)
+    if work.made.complete:
+        shards = [list(place) for place in work.shards]
+        summary = {**origin, **about, "digest": digest, "frames": frames.keys, "shards": shards}
         storage.publish(json.dumps(summary, indent=1).encode(), str(folder / SUMMARY))
-        work.made.complete = True
     return work.made
 
 

@@ -177,14 +177,10 @@ def pull(
             f"the rule was made for a grid of {max(rule.weights.shape[1], len(rule.place))} voxels, not {size}"
         )
     end = before.shape if end is None else end
-    out = Pulled(before.copy())
-    scores = np.zeros((0, 0, 0), np.int32)
-    frames = last = scores
-    confidence = np.zeros((0, 0, 0), np.uint8)
+    out, none = Pulled(before.copy()), np.zeros((0, 0, 0), np.int32)
     if details:
-        frames, last = np.zeros(before.shape, np.int32), np.full(before.shape, -1, np.int32)
-        confidence = np.zeros(before.shape, np.uint8)
-        out.frames, out.last, out.confidence = frames, last, confidence
+        out.frames, out.last = np.zeros(before.shape, np.int32), np.full(before.shape, -1, np.int32)
+        out.confidence = np.zeros(before.shape, np.uint8)
     arguments = (
         np.ascontiguousarray(maps, np.float64),
         sources.reshape(len(sources), size),
@@ -202,9 +198,9 @@ def pull(
         rule.parked,
         rule.trusted,
         out.semantic,
-        frames,
-        last,
-        confidence,
+        out.frames if details else none,
+        out.last if details else none,
+        out.confidence if details else none.view(np.uint8),
     )
     cuts = np.linspace(begin[0], end[0], max(1, min(threads, end[0] - begin[0])) + 1).astype(int)
     slabs = [((int(a), *begin[1:]), (int(b), *end[1:])) for a, b in itertools.pairwise(cuts)]

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _placed(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments with paths and URLs in one form. Raises ValueError."""
-    for name in ("url", "out", "root", "checkpoint", "run", "picture", "json", "data", "labels", "study"):
+    for name in ("url", "out", "root", "checkpoint", "run", "picture", "json", "data", "labels", "table", "study"):
         if isinstance(value := getattr(args, name, None), str):
             setattr(args, name, place(value))
     return args
