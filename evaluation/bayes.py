@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 
 from occstream.evaluation.propagate import ABSTAIN, LOG_UNIT, Rule
 from occstream.evaluation.votes import things_of
 from occstream.sharding.codec import canonical_json
-from occstream.sharding.exactmath import decay, log
+from occstream.sharding.exactmath import log
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.schema import Taxonomy
 
@@ -122,33 +121,29 @@ def confusions_of(said: np.ndarray, truth: np.ndarray, grid: VoxelGrid, classes:
     return np.bincount(index, minlength=BINS * 2 * classes**2).reshape(BINS, 2, classes, classes)
 
 
-def log_likelihoods(scores: np.ndarray, truth: np.ndarray, prior: np.ndarray) -> np.ndarray:
-    """(len(LAMBDAS),) float64: sum over voxels of log p(truth) at each λ.
+def confusions_by_exponent(scores: np.ndarray, truth: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """(len(LAMBDAS), K + 1, K + 1) int64: voxels by truth and by the class that wins at each λ.
 
     Args:
         scores: (V, K + 1) int64 of ``propagate.evidence`` by a table at λ = 1.
         truth: (V,) class ids.
         prior: (K + 1,) of the rule.
     """
-    sums = np.array([_behind(np.asarray(scores), np.asarray(truth), prior, exponent) for exponent in LAMBDAS])
-    return sums[:, 0]
+    classes = len(prior)
+    won = [(prior + exponent * scores).argmax(1) for exponent in LAMBDAS]
+    found = [np.bincount(truth.astype(np.int64) * classes + w, minlength=classes**2) for w in won]
+    return np.stack(found).reshape(-1, classes, classes)
 
 
-@numba.njit(cache=True, nogil=True)
-def _behind(scores, truth, prior, exponent):
-    """(1,) float64: sum over voxels of log p(truth), written out so that its last digits do not depend on the CPU."""
-    out = np.zeros(1)
-    for n in range(len(scores)):
-        most = -np.inf
-        for q in range(len(prior)):
-            most = max(most, (prior[q] + exponent * scores[n, q]) / LOG_UNIT)
-        norm = 0.0
-        for q in range(len(prior)):
-            norm += decay(min(max(most - (prior[q] + exponent * scores[n, q]) / LOG_UNIT, 0.0), 99.0))
-        out[0] += (prior[truth[n]] + exponent * scores[n, truth[n]]) / LOG_UNIT - most - log(norm)
-    return out
+def scores_by_exponent(counts: np.ndarray) -> np.ndarray:
+    """(len(LAMBDAS), 2) float64: IoU and mIoU of ``confusions_by_exponent``, 0..1; classes that do not occur are skipped."""
+    hit = np.diagonal(counts, axis1=1, axis2=2)
+    union = counts.sum(1) + counts.sum(2) - hit
+    each = np.where(union > 0, hit / np.maximum(union, 1), np.nan)
+    solid = counts[:, :-1, :-1].sum((1, 2)) / np.maximum(counts.sum((1, 2)) - hit[:, -1], 1)
+    return np.stack([solid, np.nan_to_num(each[:, :-1]).sum(1) / np.maximum((union[:, :-1] > 0).sum(1), 1)], 1)
 
 
-def best_exponent(likelihoods: np.ndarray) -> float:
-    """λ of the highest likelihood, the smallest of those that are equal to the last digit that matters."""
-    return LAMBDAS[int(np.argmax(np.round(likelihoods, 6)))]
+def best_exponent(scores: np.ndarray) -> float:
+    """λ of the highest sum of IoU and mIoU, the smallest of equal ones."""
+    return LAMBDAS[int(np.argmax(np.round(scores.sum(1), 9)))]

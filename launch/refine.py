@@ -132,9 +132,9 @@ def _table(args: argparse.Namespace, config):
     if args.holdout > len(base.scenes):
         raise ValueError(f"--holdout {args.holdout}: {args.url} has {len(base.scenes)} scenes")
     scenes = base.held_out(args.holdout, args.subset_seed)
-    table, means = measure(args.url, args.input, scenes, dataclasses.replace(config), args.truth)
-    said = ", ".join(f"{exponent:g}: {mean:.4f}" for exponent, mean in zip(LAMBDAS, means))
-    print(f"table {table.digest}: measured on {len(scenes)} held-out scenes; mean log likelihood by λ: {said}")
+    table, scores = measure(args.url, args.input, scenes, dataclasses.replace(config), args.truth)
+    said = ", ".join(f"{exponent:g}: {100 * a:.1f} / {100 * b:.1f}" for exponent, (a, b) in zip(LAMBDAS, scores))
+    print(f"table {table.digest}: measured on {len(scenes)} held-out scenes; IoU / mIoU of a sample by λ: {said}")
     print(f"λ {table.exponent:g}; scores on these scenes flatter the rule, evaluate it on others")
     if path:
         names = [base.scenes[i].name for i in scenes]

@@ -5,7 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from occstream.evaluation.bayes import LAMBDAS, Confusions, best_exponent, log_likelihoods, naive_bayes
+from occstream.evaluation.bayes import (
+    LAMBDAS,
+    Confusions,
+    best_exponent,
+    confusions_by_exponent,
+    naive_bayes,
+    scores_by_exponent,
+)
 from occstream.evaluation.propagate import ABSTAIN, LOG_UNIT, evidence, overlapping, packed, pull, pull_maps
 from occstream.evaluation.votes import VoteConfig, in_frustum, voting
 from occstream.sharding.exactmath import log
@@ -261,17 +268,18 @@ def test_volumes_pack_into_a_byte():
     assert packed(semantic).ravel().tolist() == [128, 131, 255]
 
 
-def test_lambda_is_the_one_of_the_highest_likelihood():
+def test_lambda_is_the_one_of_the_highest_scores():
     rng = np.random.default_rng(3)
-    table = np.array([[0.7, 0.3], [0.2, 0.8]])
-    truth = rng.integers(0, 2, 4000)
-    # Every observation comes four times: their evidence counts a quarter.
-    said = (rng.random(4000) > table[truth, 0]).astype(int)
-    scores = np.rint(4 * LOG_UNIT * np.log(table[:, said]).T).astype(np.int64)
-    prior = np.rint(LOG_UNIT * np.log([0.5, 0.5])).astype(np.int64)
-    got = log_likelihoods(scores, truth, prior)
-    for exponent, value in zip(LAMBDAS, got):
-        total = (prior + exponent * scores) / LOG_UNIT
-        want = total[np.arange(4000), truth] - np.log(np.exp(total).sum(1))
-        assert value == pytest.approx(want.sum(), rel=1e-9)
-    assert best_exponent(got) in (0.2, 0.3)
+    truth, scores = rng.integers(0, 3, 500), rng.integers(-9, 9, (500, 3)) * LOG_UNIT
+    prior = np.array([0, -2, 7]) * LOG_UNIT
+    counts = confusions_by_exponent(scores, truth, prior)
+    for exponent, found, (iou, miou) in zip(LAMBDAS, counts, scores_by_exponent(counts)):
+        said = (prior + exponent * scores).argmax(1)
+        assert found.sum() == 500
+        each = [((said == k) & (truth == k)).sum() / ((said == k) | (truth == k)).sum() for k in (0, 1)]
+        assert miou == pytest.approx(np.mean(each))
+        assert iou == pytest.approx(((said < 2) & (truth < 2)).sum() / ((said < 2) | (truth < 2)).sum())
+    best = np.zeros((len(LAMBDAS), 2))
+    best[[4, 7]] = 0.5
+    assert best_exponent(best) == LAMBDAS[4]
+    assert scores_by_exponent(np.zeros((10, 3, 3), np.int64)).tolist() == [[0, 0]] * 10
