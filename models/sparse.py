@@ -389,7 +389,7 @@ class _SparseConv(SparseModule):
 
     def _by_torch(self, x: SparseTensor, weight: Tensor) -> SparseTensor:
         book = self._book(x)
-        if not book.pairs:
+        if not book.pairs and len(x.features):
             raise ValueError(f"rulebook {self.indice_key!r} is spconv's: build all layers with one back end")
         out = _Convolve.apply(x.features, weight, book.pairs, len(book.outputs))
         return self._result(x, out, book)
@@ -415,7 +415,7 @@ class _SparseConv(SparseModule):
         return self._native_result(x, out)
 
     def _must_ascend(self, x: SparseTensor) -> None:
-        if not x.ascending:
+        if not x.ascending and len(x.features):
             raise ValueError("the rows are in spconv's order: build all layers with one back end")
 
     def _book(self, x: SparseTensor) -> Rulebook:

@@ -265,6 +265,20 @@ def test_nothing_and_a_single_voxel(count, training, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_voxel_that_reaches_no_output_leaves_nothing(backend):
+    x = SparseTensor.of(torch.ones(1, 3), torch.tensor([[0, 11, 4, 4]]), (12, 9, 9), 1)
+    down = SparseConv3d(3, 4, 3, 2, (0, 1, 1), indice_key="down", backend=backend)
+    between = SubMConv3d(4, 4, indice_key="between", backend=backend)
+    up = SparseInverseConv3d(4, 2, 3, "down", backend=backend)
+    low = between(down(x))
+    assert low.features.shape == (0, 4)
+    out = up(low)
+    assert out.features.tolist() == [[0, 0]]
+    out.features.sum().backward()
+    assert not any(p.grad.any() for layer in (down, between, up) for p in layer.parameters())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_grid_of_a_batch_may_be_empty(backend):
     features, indices = scattered(300, batch=1)
     alone = network(backend).eval()(SparseTensor.of(features, indices, SHAPE, 1)).dense()
