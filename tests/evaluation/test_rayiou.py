@@ -65,6 +65,18 @@ def slow_cast(labels, origin, direction, grid, free):
             return free, faces[axis]
 
 
+@pytest.mark.parametrize(
+    ("direction", "first"), [((1, 1, 0), (0, 1, 0)), ((1, 0, 1), (0, 0, 1)), ((1, 1, 1), (0, 0, 1))]
+)
+def test_of_equal_faces_z_goes_before_y_before_x(direction, first):
+    grid = VoxelGrid("unit", (0, 0, 0), (3, 3, 3), (1, 1, 1))
+    labels = np.full(grid.shape, 2, np.uint8)
+    for other in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):  # what may come next
+        labels[other] = 0
+    hits = cast(labels, [[0.5, 0.5, 0.5]], grid, 2, np.array([direction], np.float32))
+    assert np.unravel_index(hits.voxel[0], grid.shape) == first
+
+
 def random_labels(seed, share=0.05, k=2):
     rng = np.random.default_rng(seed)
     return np.where(rng.random(SMALL.shape) < share, rng.integers(0, k, SMALL.shape), k).astype(np.uint8)
