@@ -330,7 +330,7 @@ class Synthetic:
         lower, voxel = np.array(grid.lower), np.array(grid.voxel)
         priority = np.zeros(256, np.int8)
         priority[: taxonomy.num_classes] = [_PRIORITY[c] for c in taxonomy.classes]
-        rays.voxelise(
+        rays.voxelize(
             semantic,
             np.full(grid.shape, -1, np.int8),
             pose,

@@ -304,7 +304,7 @@ def _inside(s, x, y, z, margin):
 
 
 @numba.njit(cache=True, nogil=True)
-def voxelise(semantic, rank, to_world, to_grid, lower, voxel, solids, classes, priority, height, ground, raster, sub):
+def voxelize(semantic, rank, to_world, to_grid, lower, voxel, solids, classes, priority, height, ground, raster, sub):
     """Exact labels: the class of highest priority among what touches a voxel.
 
     Args:
@@ -316,6 +316,12 @@ def voxelise(semantic, rank, to_world, to_grid, lower, voxel, solids, classes, p
         height, ground, raster: ground rasters; ground holds class ids here.
         sub: points per voxel edge.
     """
+    _voxelize_solids(semantic, rank, to_world, to_grid, lower, voxel, solids, classes, priority, sub)
+    _voxelize_ground(semantic, rank, to_world, to_grid, lower, voxel, priority, height, ground, raster, sub)
+
+
+@numba.njit(cache=True, nogil=True)
+def _voxelize_solids(semantic, rank, to_world, to_grid, lower, voxel, solids, classes, priority, sub):
     nx, ny, nz = semantic.shape
     spacing = voxel / sub
     point = np.zeros(3)
@@ -369,6 +375,12 @@ def voxelise(semantic, rank, to_world, to_grid, lower, voxel, solids, classes, p
                             break
                     if found:
                         semantic[i, j, k], rank[i, j, k] = c, mine
+
+
+@numba.njit(cache=True, nogil=True)
+def _voxelize_ground(semantic, rank, to_world, to_grid, lower, voxel, priority, height, ground, raster, sub):
+    nx, ny, nz = semantic.shape
+    spacing = voxel / sub
     for i in range(nx):
         for j in range(ny):
             for m in range(sub * sub):

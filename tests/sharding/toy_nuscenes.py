@@ -12,6 +12,27 @@ from scipy.spatial.transform import Rotation
 SIZE = (64, 48)  # width, height
 
 
+def fixed_tables() -> dict[str, list[dict]]:
+    """Tables that do not depend on the number of scenes."""
+    level = [1.0, 0.0, 0.0, 0.0]
+    sensors = [{"token": "cam", "channel": "CAM_FRONT"}, {"token": "top", "channel": "LIDAR_TOP"}]
+    looking_ahead = Rotation.from_matrix([[0, 0, 1], [-1, 0, 0], [0, -1, 0]]).as_quat()[[3, 0, 1, 2]].tolist()
+    intrinsics = [[50.0, 0, 31.5], [0, 50.0, 23.5], [0, 0, 1]]
+    calibrated = [
+        {
+            "token": "ccam",
+            "sensor_token": "cam",
+            "translation": [1, 0, 1.5],
+            "rotation": looking_ahead,
+            "camera_intrinsic": intrinsics,
+        },
+        {"token": "ctop", "sensor_token": "top", "translation": [0, 0, 1.8], "rotation": level, "camera_intrinsic": []},
+    ]
+    categories = [{"token": "kcar", "name": "vehicle.car"}, {"token": "krack", "name": "static_object.bicycle_rack"}]
+    log = [{"token": "log", "location": "toy-town"}]
+    return {"sensor": sensors, "calibrated_sensor": calibrated, "category": categories, "log": log}
+
+
 def write(root: Path, scenes: int = 1, samples: int = 2) -> None:
     """Scenes with one camera, a LiDAR with a sweep between key-frames, and one car that drives ahead at 4 m/s."""
     rng = np.random.default_rng(0)
@@ -22,22 +43,8 @@ def write(root: Path, scenes: int = 1, samples: int = 2) -> None:
     t: dict[str, list[dict]] = {
         name: [] for name in ("scene", "sample", "sample_data", "ego_pose", "sample_annotation", "instance")
     }
-    t["sensor"] = [{"token": "cam", "channel": "CAM_FRONT"}, {"token": "top", "channel": "LIDAR_TOP"}]
+    t |= fixed_tables()
     level = [1.0, 0.0, 0.0, 0.0]
-    looking_ahead = Rotation.from_matrix([[0, 0, 1], [-1, 0, 0], [0, -1, 0]]).as_quat()[[3, 0, 1, 2]].tolist()
-    intrinsics = [[50.0, 0, 31.5], [0, 50.0, 23.5], [0, 0, 1]]
-    t["calibrated_sensor"] = [
-        {
-            "token": "ccam",
-            "sensor_token": "cam",
-            "translation": [1, 0, 1.5],
-            "rotation": looking_ahead,
-            "camera_intrinsic": intrinsics,
-        },
-        {"token": "ctop", "sensor_token": "top", "translation": [0, 0, 1.8], "rotation": level, "camera_intrinsic": []},
-    ]
-    t["category"] = [{"token": "kcar", "name": "vehicle.car"}, {"token": "krack", "name": "static_object.bicycle_rack"}]
-    t["log"] = [{"token": "log", "location": "toy-town"}]
 
     def sensor_data(name, sample, calibration, time, key, suffix, folder, x):
         t["ego_pose"].append({"token": f"e{name}", "timestamp": time, "rotation": level, "translation": [x, 0, 0]})
