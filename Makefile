@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export DS_BUILD_OPS = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test bounds lint install dev clean
+.PHONY: demo test bounds lint types docs install dev clean
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/occstream demo
@@ -20,10 +20,16 @@ bounds: dev
 	  tests/sharding/test_synthetic.py tests/sharding/test_rows.py \
 	  tests/evaluation/test_propagate.py $(ARGS)
 
-lint: dev
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mkdocs build -q --strict
+
+# The folders are linked as the package that they are installed as: the checker cannot follow the editable install.
+types: dev
+	mkdir -p build/types/occstream
+	for folder in sharding models evaluation pretrain launch; do ln -sfn ../../../$$folder build/types/occstream/$$folder; done
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: dev
 	$(BIN)/python -m mkdocs build --strict

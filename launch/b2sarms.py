@@ -102,7 +102,7 @@ class ArmStudy(Study):
     def describe(self, training: Training) -> tuple[dict[str, str], dict[str, float]]:
         if not training.cells:
             scenes = training.config.data.scenes
-            return {"arm": "pretrain", "pretrain_scenes": str(scenes)}, {"pretrain_scenes": float(scenes)}
+            return {"arm": "pretrain", "pretrain_scenes": str(scenes)}, {"pretrain_scenes": float(scenes or 0)}
         tags = training.joined()
         tags["arm"] = f"{tags['family']} {tags['strategy']} {tags['pretrain_scenes']}/{tags['finetune_scenes']}"
         tags["arm"] += f" {tags['control']}" if tags["control"] else ""

@@ -16,11 +16,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse takes positionals in one place only; key=value may stand anywhere.
-    words = getattr(args, "settings", None)
-    if rest and (words is None or any(word.startswith("-") or "=" not in word for word in rest)):
+    takes = hasattr(args, "settings")
+    if rest and (not takes or any(word.startswith("-") or "=" not in word for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        words += rest
+        args.settings += rest
     return guarded(lambda: args.work(_placed(args)))
 
 
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _shard_command(command)
     _data_commands(command)
     _run_commands(command)
+    _study_commands(command)
     _machine_commands(command)
     return parser
 
@@ -200,6 +201,8 @@ def _run_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     refine.add_command(command)
     citymap.add_command(command)
 
+
+def _study_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p = command(
         "compare",
         _compare,

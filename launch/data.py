@@ -57,7 +57,7 @@ def job_arguments(p: argparse.ArgumentParser) -> None:
         ("ray_frames", 10),
         ("max_rays", 400_000),
     ):
-        text = next(line for line in LabelConfig.__doc__.splitlines() if line.strip().startswith(f"{name}:"))
+        text = next(line for line in (LabelConfig.__doc__ or "").splitlines() if line.strip().startswith(f"{name}:"))
         flag = f"--{name.replace('_', '-')}"
         kind = at_least(0) if isinstance(default, int) else float
         made.add_argument(flag, type=kind, default=default, help=f"{text.split(':', 1)[1].strip()} ({default})")
@@ -294,8 +294,9 @@ def attach(args) -> int:
     from occstream.sharding.attach import attach
 
     manifest = attach(args.url, args.labels, args.name)
+    grid = manifest.grid.name if manifest.grid else "?"
     print(
-        f"attached {args.name} to {args.url}: {manifest.num_frames} frames on grid {manifest.grid.name}, labels "
+        f"attached {args.name} to {args.url}: {manifest.num_frames} frames on grid {grid}, labels "
         f"{manifest.labels}; train with data.labels={args.name}, fingerprint {manifest.fingerprint}"
     )
     return 0

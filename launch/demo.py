@@ -93,7 +93,7 @@ def _run(command: Sequence[str], env: Mapping[str, str], tag: str = "") -> None:
     shown = shown.replace(sys.executable, "python").replace(f"{HERE}/", "launch/")
     print(f"{prefix}$ {shown}", flush=True)
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout:
+    for line in process.stdout or ():
         if not any(noise in line for noise in _NOISE):
             print(f"{prefix}{line}", end="", flush=True)
     if process.wait():

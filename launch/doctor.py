@@ -95,7 +95,7 @@ def _accelerator() -> list[Finding]:
         return [Finding("cuda", None, f"{describe(device)}; torch is {built}", "training runs on the CPU with gloo")]
     names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     gpus = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]
     return [
         Finding("cuda", True, gpus),
         Finding("nccl", torch.distributed.is_nccl_available(), nccl, "install the CUDA build of torch"),

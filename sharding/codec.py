@@ -194,7 +194,10 @@ def _decode_head(head: dict) -> Frame:
     check_scene_name(scene)
     if type(index) is not int or not 0 <= index < 10**7 or not isinstance(token, str):
         raise ValueError(f"index {str(index)[:40]!r} or token {str(token)[:40]!r} is not valid")
-    return Frame(scene, index, token, _time(timestamp, optional=True), _pose(head["ego_to_global"], optional=True))
+    pose = head["ego_to_global"]
+    return Frame(
+        scene, index, token, None if timestamp is None else _time(timestamp), None if pose is None else _pose(pose)
+    )
 
 
 def _decode_group(frame: Frame, head: dict, members: dict[str, bytes]) -> None:
@@ -220,10 +223,12 @@ def _decode_group(frame: Frame, head: dict, members: dict[str, bytes]) -> None:
             sensor_to_ego=_pose(pose["sensor_to_ego"]),
             ego_to_global=_pose(pose["ego_to_global"]),
             timestamp=_time(pose["timestamp"]),
-            **{name: arrays.get(name) for name in _LIDAR_ARRAYS},
+            xyz=arrays["xyz"],
+            **{name: arrays.get(name) for name in _LIDAR_ARRAYS if name != "xyz"},
         )
     if "binary" in arrays:
-        frame.labels = Labels(**{name: arrays.get(name) for name in _LABEL_ARRAYS})
+        others = {name: arrays.get(name) for name in _LABEL_ARRAYS if name != "binary"}
+        frame.labels = Labels(arrays["binary"], **others)
     if "boxes" in head:
         b = head["boxes"]
         velocity = b["velocity"]
@@ -361,13 +366,11 @@ def _numbers(value: Any, *shape: int) -> np.ndarray:
     return array.astype(np.float64)
 
 
-def _pose(value: Any, optional: bool = False) -> np.ndarray | None:
-    return None if value is None and optional else _numbers(value, 4, 4)
+def _pose(value: Any) -> np.ndarray:
+    return _numbers(value, 4, 4)
 
 
-def _time(value: Any, optional: bool = False) -> int | None:
-    if value is None and optional:
-        return None
+def _time(value: Any) -> int:
     if type(value) is not int or not -(2**63) <= value < 2**63:
         raise ValueError(f"time stamp {str(value)[:40]!r} is not an integer")
     return value

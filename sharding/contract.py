@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from occstream.sharding.schema import Frame, LidarSweep, Scene
+from occstream.sharding.schema import Boxes, Frame, LidarSweep, Scene
 
 LACKING = "lacking"  # attribute of a scene: by camera, how many of its frames have no image of it though others have
 DROPPED = "dropped_returns"  # attribute of a scene: how many LiDAR returns had coordinates that are not finite
@@ -32,7 +32,7 @@ def admit(scene: Scene) -> Scene:
             before = frame.timestamp
         _check_poses(frame, where)
         if frame.boxes is not None:
-            _check_boxes(frame, where)
+            _check_boxes(frame.boxes, where)
         parts = {}
         if frame.lidar is not None:
             parts["lidar"] = _finite(frame.lidar, f"{where}, LiDAR")
@@ -82,15 +82,14 @@ def _check_poses(frame: Frame, where: str) -> None:
             raise ValueError(f"{where}: {name}: distortion is not finite: {camera.distortion}")
 
 
-def _check_boxes(frame: Frame, where: str) -> None:
-    boxes = frame.boxes
+def _check_boxes(boxes: Boxes, where: str) -> None:
     rows = np.asarray(boxes.boxes)
     if rows.ndim != 2 or rows.shape[1] != 7 or not len(rows) == len(boxes.names) == len(boxes.track_ids):
         raise ValueError(
             f"{where}: boxes have shape {rows.shape} for {len(boxes.names)} names and {len(boxes.track_ids)} tracks, "
             "expected (N, 7)"
         )
-    bad = np.flatnonzero(~np.isfinite(rows).all(1))
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
         raise ValueError(f"{where}: box {bad[0]} ({boxes.names[bad[0]]}) is not finite: {rows[bad[0]].tolist()}")
     if boxes.velocity is not None:
@@ -102,7 +101,7 @@ def _check_boxes(frame: Frame, where: str) -> None:
 def _finite(sweep: LidarSweep, where: str) -> LidarSweep:
     if sweep.xyz.ndim != 2 or sweep.xyz.shape[1] != 3:
         raise ValueError(f"{where}: points have shape {sweep.xyz.shape}, expected (N, 3)")
-    keep = np.isfinite(sweep.xyz).all(1)
+    keep = np.asarray(np.isfinite(sweep.xyz).all(1))
     if len(keep) and not keep.any():
         raise ValueError(f"{where}: none of its {len(keep)} returns has finite coordinates; its file is damaged")
     arrays = {name: value for name in _OF_POINTS if (value := getattr(sweep, name)) is not None}

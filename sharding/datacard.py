@@ -9,7 +9,7 @@ import numpy as np
 
 from occstream.sharding.contract import LACKING
 from occstream.sharding.manifest import Manifest, SceneEntry
-from occstream.sharding.schema import IGNORE, get_taxonomy
+from occstream.sharding.schema import IGNORE, get_taxonomy, labeled
 from occstream.sharding.stream import ShardReader
 
 
@@ -64,6 +64,8 @@ def data_card(manifest: Manifest, other: str = "", frames: int = 100) -> dict[st
     places = [(i, k) for i, scene in enumerate(manifest.scenes) for k in range(scene.frames)]
     chosen = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(frames, len(places))).astype(int))]
     taxonomy, grid = get_taxonomy(manifest.taxonomy), manifest.grid
+    if grid is None:
+        raise ValueError(f"{manifest.url}: frames have no labels; pack the labels group")
     distance = np.linalg.norm(grid.centers()[..., :2], axis=-1).reshape(grid.shape)
     count = dict.fromkeys(("voxels", "occupied", "observed", "seen", "seen_occupied"), 0)
     classes, far = np.zeros(taxonomy.num_classes, np.int64), []
@@ -85,7 +87,7 @@ def data_card(manifest: Manifest, other: str = "", frames: int = 100) -> dict[st
             found = labels.semantic[occupied]
             classes += np.bincount(found[found < taxonomy.free_id], minlength=taxonomy.num_classes)
         if second:
-            theirs = second.frame(scene, index).labels
+            theirs = labeled(second.frame(scene, index))
             sure = theirs.known() & known
             if labels.semantic is not None:
                 sure = sure & (labels.semantic != IGNORE)

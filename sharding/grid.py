@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,8 @@ class VoxelGrid:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Number of voxels (X, Y, Z)."""
-        return tuple(round((u - l) / s) for l, u, s in zip(self.lower, self.upper, self.voxel))
+        x, y, z = (round((u - l) / s) for l, u, s in zip(self.lower, self.upper, self.voxel))
+        return x, y, z
 
     @property
     def size(self) -> int:
@@ -99,7 +101,8 @@ class VoxelGrid:
 
     @classmethod
     def from_dict(cls, data: dict) -> VoxelGrid:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
     def same_voxels(self, other: VoxelGrid) -> bool:
         """True if both describe the same voxels in the same frame, whatever their names."""
@@ -144,5 +147,6 @@ def get_grid(name: str) -> VoxelGrid:
         raise ValueError(
             f"unknown grid {name!r}; presets: {', '.join(GRIDS)}; or seven numbers: lower x,y,z, upper x,y,z, voxel size"
         )
-    voxel = numbers[6:] if len(numbers) == 9 else numbers[6:] * 3
-    return VoxelGrid(name, tuple(numbers[:3]), tuple(numbers[3:6]), tuple(voxel), frame)
+    a, b, c, d, e, f, *voxel = numbers
+    x, y, z = voxel if len(voxel) == 3 else voxel * 3
+    return VoxelGrid(name, (a, b, c), (d, e, f), (x, y, z), frame)

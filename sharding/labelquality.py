@@ -15,7 +15,7 @@ from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.labelconfig import LabelConfig
 from occstream.sharding.labels import label_scene, sweep_to_grid, usable_returns
 from occstream.sharding.levelling import level
-from occstream.sharding.schema import LidarSweep, Scene, Taxonomy
+from occstream.sharding.schema import LidarSweep, Scene, Taxonomy, labeled, swept
 from occstream.sharding.voxelrays import crossings
 
 SLACK = 1.0  # meters before its end in which a ray may touch what it hits
@@ -120,26 +120,27 @@ def measure(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: LabelConf
     for turn in range(every):
         held = range(turn, count, every)
         frames = [
-            dataclasses.replace(f, lidar=_emptied(f.lidar)) if i in held else f for i, f in enumerate(scene.frames)
+            dataclasses.replace(f, lidar=_emptied(swept(f))) if i in held else f for i, f in enumerate(scene.frames)
         ]
         made = label_scene(dataclasses.replace(scene, frames=frames), grid, taxonomy, config)
         for i in held:
             original = scene.frames[i]
             near = min(
-                (s for j, f in enumerate(frames) if j not in held for s in (*f.sweeps, f.lidar)), key=_from(original)
+                (s for j, f in enumerate(frames) if j not in held for s in (*f.sweeps, swept(f))), key=_from(original)
             )
             index, inside = grid.to_index(usable_returns(near, sweep_to_grid(original, near, grid), config)[0])
             single = np.zeros(grid.shape, bool)
             single[tuple(index[inside].T)] = True
-            labels = made.frames[i].labels
-            _score(quality.labels, original, labels.binary, labels.mask_lidar, grid, config)
+            labels = labeled(made.frames[i])
+            observed = labels.known()
+            _score(quality.labels, original, labels.binary, observed, grid, config)
             _score(quality.single, original, single, None, grid, config)
             quality.sweeps += 1
             if original.labels is not None:
                 truth = original.labels.binary
                 for row, found in enumerate((labels.binary, single)):
                     quality.truth[row] += [
-                        (found & truth & labels.mask_lidar).sum(), ((found | truth) & labels.mask_lidar).sum()
+                        (found & truth & observed).sum(), ((found | truth) & observed).sum()
                     ]  # fmt: skip
     return quality
 

@@ -34,7 +34,9 @@ from occstream.sharding.schema import (
     Taxonomy,
     camera_to_key_ego,
     get_taxonomy,
+    posed,
     sweep_to_key_ego,
+    swept,
 )
 from occstream.sharding.voxelrays import count_points, first_box, mark_free, mark_visible, place_returns
 
@@ -158,7 +160,7 @@ class _Clouds:
             yield self.xyz[part], self.classes[part], to_grid
         yield *self.own[number], to_grid
         if frame.boxes is not None:
-            here = compose(inverse(self.to_global), frame.ego_to_global)
+            here = compose(inverse(self.to_global), posed(frame))
             _, owners, poses, _ = box_poses(frame.boxes, here, frame.key)
             for track, pose in zip(owners, poses):
                 if track in self.tracks:
@@ -166,23 +168,23 @@ class _Clouds:
 
 
 def _gather(scene: Scene, taxonomy: Taxonomy, config: LabelConfig) -> _Clouds:
-    to_global = scene.frames[0].ego_to_global
+    to_global = posed(scene.frames[0])
     from_global = inverse(to_global)
     thing = np.zeros(256, bool)
     thing[[taxonomy.id(c) for c in taxonomy.things]] = True
-    with_classes = any(s.classes is not None for f in scene.frames for s in (*f.sweeps, f.lidar))
+    with_classes = any(s.classes is not None for f in scene.frames for s in (*f.sweeps, swept(f)))
     static, own = [], []
     tracks: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
     for number, frame in enumerate(scene.frames):
         before = scene.frames[number - 1] if number else None
-        for sweep in (*frame.sweeps, frame.lidar):
+        for sweep in (*frame.sweeps, swept(frame)):
             boxes = frame.boxes if sweep is frame.lidar else _boxes_at(before, frame, sweep.timestamp)
             local, keep = usable_returns(sweep, compose(from_global, sweep.ego_to_global, sweep.sensor_to_ego), config)
             classes = np.full(len(local), IGNORE, np.uint8) if sweep.classes is None else sweep.classes[keep]
             # A road user that no box covers has moved by the next frame, unless the data set says that it stood.
             mover = thing[classes] if sweep.moving is None else sweep.moving[keep]
             if boxes is not None and len(boxes.boxes):
-                names, owners, poses, half = box_poses(boxes, compose(from_global, frame.ego_to_global), frame.key)
+                names, owners, poses, half = box_poses(boxes, compose(from_global, posed(frame)), frame.key)
                 into = inverse(poses)
                 inside = first_box(local, np.ascontiguousarray(into[:, :3]), half + config.box_margin)
                 hit = np.flatnonzero(inside >= 0)
@@ -227,16 +229,16 @@ def usable_returns(sweep: LidarSweep, pose: np.ndarray, config: LabelConfig) -> 
 
 def _rays(scene: Scene, number: int, config: LabelConfig) -> Iterator[tuple[LidarSweep, np.ndarray]]:
     """Sweeps and those of their points whose rays are followed in a frame: all of its own, an even share of the others."""
-    own = scene.frames[number].lidar
+    own = swept(scene.frames[number])
     low, high = max(0, number - config.ray_frames), number + config.ray_frames + 1
-    others = [s for f in scene.frames[low:high] for s in (*f.sweeps, f.lidar) if s is not own]
+    others = [s for f in scene.frames[low:high] for s in (*f.sweeps, swept(f)) if s is not own]
     total = sum(len(s.xyz) for s in others)
     stride = -(-total // config.max_rays) if config.max_rays else 0
     for turn, sweep in [(0, own), *enumerate(others)]:
         if sweep is not own and not stride:
             return
         xyz = sweep.xyz if sweep is own else sweep.xyz[turn % stride :: stride]
-        near = np.isfinite(xyz).all(1)
+        near = np.asarray(np.isfinite(xyz).all(1))
         if config.max_range:
             near &= (xyz.astype(np.float64) ** 2).sum(1) <= config.max_range**2
         yield sweep, xyz[near]
@@ -245,7 +247,7 @@ def _rays(scene: Scene, number: int, config: LabelConfig) -> Iterator[tuple[Lida
 def _dilate(occupied: np.ndarray, semantic: np.ndarray | None, unseen: np.ndarray, times: int):
     """Grown ``occupied``, and ``semantic`` with the class of a neighbor in the new voxels."""
     for _ in range(times):
-        grown = ndimage.binary_dilation(occupied) & (unseen | occupied)
+        grown = np.asarray(ndimage.binary_dilation(occupied), bool) & (unseen | occupied)
         if semantic is not None:
             new, semantic = grown & ~occupied, semantic.copy()
             source = np.where(occupied, semantic, 0).astype(np.int16)
@@ -260,7 +262,7 @@ def _dilate(occupied: np.ndarray, semantic: np.ndarray | None, unseen: np.ndarra
 def _camera_mask(frame: Frame, solid: np.ndarray, wanted: np.ndarray, grid: VoxelGrid) -> np.ndarray:
     """(X, Y, Z) bool: in the view of a camera and not behind something solid. Right where ``wanted``."""
     seen = np.zeros(grid.shape, bool)
-    from_ego = compose(inverse(grid_to_global(frame, grid)), frame.ego_to_global)
+    from_ego = compose(inverse(grid_to_global(frame, grid)), posed(frame))
     scale = np.diag([*grid.voxel, 1.0])
     scale[:3, 3] = grid.lower  # voxel units -> meters
     for camera in frame.cameras.values():
@@ -286,10 +288,13 @@ def box_poses(boxes: Boxes, from_ego: np.ndarray, key: str):
 def _boxes_at(before: Frame | None, frame: Frame, timestamp: int) -> Boxes | None:
     """Boxes between two key-frames, in the ego frame of the later one: linear in place and heading by track; what has
     only one of the two stays where that is."""
-    if frame.boxes is None or before is None or before.boxes is None or frame.timestamp == before.timestamp:
+    if frame.boxes is None or before is None or before.boxes is None:
         return frame.boxes
-    share = np.clip((timestamp - before.timestamp) / (frame.timestamp - before.timestamp), 0, 1)
-    shift = compose(inverse(frame.ego_to_global), before.ego_to_global)
+    now, then = frame.timestamp, before.timestamp
+    if now is None or then is None or now == then:
+        return frame.boxes
+    share = np.clip((timestamp - then) / (now - then), 0, 1)
+    shift = compose(inverse(posed(frame)), posed(before))
     turn = angle_of(shift[0, 0], shift[1, 0])
     earlier = {t: i for i, t in enumerate(before.boxes.track_ids) if t}
     rows = frame.boxes.boxes.astype(np.float64).copy()
@@ -309,5 +314,5 @@ def sweep_to_grid(frame: Frame, sweep: LidarSweep, grid: VoxelGrid) -> np.ndarra
 def grid_to_global(frame: Frame, grid: VoxelGrid) -> np.ndarray:
     """Frame of a key-frame's grid -> global, (4, 4) float64; a grid in the LiDAR frame needs the sweep."""
     if grid.frame == "ego":
-        return frame.ego_to_global
-    return compose(frame.ego_to_global, sweep_to_key_ego(frame, frame.lidar))
+        return posed(frame)
+    return compose(posed(frame), sweep_to_key_ego(frame, swept(frame)))

@@ -14,7 +14,7 @@ import numpy as np
 
 from occstream.sharding.exactmath import cos_sin
 from occstream.sharding.poses import apply, compose, inverse, rotate
-from occstream.sharding.schema import LidarSweep, Scene
+from occstream.sharding.schema import LidarSweep, Scene, posed
 
 CELL = 1.0  # meters: edge of the cells of the height maps
 NEAR, FAR = 3.0, 30.0  # meters from the vehicle: where ground is looked for
@@ -31,20 +31,21 @@ def level(scene: Scene) -> Scene:
     for frame in scene.frames:
         last = fix
         ground = _ground(frame.lidar, fix) if frame.lidar is not None else {}
-        fix = compose(_step(ground, earlier, compose(fix, frame.ego_to_global)[:3, 3]), fix)
+        fix = compose(_step(ground, earlier, compose(fix, posed(frame))[:3, 3]), fix)
         earlier.append(_ground(frame.lidar, fix) if frame.lidar is not None else {})
 
         def between(sweep: LidarSweep, last=last, fix=fix, frame=frame, before=before) -> np.ndarray:
             """Sweeps drift from one key-frame's height to the next one's."""
-            if before is None or frame.timestamp is None or frame.timestamp == before.timestamp:
+            now, then = frame.timestamp, before.timestamp if before else None
+            if now is None or then is None or now == then:
                 return fix
-            share = np.clip((sweep.timestamp - before.timestamp) / (frame.timestamp - before.timestamp), 0, 1)
+            share = np.clip((sweep.timestamp - then) / (now - then), 0, 1)
             return last + share * (fix - last)  # the tilts are so small that the mean of rotations is one
 
         frames.append(
             dataclasses.replace(
                 frame,
-                ego_to_global=compose(fix, frame.ego_to_global),
+                ego_to_global=compose(fix, posed(frame)),
                 lidar=_moved(frame.lidar, fix) if frame.lidar is not None else None,
                 sweeps=[_moved(sweep, between(sweep)) for sweep in frame.sweeps],
                 cameras={name: _moved(camera, fix) for name, camera in frame.cameras.items()},

@@ -83,7 +83,7 @@ class Job:
                 raise ValueError(f"source {self.source.name!r} brings no labels; make them with --labels lidar")
             if grid is None or not native.same_voxels(grid):
                 raise ValueError(
-                    f"source {self.source.name!r} brings labels on grid {native.name!r}, not {grid.name!r}; make labels "
+                    f"source {self.source.name!r} brings labels on grid {native.name!r}, not {grid and grid.name!r}; make labels "
                     "on that grid with --labels lidar"
                 )
         object.__setattr__(self, "groups", tuple(g for g in GROUPS if g in self.groups))
@@ -382,7 +382,9 @@ def _adopt(job: Job) -> None:
 
 def _end_with_parent() -> None:
     """Ends this worker when the packer is gone: one that was killed tells nobody."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 

@@ -115,9 +115,15 @@ def _aimed(name: str, camera: Camera) -> list[tuple[str, Camera]]:
     return [(name + view.name, aim(camera, view)) for view in camera.views or (default_view(camera.lens),)]
 
 
+def _lens(camera: Camera) -> Lens:
+    if camera.lens is None:
+        raise ValueError("a camera without lens needs no rectifying")
+    return camera.lens
+
+
 def aim(camera: Camera, view: View) -> Aimed:
     """A camera with the calibration of a view; its image is still the raw one. Raises ValueError if lens and image differ."""
-    lens = camera.lens
+    lens = _lens(camera)
     if (lens.width, lens.height) != (camera.width, camera.height):
         raise ValueError(
             f"image has {camera.width}x{camera.height} pixels, its lens is calibrated for {lens.width}x{lens.height}"
@@ -145,18 +151,17 @@ def rectify(camera: Camera, view: View | None = None) -> Camera:
     Raises:
         ValueError: the image is broken, or of another size than the lens.
     """
-    return _resampled(aim(camera, view or default_view(camera.lens)))
+    return _resampled(aim(camera, view or default_view(_lens(camera))))
 
 
 def _resampled(camera: Aimed) -> Camera:
-    chart = _map(camera.lens, camera.view)
+    lens = _lens(camera)
+    chart = _map(lens, camera.view)
     raw = camera.image if camera.image is not None else decoded(camera.jpeg)
-    if raw.shape != (camera.lens.height, camera.lens.width, 3):
+    if raw.shape != (lens.height, lens.width, 3):
         size = f"{raw.shape[1]}x{raw.shape[0]}"
-        raise ValueError(
-            f"image has {size} pixels, its lens is calibrated for {camera.lens.width}x{camera.lens.height}"
-        )
-    if chart.size != (camera.lens.width, camera.lens.height):
+        raise ValueError(f"image has {size} pixels, its lens is calibrated for {lens.width}x{lens.height}")
+    if chart.size != (lens.width, lens.height):
         raw = cv2.resize(raw, chart.size, interpolation=cv2.INTER_AREA)
     image = cv2.remap(raw, chart.whole, chart.part, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     image[~chart.seen] = 0

@@ -177,7 +177,7 @@ def read_jpeg(path: Path, why: str = "", quality: int = 95) -> tuple[bytes, int,
         if data.startswith(b"\xff\xd8"):
             height, width, space, *_ = simplejpeg.decode_jpeg_header(data)
             if space not in ("CMYK", "YCCK"):
-                return data, width, height
+                return data, int(width), int(height)
         image = None
         if data:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -299,7 +299,7 @@ def sparse_to_dense(
     if len(values) and (values.min() < 0 or values.max() > 255):
         raise ValueError(f"{where}: class {values.max() if values.max() > 255 else values.min()} is out of range")
     dense = np.full(shape, fill, np.uint8)
-    flat = np.ravel_multi_index(tuple(index.T), shape)
+    flat = np.asarray(np.ravel_multi_index(tuple(index.T), shape))
     if doubles == "most":
         pairs, counts = np.unique(flat * 256 + values.astype(np.int64), return_counts=True)
         order = np.lexsort((-(pairs % 256), counts, pairs // 256))  # the winner of each voxel comes last

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ class Received:
             raise self.fail(f"grid is not valid ({type(error).__name__}: {error})") from None
         return grid
 
-    def rows(self, field: str, needed: set[str], optional: set[str] = frozenset()) -> list[dict]:
+    def rows(self, field: str, needed: set[str], optional: Set[str] = frozenset()) -> list[dict]:
         """A list of objects with these fields and no others."""
         value = self.data.get(field)
         if not isinstance(value, list) or not all(map(dict.__instancecheck__, value)):
@@ -176,7 +176,7 @@ def check_sidecar(data: Mapping[str, Any], where: str, group: str) -> None:
 def read_index(record: Mapping[str, Any], where: str, size: int) -> dict[str, tuple[int, int]]:
     """Offset and length of each frame in a shard of ``size`` bytes, by key. Raises ValueError."""
     frames = record.get("frames")
-    ok = isinstance(frames, list) and all(
+    if not isinstance(frames, list) or not all(
         isinstance(row, list)
         and len(row) == 3
         and type(row[0]) is str
@@ -185,7 +185,6 @@ def read_index(record: Mapping[str, Any], where: str, size: int) -> dict[str, tu
         and row[1] >= 0
         and 0 < row[2] <= size - row[1]
         for row in frames
-    )
-    if not ok:
+    ):
         raise ValueError(f"{where}: its index does not fit a tar of {size} bytes; pack the shard again")
     return {key: (offset, length) for key, offset, length in frames}

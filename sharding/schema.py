@@ -346,9 +346,14 @@ class Source(Protocol):
         grid: the grid of the labels that the source itself brings in ``Frame.labels``, or None if it brings none.
     """
 
-    name: str
-    taxonomy: Taxonomy
-    grid: VoxelGrid | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def taxonomy(self) -> Taxonomy: ...
+
+    @property
+    def grid(self) -> VoxelGrid | None: ...
 
     def scene_names(self) -> list[str]:
         """All scenes in a fixed order, without loading them."""
@@ -375,11 +380,32 @@ def check_scene_name(name: str) -> None:
         raise ValueError(f"scene name {name!r}: use 1 to 60 letters, digits, '_' and '-' (it names shard members)")
 
 
+def posed(frame: Frame) -> np.ndarray:
+    """``ego_to_global`` of a frame that must have it. Raises ValueError."""
+    if frame.ego_to_global is None:
+        raise ValueError(f"frame {frame.key} has no ego pose")
+    return frame.ego_to_global
+
+
+def swept(frame: Frame) -> LidarSweep:
+    """The key sweep of a frame that must have one. Raises ValueError."""
+    if frame.lidar is None:
+        raise ValueError(f"frame {frame.key} has no LiDAR sweep")
+    return frame.lidar
+
+
+def labeled(frame: Frame) -> Labels:
+    """The labels of a frame that must have them. Raises ValueError."""
+    if frame.labels is None:
+        raise ValueError(f"frame {frame.key} has no labels")
+    return frame.labels
+
+
 def camera_to_key_ego(frame: Frame, camera: Camera) -> np.ndarray:
     """Camera -> ego at the key-frame, (4, 4) float64, corrected for the time between both."""
-    return compose(inverse(frame.ego_to_global), camera.ego_to_global, camera.sensor_to_ego)
+    return compose(inverse(posed(frame)), camera.ego_to_global, camera.sensor_to_ego)
 
 
 def sweep_to_key_ego(frame: Frame, sweep: LidarSweep) -> np.ndarray:
     """LiDAR -> ego at the key-frame, (4, 4) float64."""
-    return compose(inverse(frame.ego_to_global), sweep.ego_to_global, sweep.sensor_to_ego)
+    return compose(inverse(posed(frame)), sweep.ego_to_global, sweep.sensor_to_ego)

@@ -82,7 +82,7 @@ class ShardWriter:
         info = tarfile.TarInfo(name)  # its defaults: mtime 0, uid 0, mode 0644
         info.size = len(data)
         self._tar.addfile(info, io.BytesIO(data))
-        self._tar.members.clear()  # or it remembers every member
+        self._tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # or it remembers every member
 
 
 def publish_shard(

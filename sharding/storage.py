@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import fsspec
 
@@ -187,7 +187,7 @@ def hedged(work: Callable[[int], T], after: float) -> T:
         result, error = came.get()
     if error is not None:
         raise error
-    return result
+    return cast(T, result)
 
 
 def read_bytes(url: str, offset: int = 0, length: int | None = None) -> bytes:

@@ -114,7 +114,7 @@ def explain(error: BaseException, url: str) -> Exception:
             if type(error) in (ValueError, OSError, ConnectionError, TimeoutError)
             else OSError(named)
         )
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and isinstance(told, OSError):
             told.errno = error.errno
         return told
     return OSError(f"{url}: {name}: {said}")

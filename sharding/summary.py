@@ -79,7 +79,7 @@ def after(manifest: Manifest, frames: int = 8) -> list[str]:
     Args:
         frames: at most this many are read, evenly spread.
     """
-    groups = [g for g in manifest.groups if g in ("cameras", manifest.label_group)]
+    groups = tuple(g for g in manifest.groups if g in ("cameras", manifest.label_group))
     places = [(s, i) for s, scene in enumerate(manifest.scenes) for i in range(scene.frames)]
     chosen = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(frames, len(places))).astype(int))]
     views, known, voxels, labeled, semantic, masked = Counter(), 0, 0, 0, 0, 0

@@ -31,7 +31,7 @@ from occstream.sharding.labelconfig import LabelConfig
 from occstream.sharding.labels import label_scene
 from occstream.sharding.pack import pack
 from occstream.sharding.prepare import Images
-from occstream.sharding.schema import OCC3D, Camera, Frame, Labels, LidarSweep, Scene, Taxonomy
+from occstream.sharding.schema import OCC3D, Camera, Frame, Labels, LidarSweep, Scene, Taxonomy, swept
 from occstream.sharding.sources import open_source
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,8 +91,9 @@ class Recorded:
                 frame = rendered[number]
                 for name, camera in frame.cameras.items():
                     (folder / f"{name}.jpg").write_bytes(camera.jpeg)
-                intensity = frame.lidar.intensity
-                np.hstack([frame.lidar.xyz, intensity[:, None]]).astype(np.float32).tofile(folder / "points.bin")
+                sweep = swept(frame)
+                intensity = np.zeros(len(sweep.xyz)) if sweep.intensity is None else sweep.intensity
+                np.hstack([sweep.xyz, intensity[:, None]]).astype(np.float32).tofile(folder / "points.bin")
                 for name in ("binary", "semantic", "mask_lidar", "mask_camera"):
                     np.save(folder / f"{name}.npy", getattr(frame.labels, name))
                 # What the codec hands to zstd: the limit compresses the same bytes without making them first.
@@ -214,8 +215,8 @@ def _bench_labels() -> dict:
     scene = made.load(made.scene_names()[0])
     frames = []
     for frame in scene.frames:
-        times = [frame.lidar.timestamp - 50_000 * k for k in range(9, 0, -1)]
-        sweeps = [dataclasses.replace(frame.lidar, timestamp=t) for t in times]
+        key = swept(frame)
+        sweeps = [dataclasses.replace(key, timestamp=key.timestamp - 50_000 * k) for k in range(9, 0, -1)]
         frames.append(dataclasses.replace(frame, sweeps=sweeps, labels=None))
     scene = dataclasses.replace(scene, frames=frames)
     grid = get_grid("openscene")

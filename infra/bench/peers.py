@@ -3,6 +3,8 @@
 Each loader: (folder, workers, offset in samples) -> batches of one pass.
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import functools

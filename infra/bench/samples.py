@@ -11,7 +11,7 @@ import simplejpeg
 
 from occstream.sharding.codec import decode
 from occstream.sharding.grid import VoxelGrid, get_grid
-from occstream.sharding.schema import OCC3D, Frame, Scene, Taxonomy
+from occstream.sharding.schema import OCC3D, Frame, Scene, Taxonomy, labeled, swept
 from occstream.sharding.stream import Field
 
 GROUPS = ("cameras", "lidar", "labels")
@@ -57,12 +57,13 @@ def fill(frame: Frame, views: dict[str, np.ndarray], decode_into: Callable = sim
     """Decodes a frame into one sample's arrays: what every loader here does with its bytes."""
     for i, name in enumerate(sorted(frame.cameras)):
         decode_into(frame.cameras[name].jpeg, views["images"][i])
-    count = min(len(frame.lidar.xyz), POINTS)
-    views["points"][:count, :3] = frame.lidar.xyz[:count]
-    views["points"][:count, 3] = frame.lidar.intensity[:count]
+    sweep, labels = swept(frame), labeled(frame)
+    count = min(len(sweep.xyz), POINTS)
+    views["points"][:count, :3] = sweep.xyz[:count]
+    views["points"][:count, 3] = 0 if sweep.intensity is None else sweep.intensity[:count]
     views["points"][count:] = 0
-    views["semantic"][...] = frame.labels.semantic
-    views["mask"][...] = frame.labels.mask_lidar
+    views["semantic"][...] = labels.semantic
+    views["mask"][...] = labels.known()
 
 
 def sample_of(members: dict[str, bytes], decode_into: Callable = simplejpeg_into) -> dict[str, np.ndarray]:

@@ -88,7 +88,8 @@ def prepare(folder: Path, scenes: int, variety: int = 10, per_tar: int = 50) -> 
     """Writes the samples in every form; returns bytes per sample on disk by loader."""
     made = open_source("synthetic", {"scenes": 1, "frames": variety, "image_size": IMAGE, "grid": "occ3d"})
     frames = tuple(made.load(made.scene_names()[0]).frames)
-    manifest = pack(Repeated(frames, scenes), str(folder / "ours"), scenes_per_shard=5)
+    pack(Repeated(frames, scenes), str(folder / "ours"), scenes_per_shard=5)
+    manifest = Manifest.load(str(folder / "ours"))
     reader = ShardReader(manifest, GROUPS)
     samples = []
     for number, entry in enumerate(manifest.scenes):
@@ -261,10 +262,12 @@ def _bench_full_size(files: Sequence[Path]) -> dict:
     out, size = np.empty((3, *IMAGE), np.uint8), (IMAGE[1], round(900 * scale))
 
     def pillow(jpeg: bytes) -> np.ndarray:
-        return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB").resize(size, Image.BILINEAR))[-IMAGE[0] :]
+        return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB").resize(size, Image.Resampling.BILINEAR))[
+            -IMAGE[0] :
+        ]
 
     def opencv(jpeg: bytes, how: int) -> np.ndarray:
-        image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
+        image = np.asarray(cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR))
         return cv2.resize(image, size, interpolation=how)[-IMAGE[0] :]
 
     ways = {

@@ -148,7 +148,9 @@ def _profiled(model, frames, config, device: torch.device, out: Path) -> None:
         torch.cuda.synchronize()
     table = trace.key_averages(group_by_stack_n=6).table(sort_by="self_cpu_time_total", row_limit=200)
     (out / "waits-profile.txt").write_text(table)
-    names = collections.Counter(e.name for e in trace.events() if "Synchronize" in e.name or "cudaMemcpy" in e.name)
+    names = collections.Counter(
+        e.name for e in trace.events() or () if "Synchronize" in e.name or "cudaMemcpy" in e.name
+    )
     print(dict(names))
 
 

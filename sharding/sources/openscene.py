@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -151,7 +152,9 @@ class OpenScene:
     def load(self, name: str) -> Scene:
         """One scene. Raises ValueError if a file is missing or damaged."""
         infos = self.records[name]
-        attributes = {key: str(infos[0].get(key, "")) for key in ("log_name", "map_location", "vehicle_name")}
+        attributes: dict[str, Any] = {
+            key: str(infos[0].get(key, "")) for key in ("log_name", "map_location", "vehicle_name")
+        }
         attributes["ego_height"] = EGO_HEIGHT
         return Scene(name, [self._frame(name, i, info) for i, info in enumerate(infos)], attributes)
 
@@ -215,6 +218,7 @@ class OpenScene:
             raise ValueError(f"{path}: is not an array of finite numbers")
         if rows.ndim != 2 or rows.shape[1] != 2:
             raise ValueError(f"{path}: shape {rows.shape}, expected (N, 2) of flat index and class")
+        assert self.grid is not None  # or nobody asks for labels
         x, y, _ = self.grid.shape
         flat, raw = rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64)
         index = np.stack([flat % x, flat // x % y, flat // (x * y)], 1)  # flat = z * X * Y + y * X + x
