@@ -69,8 +69,9 @@ def command_line() -> str:
     for name, sub in commands.choices.items():
         text += _command(f"occstream {name}", sub)
     text += (
-        "\n## Training\n\n`deepspeed launch/pretrain.py` and `deepspeed launch/finetune.py` (or `torchrun`, or plain `python` "
-        "for one process) take the same arguments. Exit codes: 0 done, 2 wrong input, 3 training failed, 75 stopped and saved.\n"
+        "\n## Training\n\n`deepspeed launch/pretrain.py`, `launch/finetune.py` and, for the stage that a recipe names, "
+        "`launch/train.py` (or `torchrun`, or plain `python`) take the same arguments. Exit codes: 0 done, 2 wrong "
+        "input, 3 training failed, 75 stopped and saved.\n"
     )
     return text + _arguments(run.parser("pretrain"))
 
@@ -101,8 +102,8 @@ def configuration() -> str:
     """The page of all keys of a recipe, from the config dataclasses."""
     from occstream.launch.showrecipe import _plain
     from occstream.models import MODELS
-    from occstream.pretrain.config import Config
     from occstream.pretrain.configdocs import keys_of
+    from occstream.pretrain.tasks.registry import PACKAGED, get_task
 
     text = (
         "# Configuration\n\nA recipe is a YAML file; `key=value` after a command overrides it. Generated from the config "
@@ -112,7 +113,8 @@ def configuration() -> str:
     for name, entry in sorted(MODELS.items()):
         configs.setdefault(entry.config, []).append(name)
     sections: dict[str, list] = {}
-    for key in keys_of(Config, inner={"model": next(iter(configs))}):
+    [task] = map(get_task, PACKAGED)
+    for key in keys_of(task.Config, inner={"model": next(iter(configs))}):
         sections.setdefault(key.name.partition(".")[0] if "." in key.name else "", []).append(key)
     for section, keys in sections.items():
         title = section or "Top level"

@@ -1,4 +1,4 @@
-"""MLflow's chart page of a study, arranged: mIoU, IoU and binary IoU against pre-training scenes, losses, by arm.
+"""MLflow's chart page of a study, arranged: scores against pre-training scenes, losses, by arm.
 
 MLflow keeps an arrangement that is shared by link in a tag of the experiment (``mlflow.sharedViewState.<key>``, JSON of its
 front end's state). Its form is that of MLflow 3; a version that does not know it shows its own default charts.
@@ -7,50 +7,48 @@ front end's state). Its form is that of MLflow 3; a version that does not know i
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 
 KEY = "occstream"
 NOTE, OURS = "mlflow.note.content", "A study of occstream."
-SCATTERS = (
-    ("mIoU against pre-training scenes", "eval/miou"),
-    ("IoU against pre-training scenes", "eval/iou"),
-    ("binary IoU against pre-training scenes", "eval/binary_iou"),
-)
-LINES = ("train/loss", "train/binary", "train/semantic", "opt/lr")
 RESULTS, TRAINING = "occstream-results", "occstream-training"
 
 
-def arrange_charts(client, experiment_id: str) -> str:
+def arrange_charts(client, experiment_id: str, headline: Mapping[str, str], terms: Sequence[str]) -> str:
     """Writes the arrangement, and a description that links to it unless somebody has written another.
 
     Args:
         client: ``MlflowClient``.
         experiment_id: of the study.
+        headline: metrics that are compared and what people call them.
+        terms: losses.
 
     Returns:
         The page, to put behind the server's address.
     """
     page = f"#/experiments/{experiment_id}/runs?viewStateShareKey={KEY}&compareRunsMode=CHART"
-    client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{KEY}", json.dumps(_view()))
+    client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{KEY}", json.dumps(_view(headline, terms)))
     if client.get_experiment(experiment_id).tags.get(NOTE, OURS).startswith(OURS):
         note = f"{OURS} [Its curves, arranged]({page}); points are means over seeds. Fits and intervals: `occstream compare`."
         client.set_experiment_tag(experiment_id, NOTE, note)
     return page
 
 
-def _view() -> dict:
+def _view(headline: Mapping[str, str], terms: Sequence[str]) -> dict:
     charts: list[dict] = [
         _card(
             "SCATTER",
             f"scatter-{metric}",
             RESULTS,
-            displayName=title,
+            displayName=f"{word} against pre-training scenes",
             xaxis={"key": "axis/pretrain_scenes", "type": "METRIC"},
             yaxis={"key": metric, "type": "METRIC"},
             runsCountToCompare=100,
         )
-        for title, metric in SCATTERS
+        for metric, word in headline.items()
     ]
-    charts.append(_card("BAR", "bar-miou", RESULTS, metricKey="eval/miou"))
+    first = next(iter(headline))
+    charts.append(_card("BAR", f"bar-{first}", RESULTS, metricKey=first))
     charts += [
         _card(
             "LINE",
@@ -62,7 +60,7 @@ def _view() -> dict:
             scaleType="linear",
             xAxisKey="step",
         )
-        for metric in LINES
+        for metric in ("train/loss", *(f"train/{term}" for term in terms), "opt/lr")
     ]
     sections = [
         {"uuid": uuid, "name": name, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-COLUMNS = (
-    ("eval/iou", "IoU"),
-    ("eval/miou", "mIoU"),
-    ("eval/binary_iou", "binary IoU"),
-    ("perf/samples_per_s", "samples/s"),
-)
+HEADLINE = "occstream.headline"
+"""Tag that names the metrics to compare and what people call them."""
+SPEED = {"perf/samples_per_s": "samples/s"}
+OTHERS = {"eval/miou": "mIoU", "eval/iou": "IoU", "eval/binary_iou": "binary IoU"}
+"""Of runs without the tag: earlier versions' and other tools'."""
+
+
+def headline_tag(headline: Mapping[str, str]) -> dict[str, str]:
+    """A run's tag of its task's headline: metrics by name with what people call them, the one that decides first."""
+    return {HEADLINE: json.dumps(dict(headline))} if headline else {}
+
+
+def headline_of(runs: Sequence[Run]) -> dict[str, str]:
+    """The headline that runs name, metric -> word. Raises ValueError if they are of tasks with different ones."""
+    found = {run.tags.get(HEADLINE, "") for run in runs} - {""}
+    if len(found) > 1:
+        raise ValueError(
+            f"runs of different tasks cannot be compared; their scores are {' and '.join(sorted(found)[:2])}"
+        )
+    return json.loads(found.pop()) if found else OTHERS
 
 
 @dataclass
@@ -90,12 +105,11 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(kept), statistics.stdev(kept) if len(kept) > 1 else math.nan
 
 
-def gain(base: Row, other: Row, metric: str = "eval/miou") -> str:
+def gain(base: Row, other: Row, metric: str = "eval/miou", label: str = "mIoU") -> str:
     """One honest sentence on the difference of two rows."""
     a, b = base.values.get(metric, []), other.values.get(metric, [])
     if not a or not b:
         return f"{other.name} against {base.name}: {metric} is missing"
-    label = dict(COLUMNS).get(metric, metric)
     (mean_a, sd_a), (mean_b, sd_b) = mean_and_spread(a), mean_and_spread(b)
     ranges = [max(v) - min(v) for v in (a, b)]
     text = f"{other.name} against {base.name}: {mean_b - mean_a:+.2f} {label}"
@@ -117,24 +131,27 @@ def compare(uri: str, experiment: str, by: str = "arm", out: Path | None = None)
         out: folder for ``comparison.csv`` and ``comparison.md``.
 
     Returns:
-        The table and, if there are rows with mIoU, the gain of each over the first, as text.
+        The table and, if there are rows with the first score of the headline, the gain of each over the first, as text.
     """
     from mlflow.tracking import MlflowClient
 
-    rows = rows_by(collect(MlflowClient(uri), experiment), by)
+    runs = collect(MlflowClient(uri), experiment)
+    rows, headline = rows_by(runs, by), headline_of(runs)
+    main, word = next(iter(headline.items()))
     classes = sorted({k for r in rows for k in r.values if k.startswith("eval/class/")}, key=_class_order(rows))
-    columns = [*COLUMNS, *((k, k.removeprefix("eval/class/")) for k in classes)]
-    semantic = [r for r in rows if "eval/miou" in r.values]
-    text = [_text_table(rows, [c for c in columns if c in COLUMNS])]
+    scores = [*headline.items(), *SPEED.items()]
+    columns = [*scores, *((k, k.removeprefix("eval/class/")) for k in classes)]
+    scored = [r for r in rows if main in r.values]
+    text = [_text_table(rows, scores)]
     if classes:
-        text += ["", "per class, IoU in percent:", _class_table(semantic, classes)]
-    text += ["", *(gain(semantic[0], r) for r in semantic[1:])]
-    missing = [f"{r.name} (seed {s}): {k}" for r in semantic for k, _ in COLUMNS[:2] for s in _missing(r, k)]
+        text += ["", "per class, IoU in percent:", _class_table(scored, classes)]
+    text += ["", *(gain(scored[0], r, main, word) for r in scored[1:])]
+    missing = [f"{r.name} (seed {s}): {k}" for r in scored for k in list(headline)[:2] for s in _missing(r, k)]
     if missing:
         text += ["missing: " + "; ".join(missing)]
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "comparison.md").write_text(_markdown(rows, columns) + "\n\n" + "\n".join(text[-len(semantic) :]) + "\n")
+        (out / "comparison.md").write_text(_markdown(rows, columns) + "\n\n" + "\n".join(text[-len(scored) :]) + "\n")
         with (out / "comparison.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["row", "seeds", *(f"{k} {w}" for k, _ in columns for w in ("mean", "sd"))])

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from occstream.evaluation.evaluate import Head, free_logit
+from occstream.evaluation.occupancy import Head, free_logit
 from occstream.models import Batch
 from occstream.sharding.schema import Labels
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from occstream.evaluation.evaluate import classify
+from occstream.evaluation.occupancy import classify
 from occstream.models import Batch, OccOutputs
 from occstream.models.lift import project
 from occstream.sharding.grid import VoxelGrid

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from occstream.evaluation.charts import arrange_charts
 from occstream.evaluation.studyfindings import HEAD, class_table, findings, laws, table
 from occstream.evaluation.studypictures import PICTURES
-from occstream.evaluation.studyscores import read_study
+from occstream.evaluation.studyscores import METRICS, read_study
 from occstream.sharding import datacard
 
 
@@ -62,7 +62,7 @@ def study_report(client, experiment: str, out: Path | None, partial: bool = Fals
 
 def _log(client, experiment: str, out: Path) -> None:
     found = client.get_experiment_by_name(experiment)
-    arrange_charts(client, found.experiment_id)
+    arrange_charts(client, found.experiment_id, METRICS, ("binary", "semantic"))
     run = client.create_run(found.experiment_id, run_name="report", tags={"kind": "report"})
     for path in sorted(out.iterdir()):
         if path.suffix in (".html", ".png", ".csv", ".md"):

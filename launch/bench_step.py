@@ -13,23 +13,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from occstream.launch.dryrun import frames_like
 from occstream.models import kernels
 from occstream.pretrain.config import Config, load_config
 from occstream.pretrain.device import pick_device
-from occstream.pretrain.losses import occupancy_loss
 from occstream.pretrain.meter import best_time, matmul_ceiling
 from occstream.pretrain.networks import accelerate, create_model
-
-# Part -> module of the network. What a network lacks is left out.
-PARTS = {
-    "image encoder": "images",
-    "lift": "lift",
-    "dense layers": "dense",
-    "binary decoder": "decoder",
-    "sparse part": "semantic",
-    "full head": "full",
-}
+from occstream.pretrain.tasks.registry import task_of
 
 
 def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, batch: int, repeats: int) -> dict:
@@ -43,10 +32,11 @@ def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, batch: int, 
     Returns:
         Medians in seconds by build and part, FLOPs, ceilings, peak memory (CUDA).
     """
-    config = load_config(recipe, overrides, stage=stage)
+    config = load_config(recipe, overrides, **({"stage": stage} if stage else {}))
     device = pick_device()
-    semantic = 0 if stage == "pretrain" else (batch - batch // 2 if config.replay.url else batch)
-    frames = frames_like(config, semantic, batch - semantic).to(device)
+    task = task_of(config)
+    labeled = (batch - batch // 2 if config.replay.url and task.replays else batch) if task.labeled else 0
+    frames = task.synthetic_batch(labeled, batch - labeled).to(device)
     builds: dict[str, Callable] = {"plain fp32": _Build(config, device, frames, "fp32", False)}
     if device.type == "cuda":
         builds["plain TF32"] = _Build(config, device, frames, "fp32", True)
@@ -63,8 +53,9 @@ def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, batch: int, 
         for build in builds.values():
             build.step()
     found: dict = {"device": _device(device), "batch": batch, "flops": flops, "ceilings": _ceilings(device)}
+    found["parts"] = list(builds["plain fp32"].task.parts(builds["plain fp32"].model))
     found["builds"] = {name: build.summary() for name, build in builds.items()}
-    _show(found, recipe, stage)
+    _show(found, recipe, config.stage)
     return found
 
 
@@ -84,15 +75,14 @@ class _Build:
         self.config, self.device, self.frames, self.tf32, self.kernels = config, device, frames, tf32, with_kernels
         self.autocast = precision == "bf16"
         self.model = create_model(config).to(device).train()
-        accelerate(self.model, device, with_kernels, compiled)
+        self.task = task_of(config)
+        accelerate(self.model, device, with_kernels, compiled=self.task.compile if compiled else None)
         self.losses: list[float] = []
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device.type == "cuda")
         self.times: dict[str, list[float]] = defaultdict(list)
         self.peak = 0
-        for part, name in PARTS.items():
-            module = getattr(self.model, name, None)
-            if isinstance(module, nn.Module):
-                self._watch(part, module)
+        for part, module in self.task.parts(self.model).items():
+            self._watch(part, module)
 
     def _watch(self, part: str, module: nn.Module) -> None:
         begun = []
@@ -119,7 +109,7 @@ class _Build:
             with self._timed("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 outputs = self.model(self.frames)
             with self._timed("loss"):
-                loss, _ = occupancy_loss(outputs, self.frames, self.config.loss)
+                loss, _ = self.task.loss(outputs, self.frames)
             with self._timed("backward"):
                 loss.backward()
             with self._timed("optimizer"):
@@ -140,7 +130,7 @@ def _flops(build: _Build) -> float:
     kernels.use(build.kernels)
     with FlopCounterMode(display=False) as counter:
         outputs = build.model(build.frames)
-        occupancy_loss(outputs, build.frames, build.config.loss)[0].backward()
+        build.task.loss(outputs, build.frames)[0].backward()
     build.optimizer.zero_grad(set_to_none=True)
     return float(counter.get_total_flops())
 
@@ -163,7 +153,8 @@ def _show(found: dict, recipe: str, stage: str) -> None:
     print(f"{stage} {recipe}, {found['batch']} frames from memory, {found['device']}")
     head = ["part", *(f"{name} ms" for name in builds)]
     print("  ".join([head[0].ljust(16), *(h.rjust(14) for h in head[1:])]))
-    parts = [*PARTS, "forward", "loss", "backward", "optimizer", "step"]
+    last = ["forward", "loss", "backward", "optimizer", "step"]
+    parts = [*(part for part in builds["plain fp32"] if part in found["parts"]), *last]
     for part in parts:
         if any(part in b for b in builds.values()):
             cells = [f"{1e3 * b[part]:14.1f}" if part in b else " " * 14 for b in builds.values()]

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from occstream.launch import citymap, data, refine
-from occstream.launch.run import guarded
+from occstream.launch.run import guarded, import_argument, imported
 from occstream.sharding.places import place
+
+# Commands that may need a task, a model or a source that this package does not have.
+_IMPORTING = ("shard", "label", "evaluate", "predict", "sweep", "recipe", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.settings += rest
-    return guarded(lambda: args.work(_placed(args)))
+    return guarded(lambda: imported(getattr(args, "imports", ())) or args.work(_placed(args)))
 
 
 def _placed(args: argparse.Namespace) -> argparse.Namespace:
@@ -50,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, work, help: str, epilog: str = "") -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", epilog=epilog)
         sub.set_defaults(work=work)
+        if name in _IMPORTING:
+            import_argument(sub)
         return sub
 
     _shard_command(command)
@@ -263,7 +268,7 @@ def _machine_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "training step of --recipe; refine: CPU seconds of refining a frame, and memory",
     )
     p.add_argument("--recipe", default="r50", help="with step (default r50)")
-    p.add_argument("--stage", choices=("pretrain", "finetune"), default="pretrain", help="with step")
+    p.add_argument("--stage", default="", help="with step: of the task (default: the recipe's)")
     p.add_argument("--batch", type=data.at_least(1), default=1, help="with step: frames (default 1)")
     p.add_argument("settings", nargs="*", metavar="key=value", help="with step: settings of the recipe")
     p.add_argument("--workers", type=data.at_least(1), default=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,25 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from occstream.models.batch import Batch, Cameras, Occupancy
 from occstream.models.layers import SyncBatchNorm
 from occstream.pretrain.config import Config, load_config
 from occstream.pretrain.distributed import World
 from occstream.pretrain.engine import BUCKET
-from occstream.pretrain.losses import occupancy_loss
 from occstream.pretrain.networks import create_model
 from occstream.pretrain.optim import parameter_groups
-from occstream.pretrain.replay import EvalData, TrainData
-from occstream.sharding.manifest import Manifest
+from occstream.pretrain.streams import EvalData, TrainData, open_manifest, training_scenes
+from occstream.pretrain.tasks.registry import task_of
 
 SLACK = 0.2  # measured on the CPU
-KNOBS = (
-    "train.accumulate (more micro-steps)",
-    "model.checkpointing=true",
-    "model.head_rows=16",
-    "train.zero_stage",
-    "more processes",
-)
 
 
 @dataclass(frozen=True)
@@ -83,22 +73,22 @@ def statistics(model: nn.Module, ranks: int) -> float:
     return 4.0 * (gathered + sum(3 * width + ranks for width in widths))
 
 
-def activations(config: Config, semantic: int, binary: int) -> float:
+def activations(config: Config, labeled: int, other: int) -> float:
     """Peak bytes of tensors of one forward and backward on the CPU beyond parameters and gradients, by counting them for two
     and three frames of each kind and going on in a line.
 
     Args:
-        semantic, binary: frames of the largest micro-batch of a rank.
+        labeled, other: frames, with and without semantic labels, of the largest micro-batch of a rank.
     """
     model = create_model(config).train()
     # From two frames on: for one, convolutions choose other algorithms.
-    s, b = min(semantic, 2), min(binary, 2)
+    s, b = min(labeled, 2), min(other, 2)
     _peak(config, model, s, b)  # kernels prepare themselves once
     found = _peak(config, model, s, b)
-    more = (s + (semantic > 2), b + (binary > 2))
+    more = (s + (labeled > 2), b + (other > 2))
     step = sum(more) - s - b
     if step:
-        found += (_peak(config, model, *more) - found) / step * (semantic + binary - s - b)
+        found += (_peak(config, model, *more) - found) / step * (labeled + other - s - b)
     return found
 
 
@@ -116,8 +106,8 @@ def _silent() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _peak(config: Config, model, semantic: int, binary: int) -> float:
-    batch = frames_like(config, semantic, binary)
+def _peak(config: Config, model: nn.Module, labeled: int, other: int) -> float:
+    batch = task_of(config).synthetic_batch(labeled, other)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     bf16 = config.train.precision == "bf16"
@@ -125,7 +115,7 @@ def _peak(config: Config, model, semantic: int, binary: int) -> float:
     with _silent(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             outputs = model(batch)
-        loss, _ = occupancy_loss(outputs, batch, config.loss)
+        loss, _ = task_of(config).loss(outputs, batch)
         loss.backward()
     live = peak = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
@@ -135,52 +125,16 @@ def _peak(config: Config, model, semantic: int, binary: int) -> float:
     return peak + 3 * batch.nbytes  # the batch itself, and the stream's two spare ones
 
 
-def frames_like(config: Config, semantic: int, binary: int) -> Batch:
-    """Frames of plausible content: six cameras around, a twentieth of the voxels occupied, in patches of 4 x 4."""
-    g = torch.Generator().manual_seed(0)
-    size, (height, width), shape = semantic + binary, config.augment.image_size, config.voxel_grid.shape
-    cameras = len(config.data.cameras or range(6)) * (1 + config.data.history)
-    to_ego = torch.eye(4).repeat(size, cameras, 1, 1)
-    for v in range(cameras):
-        a = 2 * math.pi * v / cameras
-        turn = torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0], [0, 0, 1.0]])
-        to_ego[:, v, :3, :3] = turn @ torch.tensor([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
-        to_ego[:, v, 2, 3] = 1.5
-    focal = torch.tensor([[width * 0.6, 0, width / 2], [0, width * 0.6, height / 2], [0, 0, 1]])
-    patches = (size, -(-shape[0] // 4), -(-shape[1] // 4), shape[2])
-    labels = torch.randint(0, config.classes.num_classes * 20, patches, generator=g).clamp_max(config.classes.free_id)
-    labels = labels.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, : shape[0], : shape[1]].to(torch.uint8)
-    cell = config.model.feature_stride
-    depth = torch.rand(size, cameras, -(-height // cell), -(-width // cell)) * 20 if config.loss.depth_weight else None
-    return Batch(
-        scene_aug=torch.eye(3).repeat(size, 1, 1),
-        labeled=semantic,
-        cameras=Cameras(
-            images=torch.randint(0, 255, (size, cameras, 3, height, width), generator=g, dtype=torch.uint8),
-            intrinsics=focal.expand(size, cameras, 3, 3).contiguous(),
-            camera_to_ego=to_ego,
-            post_rot=torch.eye(3).repeat(size, cameras, 1, 1),
-            post_tran=torch.zeros(size, cameras, 3),
-            depth=depth,
-        ),
-        occupancy=Occupancy(
-            binary=labels != config.classes.free_id,
-            binary_valid=torch.ones(labels.shape, dtype=torch.bool),
-            semantic=labels[:semantic],
-        ),
-    )
-
-
 def predicted_memory(config: Config, data: TrainData, ranks: int) -> Memory:
     """Peak of the rank with the most frames."""
     cfg = config.train
-    semantic = -(-cfg.batch // cfg.accumulate // ranks) if config.stage == "finetune" else 0
+    main = -(-cfg.batch // cfg.accumulate // ranks)
     replayed = (data.frames_per_step - cfg.batch) // cfg.accumulate
-    binary = -(-replayed // ranks) if config.stage == "finetune" else -(-cfg.batch // cfg.accumulate // ranks)
+    labeled, other = (main, -(-replayed // ranks)) if task_of(config).labeled else (0, main - (-replayed // ranks))
     model = create_model(config)
     parameter_groups(model, config.optim)  # or a name in it is wrong
     parameters = sum(p.numel() for p in model.parameters())
-    live = activations(config, semantic, binary) + statistics(model, ranks)
+    live = activations(config, labeled, other) + statistics(model, ranks)
     return Memory(**states(parameters, cfg.zero_stage, ranks, cfg.ema), activations=live, allocator=SLACK * live)
 
 
@@ -207,14 +161,14 @@ def dry_run(
     Raises:
         ValueError: the run could not start, or does not fit into ``memory_gb``; with the knobs that help.
     """
-    config = load_config(recipe, overrides, stage=stage)
+    config = load_config(recipe, overrides, **({"stage": stage} if stage else {}))
     world = World(0, ranks, torch.device("cpu"))
     data = TrainData(config, world)
-    held_out = EvalData(config, World(0, 1, world.device), data.cameras)
+    held_out = EvalData(config, World(0, 1, world.device), data.sensors)
     cfg = config.train
     per_step = data.frames_per_step
-    print(f"{stage} {recipe}: {config.model_name} {config.model.strategy}, grid {config.grid}, {ranks} processes")
-    kind = "S frames" if stage == "finetune" else "frames"
+    print(f"{config.stage} {recipe}: {task_of(config).title}, grid {config.grid}, {ranks} processes")
+    kind = "labeled frames" if task_of(config).labeled else "frames"
     print(
         f"  batch      {cfg.batch} {kind} a step"
         f" in {cfg.accumulate} micro-steps: {cfg.batch / cfg.accumulate / ranks:g} per process"
@@ -245,25 +199,23 @@ def dry_run(
     if memory_gb and memory.total > memory_gb * 2**30:
         raise ValueError(
             f"needs {_size(memory.total)} per process, a GPU has {memory_gb:g} GiB; activations take "
-            f"{_size(memory.activations)}: change {', '.join(KNOBS)}"
+            f"{_size(memory.activations)}: change {', '.join(task_of(config).knobs)}"
         )
     return 0
 
 
 def _volume(config: Config, data: TrainData) -> dict[str, tuple[int, int]]:
     """Scenes and bytes of an epoch by stream; shards are counted whole if any of their scenes is used."""
-    found = {}
-    sources = [("data", config.data)]
-    if config.replay.url and config.stage == "finetune":
-        sources += [("replay", source) for source in (config.replay, *config.replay.more)]
-    for name, source in sources:
-        manifest = Manifest.load(source.url)
-        if source.labels != "labels":
-            manifest = manifest.with_sidecar(source.labels)
-        names = getattr(source, "scene_names", None)
-        chosen = manifest.named(names) if names else manifest.subset(source.scenes, source.subset_seed, source.holdout)
+    found, task = {}, task_of(config)
+    sources = [("data", "main", config.data)]
+    if config.replay.url and task.replays:
+        sources += [("replay", "replay", source) for source in (config.replay, *config.replay.more)]
+    for name, role, source in sources:
+        manifest = open_manifest(source.url, source.labels)
+        chosen = training_scenes(manifest, source)
         numbers = {manifest.scenes[i].shard for i in chosen}
-        groups = {"cameras", manifest.label_group} | ({"lidar"} if config.loss.depth_weight else set())
+        wanted = task.sample(role, source, data.sensors).groups
+        groups = {manifest.label_group if group == "labels" else group for group in wanted}
         size = sum(s.size for s in manifest.shards if s.group in groups and s.number in numbers)
         scenes, before = found.get(name, (0, 0))
         found[name] = scenes + len(chosen), before + size

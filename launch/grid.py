@@ -20,7 +20,7 @@ import yaml
 from occstream.pretrain.config import Config, merge, parse_config, read_recipe
 from occstream.pretrain.distributed import World
 from occstream.pretrain.events import default_uri
-from occstream.pretrain.replay import EvalData, TrainData
+from occstream.pretrain.streams import EvalData, TrainData
 from occstream.sharding.codec import canonical_json
 from occstream.sharding.places import place
 
@@ -115,7 +115,7 @@ class Grid:
         if key not in self._sizes:
             world = World(0, 1, torch.device("cpu"))
             data = TrainData(config, world)
-            held_out = EvalData(config, world, data.cameras)
+            held_out = EvalData(config, world, data.sensors)
             shared = data.scenes & held_out.scenes
             if shared:
                 raise ValueError(

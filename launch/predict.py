@@ -9,16 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from occstream.evaluation.predict import Keep, predict
-from occstream.pretrain.augment import FrameFiller
-from occstream.pretrain.replay import (
-    camera_names,
-    device_batches,
-    frame_filler,
-    open_stream,
-    unknown_line,
-    unknown_share,
-)
+from occstream.evaluation.predict import Keep
+from occstream.pretrain.reading import device_batches, open_stream
+from occstream.pretrain.streams import check_manifest
+from occstream.pretrain.tasks.registry import task_of
 from occstream.pretrain.trained import Trained, load_trained
 from occstream.sharding.attach import Sidecar
 from occstream.sharding.codec import Coding, encode
@@ -62,7 +56,7 @@ def predict_checkpoint(
 ) -> Predicted:
     """Predicts all frames of a data set in this process, shard by shard; a rerun continues where it stopped.
 
-    Offboard models label the voxels that the set's labels call occupied, other models those that they predict to be.
+    Models of the offboard strategy label the voxels that the set's labels call occupied, others those that they predict to be.
 
     Args:
         checkpoint: a run's folder or one of its checkpoints.
@@ -83,8 +77,10 @@ def predict_checkpoint(
         raise ValueError(f"part {part[0]}/{part[1]}: needs i/n with 1 <= i <= n")
     trained, base = load_trained(checkpoint, overrides, part[0] - 1), Manifest.load(url)
     config = trained.config
-    if config.stage != "finetune":
-        raise ValueError(f"{trained.path}: is of a pre-training run, which predicts no classes; give a fine-tuned one")
+    try:
+        task_of(config).check_prediction()
+    except ValueError as error:
+        raise ValueError(f"{trained.path}: {error}") from None
     config.data.url = url
     job = _Job(trained, base, keep, flips, truth, holdout)
     sidecar = job.sidecar(name, overrides)
@@ -112,33 +108,21 @@ class _Job:
     def __init__(self, trained: Trained, base: Manifest, keep: Keep, flips: bool, truth: int, holdout: int):
         self.trained, self.base, self.keep, self.flips = trained, base, keep, flips
         config = trained.config
-        self.offboard, self.labeled = config.model.strategy == "offboard", "labels" in base.groups
-        if self.labeled:
-            base.check(config.voxel_grid, config.taxonomy, ("cameras", "labels"))
-        elif self.offboard or truth:
-            raise ValueError(f"{base.url}: has no labels; an offboard model and --truth need them")
+        self.task, self.labeled = task_of(config), "labels" in base.groups
+        if not self.labeled and (self.task.needs_labels or truth):
+            raise ValueError(f"{base.url}: has no labels; {self.task.title} and --truth need them")
         chosen = base.subset(truth, config.data.subset_seed, holdout) if truth else []
         self.kept = {base.scenes[i].name for i in chosen}
         self.numbers = {scene.name: number for number, scene in enumerate(base.scenes)}
-        self.filler = self._filler()
-        self.reader = ShardReader(base, ("labels",) if self.labeled else ("cameras",))
+        if self.task.needs_labels:
+            for note in self.task.facts("data", config.data, base, range(len(base.scenes))).notes:
+                print(note)
+        sensors = self.task.sensors(base, 0, trained.sensors)
+        self.sample = self.task.sample("predict", config.data, sensors, self.labeled)
+        check_manifest(base, self.sample, config)
+        # Poses and tokens come from the labels' group where there is one: it is the smallest.
+        self.reader = ShardReader(base, ("labels",) if self.labeled else self.sample.groups[:1])
         self.done, self.began = Predicted(None), time.perf_counter()
-
-    def _filler(self) -> FrameFiller:
-        config, base = self.trained.config, self.base
-        if self.offboard:
-            share = unknown_share(base, range(len(base.scenes)), config.data.mask, config.data.binary_from)
-            if share:
-                print(unknown_line("data.mask", config.data.mask, share))
-        return frame_filler(
-            config,
-            camera_names(base, 0, self.trained.cameras),
-            train=False,
-            mask=config.data.mask,
-            semantic=False,
-            binary_from=config.data.binary_from,
-            labels=self.labeled,
-        )
 
     def sidecar(self, name: str, overrides: tuple[str, ...]) -> Sidecar:
         """The group that is written; what it is made by is its origin."""
@@ -150,7 +134,7 @@ class _Job:
             "truth": sorted(self.kept),
             "overrides": list(overrides),
         }
-        about = f"{self.keep} of {config.model_name} {config.model.strategy} {trained.digest}"
+        about = f"{self.keep} of {self.task.title} {trained.digest}"
         about += f", truth for {len(self.kept)} scenes" if self.kept else ""
         classes = config.classes.classes
         return Sidecar(base, name, config.voxel_grid, config.taxonomy, classes, about, origin, base.convention)
@@ -175,17 +159,9 @@ class _Job:
         config, trained = self.trained.config, self.trained
         numbers, frames = [self.numbers[s.name] for s in scenes], [s.frames for s in scenes]
         plan = evaluation_batches(numbers, frames, config.eval.batch, 0, 1)
-        with open_stream(self.base, plan, self.filler, config.eval.batch, config, trained.world) as stream:
-            found = predict(
-                trained.model,
-                device_batches(stream, trained.world.device),
-                keep=self.keep,
-                kind=config.loss.kind,
-                threshold=config.eval.threshold,
-                flips=self.flips,
-                occupied="labels" if self.offboard else "predicted",
-            )
-            return dict(found)
+        with open_stream(self.base, plan, self.sample, config.eval.batch, config, trained.world) as stream:
+            batches = device_batches(stream, trained.world.device)
+            return dict(self.task.predict(trained.model, batches, self.keep, self.flips))
 
     def _labeled(self, frame: Frame, made: dict[str, Labels]) -> Frame:
         """A frame with its prediction, which knows the voxels that the set's own labels know."""

@@ -1,8 +1,9 @@
-"""What ``launch/pretrain.py`` and ``launch/finetune.py`` share: arguments, process group, one training run."""
+"""What the scripts that train share: arguments, process group, one training run."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import sys
@@ -12,30 +13,37 @@ from collections.abc import Callable, Sequence
 from occstream.launch.data import at_least
 
 
-def main(stage: str, argv: Sequence[str] | None = None) -> int:
-    """Runs one stage. Returns the exit code: 0 done, 2 wrong input, 3 training failed, 75 stopped and saved."""
+def main(stage: str = "", argv: Sequence[str] | None = None) -> int:
+    """Runs one stage, "": the one that the recipe names.
+
+    Returns:
+        0 done, 2 wrong input, 3 training failed, 75 stopped and saved.
+    """
     args = parser(stage).parse_intermixed_args(argv)
+    begin = functools.partial(imported, args.imports)
     if args.dry_run:
         from occstream.launch.dryrun import dry_run
 
         words = (args.world_size, args.memory_gb, args.rate, args.price)
-        return guarded(lambda: dry_run(stage, args.recipe, args.overrides, *words))
+        return guarded(lambda: begin() or dry_run(stage, args.recipe, args.overrides, *words))
     if args.world_size != 1 or args.memory_gb or args.rate or args.price:
         parser(stage).error("--world-size, --memory-gb, --rate and --price require --dry-run")
     overrides = [*args.overrides, *([f"train.profile={args.profile}"] if args.profile else [])]
-    return guarded(lambda: _run(stage, args.recipe, overrides))
+    return guarded(lambda: begin() or _run(stage, args.recipe, overrides))
 
 
 def parser(stage: str) -> argparse.ArgumentParser:
-    """The arguments of a stage, "pretrain" or "finetune"."""
+    """The arguments of a stage, or of the one that the recipe names ("")."""
+    does = {"pretrain": "Pre-trains on binary occupancy.", "finetune": "Fine-tunes semantic occupancy."}
     made = argparse.ArgumentParser(
-        prog=f"launch/{stage}.py",
-        description="Pre-trains on binary occupancy." if stage == "pretrain" else "Fine-tunes semantic occupancy.",
+        prog=f"launch/{stage or 'train'}.py",
+        description=does.get(stage, "Trains the stage that a recipe names, of any task."),
         epilog="Overrides are dotted keys of the recipe, for example optim.lr=1e-4 data.scenes=2000 output=runs/a. "
         "Rerunning the same command resumes from the newest complete checkpoint.",
     )
     made.add_argument("--recipe", required=True, help="name of a packaged recipe, or path of a .yaml file")
     made.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    import_argument(made)
     made.add_argument("overrides", nargs="*", metavar="key=value")
     made.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps (train.profile)")
     dry = made.add_argument_group("dry run")
@@ -51,10 +59,32 @@ def parser(stage: str) -> argparse.ArgumentParser:
     return made
 
 
+def import_argument(parser: argparse.ArgumentParser) -> None:
+    """``--import``: tasks, models and sources of other people."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module, or a .py file, that registers a task, a model or a source of your own",
+    )
+
+
+def imported(names: Sequence[str]) -> int:
+    """Imports what ``--import`` names, and what a parent process was given. Returns 0."""
+    from occstream.pretrain.tasks.registry import import_modules
+
+    import_modules(names)
+    return 0
+
+
 def _run(stage: str, recipe: str, overrides: Sequence[str]) -> int:
     from occstream.pretrain.config import load_config
 
-    config = load_config(recipe, overrides, stage=stage)  # a wrong recipe fails before anything heavy starts
+    config = load_config(
+        recipe, overrides, **({"stage": stage} if stage else {})
+    )  # a wrong recipe fails before anything heavy starts
 
     import torch.distributed as dist
 

@@ -21,6 +21,7 @@ from occstream.launch.study import load_study
 from occstream.pretrain.events import EVENTS, describe_uri, read_events
 from occstream.pretrain.guards import WATCHED, in_use
 from occstream.pretrain.sender import Sender, open_client
+from occstream.pretrain.tasks.registry import get_task
 from occstream.sharding.datacard import data_card
 from occstream.sharding.manifest import Manifest
 
@@ -102,7 +103,8 @@ def _log_card(study: Study, runs: Sequence[Training]) -> str:
     """
     client = open_client(study.uri)
     experiment = Sender(Path(study.output), study.uri, study.name).experiment(client)
-    page = arrange_charts(client, experiment)
+    task = get_task(runs[0].config.task)
+    page = arrange_charts(client, experiment, task.headline, task.terms)
     if client.search_runs([experiment], "tags.kind = 'data-card'", max_results=1):
         return page
     config = next((r.config for r in runs if r.config.stage == "finetune"), runs[-1].config)

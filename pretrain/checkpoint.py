@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -38,6 +39,7 @@ from occstream.sharding import storage, threads
 FORMAT = 1
 COMPLETE, LATEST = "COMPLETE.json", "latest.json"
 ASIDE = "damaged-"
+SENSORS = ("sensors", "cameras")  # names of sensors in a state, now and in earlier versions
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -359,16 +361,24 @@ def _listed(data: bytes, where: object) -> dict[str, dict]:
     return files
 
 
+def sensors(state: Mapping[str, Any]) -> list[str]:
+    """Names of the sensors that a run's samples were made of, in order."""
+    return next((list(state[key]) for key in SENSORS if key in state), [])
+
+
 def _check_state(state: object, where: Path) -> None:
     """Raises Damaged if fields of a state are of another type or out of range."""
-    kinds = {"config": dict, "data": dict, "fingerprints": (dict, list, str), "cameras": list, "groups": list}
+    kinds = {"config": dict, "data": dict, "fingerprints": (dict, list, str), "groups": list} | dict.fromkeys(
+        SENSORS, list
+    )
     bad = [] if isinstance(state, dict) else ["it"]
     if not bad:
         bad = [name for name, kind in kinds.items() if name in state and not isinstance(state[name], kind)]
         whole = (name for name in ("step", "ema_updates") if state.get(name) is not None)
         bad += [name for name in whole if type(state[name]) is not int or not 0 <= state[name] < 2**53]
-        if "cameras" not in bad and not all(isinstance(c, str) for c in state.get("cameras", ())):
-            bad.append("cameras")
+        for key in SENSORS:
+            if key not in bad and not all(isinstance(name, str) for name in state.get(key, ())):
+                bad.append(key)
         if "groups" not in bad and not all(isinstance(g, dict) for g in state.get("groups", ())):
             bad.append("groups")
     if bad:
@@ -436,7 +446,7 @@ def export(path: str | Path, out: str | Path) -> Path:
         "stage": config.get("stage"),
         "grid": config.get("grid"),
         "taxonomy": config.get("taxonomy"),
-        "cameras": saved.state.get("cameras"),
+        "sensors": sensors(saved.state),
         "step": saved.state["step"],
         "samples": saved.state.get("samples"),
         "data_fingerprints": saved.state.get("fingerprints"),
@@ -512,7 +522,7 @@ def load_declared(
     if left:
         raise ValueError(
             f"{origin} does not fit this model: it has {len(left)} tensors that this model neither uses nor drops "
-            f"on purpose{_some(left)}. Give a pre-training run of the same family and strategy"
+            f"on purpose{_some(left)}. Give a run of an earlier stage of the same model"
         )
     with torch.no_grad():
         for key in expected:

@@ -21,12 +21,10 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from occstream.models import model_entry
-from occstream.pretrain.augment import AugmentConfig
 from occstream.pretrain.events import default_uri
-from occstream.pretrain.losses import LossConfig
 from occstream.pretrain.optim import OptimConfig
 from occstream.pretrain.renamed import refuse_old_names
+from occstream.pretrain.tasks.registry import get_task
 from occstream.pretrain.yamlfile import NotYaml, read_yaml
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.places import place
@@ -43,7 +41,7 @@ def _need(ok: bool, message: str) -> None:
 
 @dataclass
 class DataConfig:
-    """The stream this stage trains on: binary labels for pre-training, semantic labels for fine-tuning."""
+    """The stream that a stage trains on."""
 
     url: str = ""
     """Root of a packed data set (contains ``manifest.json``): a folder, ``file://`` or ``s3://``."""
@@ -55,32 +53,17 @@ class DataConfig:
     """Seed of the permutation that subsets are taken from. Keep it fixed throughout a study."""
     holdout: int = 0
     """Scenes at the end of that permutation that are never trained on (for evaluation)."""
-    cameras: tuple[str, ...] | None = None
-    """Camera names in order. None: all that the first, middle and last frame of the first scene have."""
-    history: int = 0
-    """Previous key-frames whose images are used as additional views of static objects, moved by the ego motion; in all
-    stages, and for replay too. A model with camera embeddings needs ``model.cameras`` for all views."""
-    binary_from: Literal["labels", "semantic"] = "labels"
-    """Binary target: the packed binary labels, or B* made from the semantic labels (B2S, Sec. 4.1)."""
     labels: str = "labels"
     """Label group: the set's own, or one attached to it (``occstream attach``)."""
-    soft: bool = False
-    """Learn from both classes of labels that have two (pseudo-labels of ``occstream predict --keep top2``; B2S, App. D);
-    False: only from the first."""
-    mask: Mask = "auto"
-    """Which voxels enter loss and metric: those that the labels know (auto: all where they have no mask), those of the
-    LiDAR's or the cameras' visibility mask, or all (none). How many unknown voxels a setting makes count is printed and
-    stored."""
 
     def __post_init__(self):
         _need(self.scenes is None or self.scenes >= 1, f"scenes is {self.scenes}, must be at least 1 (or null for all)")
         _need(self.holdout >= 0, f"holdout is {self.holdout}, must not be negative")
-        _need(0 <= self.history <= 8, f"history is {self.history}, must be 0 to 8")
 
 
 @dataclass
 class ReplaySource:
-    """Where replayed pre-training frames (B) come from."""
+    """Where replayed frames of an earlier stage (B) come from."""
 
     url: str = ""
     """Data set with binary labels. Empty: no replay."""
@@ -130,20 +113,12 @@ class EvalConfig:
     """Steps between evaluations; 0: only at the end."""
     batch: int = 8
     """Frames per forward and rank."""
-    convention: Literal["auto", "occ3d", "openscene", "openoccupancy", "semantickitti", "lidarseg"] = "auto"
-    """How classes are averaged: the way the labels' benchmark does (auto), or a named convention."""
-    mask: Mask = "auto"
-    """Same as ``data.mask``, for the metric; declared with the result."""
-    threshold: float = 0.25
-    """Minimum probability of the best class, below which a voxel counts as free: in evaluations, predictions and pictures (with
-    ``loss.kind`` softmax_focal free is a class of its own)."""
     pictures: int = 1
     """Pictures of predictions to draw at the end."""
 
     def __post_init__(self):
         _need(self.batch >= 1, f"batch is {self.batch}, must be at least 1")
         _need(self.scenes is None or self.scenes >= 1, f"scenes is {self.scenes}, must be at least 1 (or null for all)")
-        _need(0 < self.threshold < 1, f"threshold is {self.threshold}, must be between 0 and 1")
         for name in ("holdout", "every", "pictures"):
             _need(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, must not be negative")
 
@@ -249,10 +224,13 @@ class TrackConfig:
 
 @dataclass
 class Config:
-    """Everything one training run depends on; goes into its checkpoints and its MLflow run."""
+    """Everything one training run depends on; goes into its checkpoints and its MLflow run. A task has a subclass with
+    sections of its own (``model``, ``loss``, ``augment``, more in ``data`` and ``eval``)."""
 
-    stage: Literal["pretrain", "finetune"] = "pretrain"
-    """pretrain: binary decoder only. finetune: the whole network."""
+    task: str = "b2s"
+    """What is trained: a task that comes with the package, that an installed one registers, or of ``--import``."""
+    stage: str = "pretrain"
+    """Stage of the task; of b2s: pretrain (binary decoder only) or finetune (the whole network)."""
     grid: str = "occ3d"
     """Name of a ``VoxelGrid`` preset; must be the grid of the packed labels."""
     taxonomy: str = "occ3d"
@@ -262,11 +240,6 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    model_name: str = "b2s_ls"
-    """Key of the model registry."""
-    model: Any = None
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
@@ -274,8 +247,11 @@ class Config:
     def __post_init__(self):
         _need(self.taxonomy in TAXONOMIES, f"taxonomy is {self.taxonomy!r}, must be one of {', '.join(TAXONOMIES)}")
         get_grid(self.grid)
-        if self.model is None:
-            self.model = model_entry(self.model_name).config()
+
+    @classmethod
+    def open_sections(cls, data: Mapping[str, Any]) -> dict[str, type]:
+        """Types of sections that depend on other keys, by name, for these values of a recipe."""
+        return {}
 
     @property
     def voxel_grid(self) -> VoxelGrid:
@@ -403,14 +379,24 @@ _PLACES = (("", "output"), ("data", "url"), ("replay", "url"), ("eval", "url"), 
 
 
 def parse_config(data: Mapping[str, Any]) -> Config:
-    """A ``Config`` from nested plain values. Raises ValueError with the dotted key, the value and what would be right."""
+    """A task's ``Config`` from nested plain values. Raises ValueError with the dotted key, the value and what would be right."""
     refuse_old_names(data)
     data = dict(data)
-    entry = model_entry(data.get("model_name", Config.model_name))
-    known = [*dotted_keys(Config), *dotted_keys(entry.config, "model.")]
-    model = data.pop("model", None)
-    model = model if isinstance(model, entry.config) else build_section(entry.config, model or {}, "model", known)
-    config = build_section(Config, {**data, "model": model}, "", known)
+    task = get_task(data.get("task", Config.task))
+    cls = task.Config
+    open_sections = cls.open_sections(data)
+    known = list(dotted_keys(cls))
+    for name, section in open_sections.items():
+        known += dotted_keys(section, f"{name}.")
+    _refuse_strangers(data, task.name, known)
+    for name, section in open_sections.items():
+        value = data.get(name)
+        data[name] = value if isinstance(value, section) else build_section(section, value or {}, name, known)
+    config = build_section(cls, {"task": task.name, "stage": next(iter(task.stages)), **data}, "", known)
+    _need(
+        config.stage in task.stages,
+        f"task {task.name} has no stage {config.stage!r}; it has: {', '.join(task.stages)}",
+    )
     for section, name in _PLACES:
         owner = getattr(config, section) if section else config
         setattr(owner, name, place(getattr(owner, name)))
@@ -419,6 +405,24 @@ def parse_config(data: Mapping[str, Any]) -> Config:
             f"output is {config.output!r}: must be a local folder; checkpoints can go to train.upload as well"
         )
     return config
+
+
+def _refuse_strangers(data: Mapping[str, Any], task: str, known: list[str]) -> None:
+    """Raises ValueError that names all keys that a recipe of another task, or of another model, has and this one has not; one
+    alone may be a slip, which ``build_section`` knows more about."""
+    strange = []
+    for section, value in data.items():
+        if section not in known:
+            strange.append(section)
+        elif isinstance(value, Mapping) and any(key.startswith(f"{section}.") for key in known):
+            strange += [f"{section}.{key}" for key in value if f"{section}.{key}" not in known]
+    if len(strange) > 1:
+        model = f" with model {data['model_name']}" if "model_name" in known and "model_name" in data else ""
+        raise ValueError(
+            f"task {task}{model} has no {', '.join(str(key) for key in strange[:12])}"
+            f"{f' and {len(strange) - 12} more' if strange[12:] else ''}: this recipe is of another task or model; leave these "
+            "keys out, or begin with another recipe"
+        )
 
 
 def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict:

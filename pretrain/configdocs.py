@@ -66,5 +66,5 @@ def keys_of(cls: type, prefix: str = "", inner: dict[str, type] | None = None) -
 
 
 def recipe_keys(config: Config) -> list[Key]:
-    """All keys that a recipe of this config's model may set."""
-    return list(keys_of(Config, inner={"model": type(config.model)}))
+    """All keys that a recipe of this config's task and model may set."""
+    return list(keys_of(type(config), inner=type(config).open_sections(config.to_dict())))

@@ -1,8 +1,4 @@
-"""Binary, semantic and depth losses (B2S, Sec. 3.3), fp32, normalized over all ranks.
-
-DeepSpeed averages gradients over ranks. So that this equals one process with the joint batch, each rank returns
-``sum * world / count`` with its own sum and the count of all ranks.
-"""
+"""Binary, semantic and depth losses (B2S, Sec. 3.3), fp32: sums over valid elements and what they are divided by."""
 
 from __future__ import annotations
 
@@ -11,14 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from occstream.models import kernels
 from occstream.models.batch import Batch, OccOutputs, pool_binary
 from occstream.models.layers import full_precision, row
-from occstream.models.syncnorm import world_size
 from occstream.sharding.schema import IGNORE
 
 
@@ -57,103 +51,75 @@ class LossConfig:
             raise ValueError("binary_weight, semantic_weight and depth_weight are all 0: there is nothing to learn")
 
 
-def occupancy_loss(
-    outputs: OccOutputs, batch: Batch, config: LossConfig, counts: Tensor | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a micro-batch and its parts.
+def sums(outputs: OccOutputs, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
+    """Sums of losses over a micro-batch, by term: ``binary`` and ``semantic`` where the network has these outputs, ``depth``
+    where it is asked for, ``selected`` (refined voxels) where there is a sparse transformer.
 
     Args:
         outputs: of the network.
         batch: with the labels; 255 in ``semantic`` and False in ``binary_valid`` are left out.
-        config: weights and forms.
-        counts: ``joint_counts`` of a step of several micro-batches. None: of this one alone (collective).
-
-    Returns:
-        The rank's loss (its mean over ranks and micro-batches is the loss of the joint batch) and detached parts:
-        ``binary`` and ``semantic`` where the network has these outputs, ``depth`` where it is asked for, ``selected``
-        (refined voxels per frame) where there is a sparse transformer.
 
     Raises:
         ValueError: a depth loss of a model without depth, or class weights that do not fit the classes.
     """
-    if counts is None:
-        counts = joint_counts(outputs, [batch], config)
-    totals: list[
-        tuple[str, Tensor, float | None]
-    ] = []  # name, sum, weight (None: only reported), in the order of counts
+    found: dict[str, Tensor] = {}
     roles = _roles(outputs, batch, config)
     with full_precision(batch.device):
         if outputs.binary_logits is not None:
             logits = outputs.binary_logits.float()
-            target, valid = pool_binary(batch.occupancy.binary, batch.occupancy.binary_valid, tuple(logits.shape[1:]))
+            labels = batch.occupancy
+            target, valid = pool_binary(labels.binary, labels.binary_valid, tuple(logits.shape[1:]))
             errors = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
             errors = torch.where(valid, errors, 0.0)
-            totals += [("binary", errors[frames].sum(), config.binary_weight) for frames in roles]
+            found |= {f"binary{role}": errors[frames].sum() for role, frames in roles.items()}
         if outputs.semantic_logits is not None:
-            total = _semantic(outputs.semantic_logits.float(), batch, config)
-            totals.append(("semantic", total, config.semantic_weight))
+            found["semantic"] = _semantic(outputs.semantic_logits.float(), batch, config)
         if config.depth_weight:
-            totals += [("depth", _depth(outputs, batch, frames), config.depth_weight) for frames in roles]
+            found |= {f"depth{role}": _depth(outputs, batch, frames) for role, frames in roles.items()}
         if outputs.selected is not None:
-            totals.append(("selected", outputs.selected.sum(), None))
-        loss, parts = 0.0, {}
-        for (name, total, weight), count in zip(totals, counts, strict=True):
-            value = total * world_size() / count
-            parts[name] = parts.get(name, 0.0) + value.detach()
-            if weight is not None:
-                loss = loss + weight * value
-    return loss, parts
+            found["selected"] = outputs.selected.sum()
+    return found
 
 
-def joint_counts(
-    outputs: OccOutputs, batches: Sequence[Batch], config: LossConfig, flags: Tensor | None = None
-) -> Tensor:
-    """What the sums of ``occupancy_loss`` are divided by, over all ranks and micro-batches of a step (collective). With
-    each micro-batch's own counts, gradient accumulation would weigh voxels of sparse frames more than one large batch does.
+def counts(outputs: OccOutputs, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
+    """What ``sums`` are divided by, from the labels alone, by term.
 
     Args:
-        outputs: of any of the micro-batches: which parts there are, and their grids.
-        flags: (n,) float32, summed over ranks in place on the way.
-
-    Returns:
-        (parts,) float32, per micro-batch, at least 1 in all of them together.
+        outputs: of any of the step's micro-batches: which parts there are, and their grids.
     """
-    sums = torch.stack([torch.stack(_counts(outputs, batch, config)) for batch in batches]).sum(0)
-    if world_size() > 1:
-        joint = sums if flags is None else torch.cat([sums, flags])
-        dist.all_reduce(joint)
-        sums = joint[: len(sums)]
-        if flags is not None:
-            flags.copy_(joint[len(sums) :])
-    return sums.clamp_min(1) / len(batches)
-
-
-def _counts(outputs: OccOutputs, batch: Batch, config: LossConfig) -> list[Tensor]:
-    """By the labels alone, in the order of the parts, float32."""
-    device, found, roles = batch.device, [], _roles(outputs, batch, config)
+    found: dict[str, Tensor] = {}
+    labels, roles = batch.occupancy, _roles(outputs, batch, config)
     if outputs.binary_logits is not None:
-        valid = pool_binary(
-            batch.occupancy.binary, batch.occupancy.binary_valid, tuple(outputs.binary_logits.shape[1:])
-        )[1]
-        found += [valid[frames].sum() for frames in roles]
+        valid = pool_binary(labels.binary, labels.binary_valid, tuple(outputs.binary_logits.shape[1:]))[1]
+        found |= {f"binary{role}": valid[frames].sum() for role, frames in roles.items()}
     if outputs.semantic_logits is not None:
-        valid = batch.occupancy.semantic != IGNORE
-        occupied = batch.occupancy.semantic < outputs.semantic_logits.shape[1]
-        found.append((valid & occupied if config.normalizer == "occupied" else valid).sum())
+        valid = labels.semantic != IGNORE
+        occupied = labels.semantic < outputs.semantic_logits.shape[1]
+        found["semantic"] = (valid & occupied if config.normalizer == "occupied" else valid).sum()
     if config.depth_weight:
         known = _known_depth(outputs, batch)[1]
-        found += [known[frames].sum() for frames in roles]
+        found |= {f"depth{role}": known[frames].sum() for role, frames in roles.items()}
     if outputs.selected is not None:
-        found.append(torch.full((), batch.labeled, device=device))
-    return [count.float() for count in found]
+        found["selected"] = torch.full((), batch.labeled, device=batch.device)
+    return found
 
 
-def _roles(outputs: OccOutputs, batch: Batch, config: LossConfig) -> list[slice]:
-    """Frames whose losses have a normalizer of their own: in fine-tuning the semantic frames and the replayed ones, either of
-    which a rank may lack; else all. The same number on every rank."""
+def weights(config: LossConfig) -> dict[str, float | None]:
+    """Of the terms of ``sums``; None: only reported."""
+    return {
+        "binary": config.binary_weight,
+        "semantic": config.semantic_weight,
+        "depth": config.depth_weight,
+        "selected": None,
+    }
+
+
+def _roles(outputs: OccOutputs, batch: Batch, config: LossConfig) -> dict[str, slice]:
+    """Frames whose losses have a normalizer of their own, by what their terms' names end with: in fine-tuning the semantic
+    frames and the replayed ones, either of which a rank may lack; else all. The same on every rank."""
     if outputs.semantic_logits is None or config.replay_normalizer == "joint":
-        return [slice(None)]
-    return [slice(0, batch.labeled), slice(batch.labeled, None)]
+        return {"": slice(None)}
+    return {"@main": slice(0, batch.labeled), "@replay": slice(batch.labeled, None)}
 
 
 def _semantic(logits: Tensor, batch: Batch, config: LossConfig) -> Tensor:

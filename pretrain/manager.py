@@ -12,7 +12,7 @@ from occstream.pretrain.config import Config
 from occstream.pretrain.distributed import World
 from occstream.pretrain.optimstate import optimizer_state
 from occstream.pretrain.partition import full_state, module_state
-from occstream.pretrain.replay import TrainData
+from occstream.pretrain.streams import TrainData
 from occstream.pretrain.tracking import Tracker
 from occstream.sharding import storage
 
@@ -53,7 +53,7 @@ class CheckpointManager:
                 "fingerprints": data.fingerprints,
                 "order": data.rule,
                 "unknown_share": data.unknown,
-                "cameras": list(data.cameras),
+                "sensors": list(data.sensors),
                 "world_size": world.size,
                 "mlflow_run_id": tracker.run_id,
                 "run_key": tracker.key,

@@ -7,14 +7,14 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from occstream.pretrain.distributed import World, control_group
-from occstream.pretrain.replay import TrainData
+from occstream.pretrain.streams import TrainData
 from occstream.sharding import storage
 
 WARM = 2  # steps that allocate and warm caches; not counted
@@ -152,11 +152,13 @@ class Meter:
             out["mem/alloc_retries"] = float(torch.cuda.memory_stats().get("num_alloc_retries", 0))
         return out
 
-    def show(self, step: int, metrics: dict[str, float]) -> None:
-        """One line, over itself on a terminal."""
-        parts = " ".join(
-            f"{k.removeprefix('train/')} {v:.4f}" for k, v in metrics.items() if k in ("train/binary", "train/semantic")
-        )
+    def show(self, step: int, metrics: dict[str, float], terms: Sequence[str]) -> None:
+        """One line, over itself on a terminal.
+
+        Args:
+            terms: losses to show, where there are any.
+        """
+        parts = " ".join(f"{term} {metrics[f'train/{term}']:.4f}" for term in terms if f"train/{term}" in metrics)
         line = f"step {step}/{self.total} loss {metrics['train/loss']:.4f} ({parts}) lr {metrics['opt/lr']:.2e}"
         if "perf/samples_per_s" in metrics:  # not in the first steps
             eta = int(metrics["prog/eta_s"])

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
-from occstream.models import build_model, kernels
+from occstream.models import kernels
 from occstream.pretrain.config import Config
 from occstream.pretrain.seeds import seed_everything
+from occstream.pretrain.tasks.registry import task_of
 
 
 def create_model(config: Config) -> nn.Module:
     """The network of a recipe; its initial weights depend only on ``train.seed``."""
     seed_everything(config.train.seed)
-    return build_model(
-        config.model_name,
-        config.model,
-        grid=config.voxel_grid,
-        num_classes=config.classes.num_classes,
-        image_size=tuple(config.augment.image_size),
-        semantic=config.stage == "finetune",
-    )
+    return task_of(config).model()
 
 
-def accelerate(model: nn.Module, device: torch.device, with_kernels: bool, compiled: bool, tf32: bool = False) -> None:
+def accelerate(
+    model: nn.Module,
+    device: torch.device,
+    with_kernels: bool,
+    tf32: bool = False,
+    compiled: Callable[[nn.Module, str], None] | None = None,
+) -> None:
     """Turns on what makes steps faster on CUDA; nothing changes on the CPU, and no name of a parameter anywhere. Torch itself
     lets convolutions take TF32 where nobody says otherwise: here they do what ``tf32`` says, as matrix products do.
+
+    Args:
+        compiled: what compiles a network (``Task.compile``), None: nothing does.
 
     Raises:
         ImportError: kernels are wanted and Triton is missing.
@@ -33,14 +38,8 @@ def accelerate(model: nn.Module, device: torch.device, with_kernels: bool, compi
     kernels.use(with_kernels and device.type == "cuda")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    if compiled and device.type == "cuda":
-        compile_encoder(model)
-
-
-def compile_encoder(model: nn.Module, backend: str = "inductor") -> None:
-    """Compiles the backbone alone: it is most of the FLOPs, and its shapes do not change. Activation checkpointing stays
-    outside: it runs the compiled function again."""
-    model.images.levels = torch.compile(model.images.levels, dynamic=False, backend=backend)
+        if compiled:
+            compiled(model, "inductor")
 
 
 def at_precision(model: nn.Module, precision: str, device: torch.device) -> nn.Module:

@@ -10,10 +10,11 @@ import torch.distributed as dist
 
 from occstream.pretrain import checkpoint
 from occstream.pretrain.checkpoint import Checkpoint, Damaged
-from occstream.pretrain.config import Config, merge, parse_config
+from occstream.pretrain.config import Config, parse_config
 from occstream.pretrain.distributed import World, control_group
 from occstream.pretrain.events import flatten, redact
 from occstream.pretrain.renamed import saved_settings
+from occstream.pretrain.tasks.registry import get_task, task_of
 
 # Settings that a resumed run may change: none of them changes what the same step learns. Data is compared by
 # fingerprint, so it may move.
@@ -150,8 +151,7 @@ def _read(path: Path, step: int, url: str, hashed: bool = True) -> tuple[Checkpo
 def check_same_run(config: Config, fingerprints: dict[str, str], saved: Checkpoint) -> None:
     """Raises ValueError if the folder holds another run than the one that is asked for."""
     old, new = settings_then(saved, config), flatten(config.to_dict())
-    # Labels choose the voxels of an offboard model: there the limit changes nothing that is learned.
-    free = (*_FREE, "model.cap") if config.model.strategy == "offboard" else _FREE
+    free = (*_FREE, *task_of(config).free)
     changed = [k for k in {**new, **old} if old.get(k) != new.get(k) and not k.startswith(free)]
     if changed:
         first = changed[0]
@@ -170,8 +170,4 @@ def check_same_run(config: Config, fingerprints: dict[str, str], saved: Checkpoi
 def settings_then(saved: Checkpoint, now: Config) -> dict[str, object]:
     """What a checkpoint was trained with, by dotted key: settings that did not exist then are as the code was."""
     config = saved_settings(saved.state)
-    if "resize_relative" not in config.get("augment", {}):
-        config = merge(config, {"augment": {"resize_relative": True}})
-    if now.replay.url and "replay_normalizer" not in config.get("loss", {}):
-        config = merge(config, {"loss": {"replay_normalizer": "joint"}})
-    return flatten(parse_config(config).to_dict())
+    return flatten(parse_config(get_task(now.task).settings_then(config)).to_dict())

@@ -5,37 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from occstream.evaluation.evaluate import EvalResult, evaluate
-from occstream.evaluation.report import prediction_picture
-from occstream.models import Batch, OccOutputs
+from occstream.models import Batch
 from occstream.pretrain import checkpoint
 from occstream.pretrain.config import Config, merge, parse_config, parse_overrides
 from occstream.pretrain.device import describe, pick_device
 from occstream.pretrain.distributed import World
 from occstream.pretrain.networks import accelerate, at_precision, create_model
 from occstream.pretrain.renamed import saved_settings
-from occstream.pretrain.replay import EvalData
+from occstream.pretrain.streams import EvalData
+from occstream.pretrain.tasks.registry import task_of
 
 
-def evaluate_on(config: Config, model: nn.Module, frames: EvalData, drawer: Drawer | None = None) -> EvalResult:
-    """Evaluates by the recipe's conventions (collective)."""
-    return evaluate(
-        model,
-        frames,
-        taxonomy=config.classes,
-        grid=config.voxel_grid,
-        convention=frames.convention,
-        mask=config.eval.mask,
-        unknown=frames.unknown,
-        kind=config.loss.kind,
-        threshold=config.eval.threshold,
-        expected=frames.total,
-        watch=drawer,
-    )
+def evaluate_on(model: nn.Module, frames: EvalData, drawer: Drawer | None = None) -> EvalResult:
+    """Evaluates as the recipe's task scores (collective)."""
+    return evaluate(model, frames, frames.scoring.metric(), expected=frames.total, watch=drawer)
 
 
 def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), picture: Path | None = None) -> EvalResult:
@@ -51,14 +40,14 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), picture
     """
     trained = load_trained(path, overrides)
     config, world = trained.config, trained.world
-    frames = EvalData(config, world, trained.cameras)
+    frames = EvalData(config, world, trained.sensors)
     if not frames.total:
         raise ValueError("nothing to evaluate on: the recipe holds no scenes out; give --data or eval.scene_names=[…]")
     for note in frames.notes:
         print(note)
     # Asked for by name: at least one, whatever the recipe was trained with.
-    drawer = Drawer(config, frames.cameras, max(1, config.eval.pictures), picture, trained.step) if picture else None
-    result = evaluate_on(config, trained.model, frames, drawer)
+    drawer = Drawer(config, frames.sensors, max(1, config.eval.pictures), picture, trained.step) if picture else None
+    result = evaluate_on(trained.model, frames, drawer)
     for path in drawer.done if drawer else ():
         print(f"wrote {path}")
     return result
@@ -71,7 +60,7 @@ class Trained:
     Attributes:
         config: the recipe it was trained with, plus overrides.
         model: on the device of ``world``.
-        cameras: names in order.
+        sensors: names that samples are made of, in order.
         path, step: of the checkpoint.
         digest: of its weights; names them in what is made by them.
     """
@@ -79,7 +68,7 @@ class Trained:
     config: Config
     model: nn.Module
     world: World
-    cameras: tuple[str, ...]
+    sensors: tuple[str, ...]
     path: Path
     step: int
     digest: str
@@ -104,14 +93,14 @@ def load_trained(path: str | Path, overrides: Sequence[str] = (), number: int = 
     world, cfg = World(0, 1, device), config.train
     model = create_model(config)
     checkpoint.load_declared(model, saved.weights(), model.state_dict(), str(saved.path))
-    accelerate(model.to(device), device, cfg.kernels, False, cfg.tf32)
+    accelerate(model.to(device), device, cfg.kernels, cfg.tf32)
     used = "with Triton kernels" if cfg.kernels and device.type == "cuda" else "without Triton kernels"
     print(f"computes in {cfg.precision}, {used} (train.precision, train.kernels)", flush=True)
     return Trained(
         config,
         at_precision(model, cfg.precision, device).eval(),
         world,
-        tuple(saved.state["cameras"]),
+        tuple(checkpoint.sensors(saved.state)),
         saved.path,
         saved.state["step"],
         saved.digest,
@@ -125,28 +114,19 @@ class Drawer:
         done: files written.
     """
 
-    def __init__(self, config: Config, cameras: tuple[str, ...], scenes: int, folder: Path, step: int):
-        self.config, self.cameras, self.scenes, self.folder, self.step = config, cameras, scenes, folder, step
+    def __init__(self, config: Config, sensors: tuple[str, ...], scenes: int, folder: Path, step: int):
+        self.config, self.sensors, self.scenes, self.folder, self.step = config, sensors, scenes, folder, step
+        self.task = task_of(config)
         self.done: list[Path] = []
         self._seen: set[str] = set()
 
-    def __call__(self, batch: Batch, outputs: OccOutputs) -> None:
+    def __call__(self, batch: Batch, outputs: Any) -> None:
         for index, key in enumerate(batch.keys):
             scene = key.rpartition("-")[0]
             if not key or len(self.done) == self.scenes or scene in self._seen:
                 continue
             self._seen.add(scene)
             path = self.folder / f"{key}-step-{self.step:08d}.png"
-            prediction_picture(
-                path,
-                batch,
-                outputs,
-                index=index,
-                grid=self.config.voxel_grid,
-                taxonomy=self.config.classes,
-                cameras=self.cameras,
-                kind=self.config.loss.kind,
-                threshold=self.config.eval.threshold,
-                title=f"{key}, {self.config.stage} step {self.step}",
-            )
-            self.done.append(path)
+            title = f"{key}, {self.config.stage} step {self.step}"
+            if self.task.draw(path, batch, outputs, index, self.sensors, title):
+                self.done.append(path)

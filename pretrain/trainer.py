@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from occstream.evaluation.compare import headline_tag
 from occstream.evaluation.evaluate import EvalResult
 from occstream.pretrain import checkpoint
 from occstream.pretrain.checkpoint import Checkpoint
@@ -24,7 +25,6 @@ from occstream.pretrain.ema import Ema
 from occstream.pretrain.engine import build_engine
 from occstream.pretrain.events import EVENTS, describe_uri
 from occstream.pretrain.guards import FiniteGuard, RunLock, Stopper, Watchdog
-from occstream.pretrain.losses import joint_counts, occupancy_loss
 from occstream.pretrain.manager import CheckpointManager
 from occstream.pretrain.meter import Meter
 from occstream.pretrain.networks import accelerate, create_model
@@ -32,10 +32,12 @@ from occstream.pretrain.optim import Schedule
 from occstream.pretrain.optimstate import load_optimizer_state
 from occstream.pretrain.partition import float_state, to_local
 from occstream.pretrain.profile import Profile
-from occstream.pretrain.replay import EvalData, TrainData
 from occstream.pretrain.resume import check_same_run
 from occstream.pretrain.runconfig import write_config
 from occstream.pretrain.seeds import seed_everything
+from occstream.pretrain.streams import EvalData, TrainData
+from occstream.pretrain.tasks.registry import task_of
+from occstream.pretrain.terms import combine, joint_counts
 from occstream.pretrain.tracking import Tracker
 from occstream.pretrain.trained import Drawer, evaluate_on
 from occstream.sharding.order import BY_CONTENT
@@ -81,8 +83,9 @@ class _Training:
 
     def __init__(self, config: Config, world: World):
         self.config, self.world, self.folder = config, world, Path(config.output)
+        self.task = task_of(config)
         self.data = TrainData(config, world)
-        self.held_out = EvalData(config, world, self.data.cameras)
+        self.held_out = EvalData(config, world, self.data.sensors)
         if config.train.keep_best and not self.held_out.total:
             raise ValueError(
                 f"train.keep_best={config.train.keep_best}, but there is nothing to evaluate on; set data.holdout or eval.url"
@@ -110,19 +113,19 @@ class _Training:
         """The network with the weights to resume or start from."""
         config, cfg = self.config, self.config.train
         model = create_model(config)
-        _check_strategy(config, model)
+        self.task.check(model)
         if saved:
             check_same_run(config, self.data.fingerprints, saved)
             checkpoint.load_declared(model, saved.tensors("model"), model.state_dict(), str(saved.path))
         elif cfg.init:
-            weights, expected = checkpoint.read_weights(cfg.init), model.transfer_keys()
-            fresh = checkpoint.load_declared(model, weights, expected, cfg.init, model.dropped_keys())
-            left = len(weights) - len(expected)
+            weights, declared = checkpoint.read_weights(cfg.init), self.task.transfer(model)
+            fresh = checkpoint.load_declared(model, weights, declared.expected, cfg.init, declared.dropped)
+            left = len(weights) - len(declared.expected)
             self.world.say(
-                f"started from {cfg.init}: all {len(expected)} declared tensors loaded, {len(fresh)} new"
+                f"started from {cfg.init}: all {len(declared.expected)} declared tensors loaded, {len(fresh)} new"
                 f"{f', {left} left behind' if left else ''}"
             )
-        accelerate(model, self.world.device, cfg.kernels, cfg.compile, cfg.tf32)
+        accelerate(model, self.world.device, cfg.kernels, cfg.tf32, self.task.compile if cfg.compile else None)
         return model
 
     def _restore(self, saved: Checkpoint) -> None:
@@ -149,13 +152,18 @@ class _Training:
             state: of the checkpoint that the run resumes from, or empty.
         """
         config, data = self.config, self.data
-        about = {"stage": config.stage, "seed": str(config.train.seed), "data_fingerprint": data.fingerprint}
+        about = {
+            "task": config.task,
+            "stage": config.stage,
+            "seed": str(config.train.seed),
+            "data_fingerprint": data.fingerprint,
+        }
         tracker = Tracker(
             self.folder,
             config.track.uri,
             config.track.experiment,
             name=self.folder.name,
-            tags={**about, **config.track.tags},
+            tags={**about, **headline_tag(self.task.headline), **config.track.tags},
             params={
                 **config.to_dict(),
                 **{f"{name}_fingerprint": value for name, value in data.fingerprints.items()},
@@ -223,7 +231,7 @@ class _Training:
         Returns:
             Loss and its parts, means over micro-batches; and whether the step was taken.
         """
-        config, cfg, data = self.config, self.config.train, self.data
+        cfg, data = self.config.train, self.data
         # Dropout is a function of the step too, so a resumed run draws what an uninterrupted one would.
         seed_everything(cfg.seed, self.step, self.world.rank, 1)
         self.rate = self.schedule.apply(self.engine.optimizer, self.step * cfg.batch)
@@ -234,8 +242,9 @@ class _Training:
             with self.meter.counting():
                 with self.meter.forward():
                     outputs = self.engine(batch)
-                counts = joint_counts(outputs, batches, config.loss, data.flags) if counts is None else counts
-                loss, values = occupancy_loss(outputs, batch, config.loss, counts)
+                if counts is None:
+                    counts = joint_counts([self.task.counts(outputs, b) for b in batches], data.flags)
+                loss, values = combine(self.task.sums(outputs, batch), counts, self.task.weights)
                 self.guard.backward(loss, batch.keys, data.flags)
             if keys:
                 print(self.step, *batch.keys, file=keys, flush=True)
@@ -274,7 +283,7 @@ class _Training:
         self.last = last
         self.tracker.log(self.step, last)
         if self.world.is_main:
-            self.meter.show(self.step, last)
+            self.meter.show(self.step, last, self.task.terms)
 
     def _evaluates(self) -> bool:
         """Whether an evaluation is due before the end; there is always one at the end."""
@@ -290,8 +299,8 @@ class _Training:
         with self.meter.paused(), self.watchdog.off():
             with self.ema.applied(module) if self.ema else contextlib.nullcontext():
                 folder = self.folder / "pictures"
-                drawer = Drawer(config, frames.cameras, pictures if world.is_main else 0, folder, step)
-                result = evaluate_on(config, self.engine, frames, drawer)
+                drawer = Drawer(config, frames.sensors, pictures if world.is_main else 0, folder, step)
+                result = evaluate_on(self.engine, frames, drawer)
             self.tracker.log_result(step, result.metrics())
             for picture in drawer.done:
                 self.tracker.artifact(picture)
@@ -306,18 +315,6 @@ def _mean_over_ranks(parts: Mapping[str, Tensor], world: World) -> dict[str, flo
         dist.all_reduce(values)
         values /= world.size
     return dict(zip(parts, values.tolist()))
-
-
-def _check_strategy(config: Config, model: nn.Module) -> None:
-    """Raises ValueError if the recipe asks for what the model's head strategy cannot learn."""
-    strategy = config.model.strategy
-    if config.replay.url and config.stage == "finetune" and not model.predicts_binary:
-        raise ValueError(
-            f"strategy {strategy} has no binary head, so replayed binary frames teach nothing: set replay.url= (empty), "
-            "or model.strategy to intermediate or multi"
-        )
-    if strategy == "offboard" and config.train.init:
-        raise ValueError("strategy offboard has no pre-training stage: set train.init= (empty)")
 
 
 def _code_version() -> str:

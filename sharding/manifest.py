@@ -58,6 +58,11 @@ def shard_path(group: str, number: int) -> str:
     return f"{group}/{group}-{number:06d}.tar"
 
 
+def is_labels(group: str) -> bool:
+    """Whether a group of shards holds labels: the set's own, or a sidecar."""
+    return group == "labels" or group.startswith(("labels-", "pseudo-"))
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A data set.
@@ -189,6 +194,26 @@ class Manifest:
             convention=data.get("convention", ""),
         )
 
+    def with_label_sets(self, groups: Iterable[str]) -> Manifest:
+        """The same data set, whose sidecar groups can be read beside its own labels: ``Frame.label_sets`` has them.
+
+        Raises:
+            ValueError: as ``with_sidecar``; or a sidecar's labels are on another grid or have another taxonomy.
+        """
+        found = self
+        for group in groups:
+            if group in found.groups:
+                continue
+            other = self.with_sidecar(group)
+            if (self.grid and not self.grid.same_voxels(other.grid)) or self.taxonomy != other.taxonomy:
+                raise ValueError(
+                    f"{self.url}: labels {group} are on grid {other.grid.name!r} with taxonomy {other.taxonomy!r}, the set's own "
+                    "are not; they cannot be read together"
+                )
+            more = tuple(s for s in other.shards if s.group == group)
+            found = replace(found, groups=(*found.groups, group), shards=(*found.shards, *more))
+        return found
+
     def metric_convention(self) -> tuple[str, str]:
         """How scores against these labels are averaged, and how that is known."""
         if self.convention:
@@ -269,12 +294,16 @@ class Manifest:
         names = sorted(range(len(self.scenes)), key=lambda i: self.scenes[i].name)
         return [names[i] for i in np.random.Generator(np.random.PCG64(seed)).permutation(len(names))]
 
-    def check(self, grid: VoxelGrid, taxonomy: str, groups: tuple[str, ...]) -> None:
-        """Raises ValueError if this is not the data that a recipe expects."""
+    def check(self, grid: VoxelGrid | None, taxonomy: str, groups: tuple[str, ...]) -> None:
+        """Raises ValueError if this is not the data that a recipe expects.
+
+        Args:
+            grid: of the labels; None: they are not read.
+        """
         missing = [g for g in groups if g not in self.groups]
         if missing:
             raise ValueError(f"{self.url}: has no group {missing[0]!r}, only {', '.join(self.groups)}; pack it as well")
-        if self.grid is None or not self.grid.same_voxels(grid):
+        if grid is not None and (self.grid is None or not self.grid.same_voxels(grid)):
             have = f"{self.grid.name!r} {self.grid.shape} from {self.grid.lower}" if self.grid else "none"
             raise ValueError(
                 f"{self.url}: its labels are on grid {have}, the recipe expects {grid.name!r} {grid.shape} from "

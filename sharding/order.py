@@ -205,6 +205,10 @@ class Quotas:
         return max(self.of(source, batch) for batch in range(self.period))
 
 
+Plan = Iterator[tuple[list[Sample], dict[str, int]]]
+"""Samples of each batch of a rank, and the position after it."""
+
+
 def training_batches(
     order: Order,
     batch: int | Callable[[int], int],
@@ -213,7 +217,7 @@ def training_batches(
     epoch: int = 0,
     offset: int = 0,
     batches: int = 0,
-) -> Iterator[tuple[list[Sample], dict[str, int]]]:
+) -> Plan:
     """This rank's part of each global batch, with the position *after* that batch.
 
     Args:
@@ -234,9 +238,7 @@ def training_batches(
         yield samples, {"epoch": epoch, "offset": offset, "batches": batches}
 
 
-def evaluation_batches(
-    scenes: Sequence[int], frames: Sequence[int], batch: int, rank: int, world: int
-) -> Iterator[tuple[list[Sample], dict[str, int]]]:
+def evaluation_batches(scenes: Sequence[int], frames: Sequence[int], batch: int, rank: int, world: int) -> Plan:
     """Every frame exactly once over all ranks, in scene order; the last batch of a rank may be short, a rank may have
     none: nothing is padded."""
     everything = [Sample(0, s, f) for s, n in zip(scenes, frames) for f in range(n)]

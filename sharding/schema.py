@@ -273,7 +273,9 @@ class Frame:
         lidar: the key sweep.
         sweeps: further sweeps since the previous key-frame, oldest first; used to make labels, not written to shards.
         boxes, labels: None if absent.
-        past: key-frames before it, newest first, where a stream was asked for them; not written to shards.
+        label_sets: by group, all labels that a reader was asked for, ``labels`` among them; not written as such.
+        window: key-frames around it by offset (-1 is the one before), those that the scene has, where a stream was asked for
+            them, with poses of their own; not written to shards.
     """
 
     scene: str
@@ -286,7 +288,8 @@ class Frame:
     sweeps: list[LidarSweep] = field(default_factory=list)
     boxes: Boxes | None = None
     labels: Labels | None = None
-    past: list[Frame] = field(default_factory=list)
+    label_sets: dict[str, Labels] = field(default_factory=dict)
+    window: dict[int, Frame] = field(default_factory=dict)
 
     @property
     def key(self) -> str:

@@ -7,15 +7,16 @@ import os
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from occstream.sharding import storage
 from occstream.sharding import threads as guarded
 from occstream.sharding.codec import CorruptSample, IncompleteSample, decode
-from occstream.sharding.manifest import Manifest, shard_path
+from occstream.sharding.manifest import Manifest, is_labels, shard_path
 from occstream.sharding.order import Sample
 from occstream.sharding.received import load_json, read_index
 from occstream.sharding.schema import Frame, frame_key
@@ -24,12 +25,14 @@ Fill = Callable[[Frame, int, dict[str, np.ndarray]], object]
 PATIENCE = 10.0  # seconds that closing waits for threads that are in the middle of a read
 
 
-@dataclass(frozen=True)
-class Field:
-    """One array of a sample: a batch holds (batch, *shape) of ``dtype``."""
+class Field(NamedTuple):
+    """One array of a sample: a batch holds (batch, *shape) of ``dtype``. Where it is ragged, a sample has rows of that shape, as
+    many as it likes, and a batch holds those of all samples, one sample after the other; how many each has is in
+    ``<part>.counts`` (batch,) int64, the same for all ragged fields of a part."""
 
     shape: tuple[int, ...]
     dtype: str
+    ragged: bool = False
 
 
 @dataclass
@@ -66,9 +69,13 @@ class ShardReader:
         for group in groups:
             if group not in manifest.groups:
                 raise ValueError(f"{manifest.url}: has no group {group!r}, only {', '.join(manifest.groups)}")
+        labels = [group for group in groups if is_labels(group)]
+        self._own = manifest.label_group if manifest.label_group in labels else next(iter(labels), "")
+        self._further = [group for group in labels if group != self._own]
 
     def frame(self, scene: int, index: int) -> Frame:
-        """One frame with the chosen groups.
+        """One frame with the chosen groups. Of several groups of labels, ``frame.labels`` has the manifest's own, or else the
+        first, and ``frame.label_sets`` all.
 
         Raises:
             CorruptSample: this frame cannot be decoded.
@@ -76,24 +83,31 @@ class ShardReader:
         """
         entry = self.manifest.scenes[scene]
         key = frame_key(entry.name, index)
-        parts = []
+        parts = {}
         for group in self.groups:
             data = self._read(group, entry.shard, key)
             try:
-                parts.append(tar_members(data, key))
+                parts[group] = tar_members(data, key)
             except CorruptSample as error:
                 raise CorruptSample(f"{shard_path(group, entry.shard)}: {error}") from None
         try:
-            return decode(parts)
+            frame = decode([part for group, part in parts.items() if group not in self._further])
+            if frame.labels is not None and self._own:
+                frame.label_sets[self._own] = frame.labels
+            for group in self._further:
+                if (labels := decode([parts[group]]).labels) is not None:
+                    frame.label_sets[group] = labels
         except CorruptSample as error:
             raise CorruptSample(f"shard {entry.shard:06d}: {error}") from None
+        return frame
 
-    def clip(self, scene: int, index: int, length: int, step: int = 1) -> list[Frame]:
-        """A window of a scene that ends at frame ``index``, oldest first, every ``step``-th frame; before the scene's
-        beginning its first frame is repeated. Raises as ``frame``."""
-        wanted = [max(0, index - step * back) for back in range(length - 1, -1, -1)]
-        found = {i: self.frame(scene, i) for i in sorted(set(wanted))}
-        return [found[i] for i in wanted]
+    def window(self, scene: int, index: int, offsets: Iterable[int]) -> Frame:
+        """A frame with those around it in ``frame.window``: by offset, those that the scene has. Raises as ``frame``."""
+        frame = self.frame(scene, index)
+        for offset in offsets:
+            if 0 <= index + offset < self.manifest.scenes[scene].frames:
+                frame.window[offset] = self.frame(scene, index + offset)
+        return frame
 
     def raw(self, group: str, scene: int, index: int) -> bytes:
         """The bytes of a frame's members in the tar of a group, headers included. Raises as ``frame``."""
@@ -242,6 +256,7 @@ class _Slot:
     samples: list[Sample] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     returned: list = field(default_factory=list)
+    rows: dict[str, list] = field(default_factory=dict)  # of each sample, by ragged field
     state: dict[str, int] = field(default_factory=dict)
     batch: StreamBatch | None = None  # complete
 
@@ -270,7 +285,7 @@ class Stream:
         deadline: seconds that the consumer waits for a batch before it is an error that names what is not there.
         finish: completes each batch, in order, in a thread of its own (without reader threads: in the consumer's), such as by
             arrays that a GPU makes.
-        history: key-frames before each one that ``fill`` finds in ``frame.past`` (at a scene's beginning its first, again).
+        window: offsets of key-frames around each one that ``fill`` finds in ``frame.window``, where the scene has them.
     """
 
     def __init__(
@@ -287,7 +302,7 @@ class Stream:
         warn: Callable[[str], None] = print,
         lookahead: int = 64,
         deadline: float = 600.0,
-        history: int = 0,
+        window: tuple[int, ...] = (),
         finish: Callable[[StreamBatch], None] | None = None,
     ):
         if ring < 2:
@@ -298,8 +313,11 @@ class Stream:
         self._reader, self._fill, self._warn, self._finish = reader, fill, warn, finish
         self._batches, self._max_skipped, self._deadline = iter(batches), max_skipped, deadline
         self._free: deque[_Slot] = deque(
-            _Slot({name: allocate((capacity, *f.shape), f.dtype) for name, f in fields.items()}) for _ in range(ring)
+            _Slot({name: allocate((capacity, *f.shape), f.dtype) for name, f in fields.items() if not f.ragged})
+            for _ in range(ring)
         )
+        self._ragged = {name: f for name, f in fields.items() if f.ragged}
+        self._allocate = allocate
         self._filling: deque[_Slot] = deque()  # in batch order
         self._tasks: deque[tuple[_Slot, int]] = deque()
         self._lent: _Slot | None = None
@@ -310,7 +328,7 @@ class Stream:
         self.skipped: list[str] = []
         self._corrupt = 0
         self._planned: deque[tuple[list[Sample], dict[str, int]]] = deque()
-        self._lookahead, self._history = lookahead if reader.cache else 0, history
+        self._lookahead, self._window = lookahead if reader.cache else 0, window
         self._wanted: deque[int] = deque()  # shard numbers to prefetch, in order of need
         self._known: set[int] = set()
         self._decoders = threads
@@ -361,6 +379,11 @@ class Stream:
     def _made(self, slot: _Slot) -> StreamBatch:
         count = len(slot.samples)
         arrays = {k: v[:count] for k, v in slot.buffers.items()}
+        for name, rows in slot.rows.items():
+            counts = np.array([len(found) for found in rows], np.int64)
+            arrays[f"{name.rpartition('.')[0]}.counts"] = counts
+            joined = self._allocate((int(counts.sum()), *self._ragged[name].shape), self._ragged[name].dtype)
+            arrays[name] = np.concatenate(rows, out=joined) if rows else joined
         batch = StreamBatch(arrays, slot.keys, slot.samples, slot.state, slot.returned)
         if self._finish:
             self._finish(batch)
@@ -452,6 +475,7 @@ class Stream:
         slot = self._free.popleft()
         slot.samples, slot.state, slot.missing, slot.batch = samples, state, len(samples), None
         slot.keys, slot.returned = [""] * len(samples), [None] * len(samples)
+        slot.rows = {name: [None] * len(samples) for name in self._ragged}
         self._filling.append(slot)
         self._tasks.extend((slot, i) for i in range(len(samples)))
         if not samples:
@@ -499,15 +523,30 @@ class Stream:
         for shift in range(scene.frames):
             index = (sample.frame + shift) % scene.frames
             try:
-                *past, frame = self._reader.clip(sample.scene, index, 1 + self._history)
-                frame.past = past[::-1]
+                frame = self._reader.window(sample.scene, index, self._window)
                 slot.returned[i] = self._fill(frame, sample.epoch, views)
+                self._take_rows(slot, i, views, frame.key)
             except CorruptSample as error:
                 self._skip(error)
                 continue
             slot.keys[i] = frame.key
             return
         raise ValueError(f"scene {scene.name}: none of its {scene.frames} frames can be read; {self.skipped[-1]}")
+
+    def _take_rows(self, slot: _Slot, i: int, views: dict[str, np.ndarray], key: str) -> None:
+        """Keeps what ``fill`` has set of ragged fields. Raises ValueError if it does not fit them."""
+        counts: dict[str, int] = {}
+        for name, f in self._ragged.items():
+            rows = views.pop(name, None)
+            if rows is None or rows.shape[1:] != f.shape or rows.dtype != f.dtype:
+                have = "nothing" if rows is None else f"{rows.shape} {rows.dtype}"
+                raise ValueError(
+                    f"frame {key}: sample has {have} for the ragged field {name} of rows {f.shape} {f.dtype}"
+                )
+            slot.rows[name][i] = rows
+            part = name.rpartition(".")[0]
+            if counts.setdefault(part, len(rows)) != len(rows):
+                raise ValueError(f"frame {key}: {name} has {len(rows)} rows, others of {part} have {counts[part]}")
 
     def _skip(self, error: CorruptSample) -> None:
         with self._change:

@@ -20,7 +20,7 @@ FILES = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 def test_wheel_holds_every_module_recipe_and_page(tmp_path):
     # In a copy: setuptools would add what an earlier build has left in build/.
     copy = tmp_path / "copy"
-    for folder in (*FOLDERS, "infra"):
+    for folder in (*FOLDERS, "infra", "occstream"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -33,7 +33,12 @@ def test_wheel_holds_every_module_recipe_and_page(tmp_path):
         code = "\n".join(archive.read(name).decode() for name in names if name.endswith(".py"))
     wanted = {f"occstream/{p.relative_to(ROOT)}" for p in FILES}
     wanted |= {f"occstream/{p.relative_to(ROOT)}" for p in (ROOT / "launch" / "recipes").glob("*.yaml")}
-    wanted |= {"occstream/sharding/FORMAT.md", *(f"occstream/{folder}/py.typed" for folder in FOLDERS)}
+    wanted |= {
+        "occstream/__init__.py",
+        "occstream/py.typed",
+        "occstream/sharding/FORMAT.md",
+        *(f"occstream/{folder}/py.typed" for folder in FOLDERS),
+    }
     assert wanted - names == set()
     assert {name.split("/")[0] for name in names} == {"occstream", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
     for peer in ("litdata", "megatron", "mosaicml"):

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 import occstream.models
 from occstream.launch.doctor import examine, report
-from occstream.launch.dryrun import frames_like
 from occstream.models import MODELS, attention, build_model, kernels, lift
 from occstream.models.b2s import Strategy
 from occstream.models.layers import SyncBatchNorm
 from occstream.pretrain.distributed import World
-from occstream.pretrain.losses import LossConfig, _NegativeFocal, occupancy_loss
+from occstream.pretrain.losses import LossConfig, _NegativeFocal
 from occstream.pretrain.meter import best_time
 from occstream.pretrain.networks import create_model
-from occstream.pretrain.replay import TrainData
-from tests.models.helpers import SMALL, make_batch, two_equal_ranks
+from occstream.pretrain.streams import TrainData
+from occstream.pretrain.tasks.registry import task_of
+from tests.models.helpers import SMALL, make_batch, occupancy_loss, two_equal_ranks
 
 
 @contextlib.contextmanager
@@ -99,7 +99,7 @@ def geometry(check: Check) -> str:
         # Labels choose the voxels: predictions differ with the precision.
         config = check.sized(recipe, "finetune", "replay.url=", "model.selection=gt")
         model = create_model(config).to(check.device).train()
-        frames = frames_like(config, 1, 0).to(check.device)
+        frames = task_of(config).synthetic_batch(1, 0).to(check.device)
         plain, mixed = (_places(model, frames, check.device, bf16) for bf16 in (False, True))
         need(len(plain) == len(mixed) > 0, f"{recipe}: {len(plain)} and {len(mixed)} calls of the geometry")
         size = torch.tensor(config.voxel_grid.voxel, device=check.device)

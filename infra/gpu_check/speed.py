@@ -15,11 +15,10 @@ from checks import Check, need, peak, section
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from occstream.launch.bench_step import bench_step
-from occstream.launch.dryrun import frames_like
 from occstream.models import kernels
-from occstream.pretrain.losses import occupancy_loss
 from occstream.pretrain.meter import best_time
-from occstream.pretrain.networks import accelerate, compile_encoder, create_model
+from occstream.pretrain.networks import accelerate, create_model
+from occstream.pretrain.tasks.registry import task_of
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 8
@@ -28,7 +27,7 @@ BATCH = 8
 def _step(model, frames, config, device: torch.device) -> torch.Tensor:
     with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
         outputs = model(frames)
-    loss, _ = occupancy_loss(outputs, frames, config.loss)
+    loss, _ = task_of(config).loss(outputs, frames)
     loss.backward()
     return loss.detach()
 
@@ -38,15 +37,15 @@ def compiled(check: Check) -> str:
     device, said, good = check.device, [], True
     for recompute in ("true", "false") if not check.dry else ("true",):
         config = check.sized("r50", "pretrain", f"model.checkpointing={recompute}")
-        frames = frames_like(config, 0, 2).to(device)
+        frames = task_of(config).synthetic_batch(0, 2).to(device)
         found = {}
         for way in ("plain", "compiled"):
             torch.manual_seed(0)
             model = create_model(config).to(device).train()
             if way == "compiled" and check.dry:
-                compile_encoder(model, "aot_eager")
+                task_of(config).compile(model, "aot_eager")
             else:
-                accelerate(model, device, False, way == "compiled")
+                accelerate(model, device, False, compiled=task_of(config).compile if way == "compiled" else None)
             torch.manual_seed(1)
             loss = float(_step(model, frames, config, device))
             took = (
@@ -125,8 +124,8 @@ def waits(check: Check) -> str:
     device = check.device
     config = check.sized("r50", "finetune", "replay.url=")
     model = create_model(config).to(device).train()
-    accelerate(model, device, not check.dry, False)
-    frames = frames_like(config, 1, 1).to(device)
+    accelerate(model, device, not check.dry)
+    frames = task_of(config).synthetic_batch(1, 1).to(device)
     _step(model, frames, config, device)
     with _waits(device) as lines:
         _step(model, frames, config, device)
@@ -174,9 +173,9 @@ def offboard(check: Check) -> str:
     config = check.sized("r50-offboard", "finetune", "replay.url=")
     model = create_model(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=not check.dry)
-    frames = frames_like(config, 1, 0).to(device)
+    frames = task_of(config).synthetic_batch(1, 0).to(device)
     for with_kernels in (False,) if check.dry else (False, True):
-        accelerate(model, device, with_kernels, False)
+        accelerate(model, device, with_kernels)
         with peak(device) as so_far:
             for _ in range(1 if check.dry else 3):  # from the second on with the optimizer's moments
                 _step(model, frames, config, device)

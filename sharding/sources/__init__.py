@@ -1,4 +1,4 @@
-"""Raw data sets, one module each; ``open_source`` finds them by module name."""
+"""Raw data sets by name, one module each, of this folder or of somebody else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import importlib
 import inspect
 import pkgutil
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -15,24 +16,51 @@ from pydantic import TypeAdapter, ValidationError
 from occstream.sharding.places import place
 from occstream.sharding.schema import Source
 
+_REGISTERED: dict[str, Callable[..., Source]] = {}
+_GROUP = "occstream.sources"
+
+
+def register_source(name: str) -> Callable:
+    """Decorator of an ``open_source`` that is not in this folder. Raises ValueError if the name is taken."""
+
+    def add(work: Callable[..., Source]) -> Callable[..., Source]:
+        if name in _packaged() or _REGISTERED.get(name, work) is not work:
+            raise ValueError(f"source {name!r} is registered twice")
+        _REGISTERED[name] = work
+        return work
+
+    return add
+
+
+def _packaged() -> list[str]:
+    """Modules of this folder that have an ``open_source``."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    return [name for name in names if hasattr(importlib.import_module(f"{__name__}.{name}"), "open_source")]
+
 
 def source_names() -> list[str]:
-    """Modules of this folder that have an ``open_source``."""
-    found = []
-    for module in pkgutil.iter_modules(__path__):
-        if hasattr(importlib.import_module(f"{__name__}.{module.name}"), "open_source"):
-            found.append(module.name)
-    return found
+    """Sources that come with the package, those that are registered, and those of installed packages (entry points in
+    ``occstream.sources``)."""
+    points = [point.name for point in metadata.entry_points(group=_GROUP)]
+    return list(dict.fromkeys([*_packaged(), *_REGISTERED, *points]))
+
+
+def _opener(name: str) -> Callable[..., Source]:
+    """The function that opens a source. Raises ValueError that lists the sources."""
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    if name in _packaged():
+        return importlib.import_module(f"{__name__}.{name}").open_source
+    for point in metadata.entry_points(group=_GROUP, name=name):
+        return point.load()
+    near = difflib.get_close_matches(name, source_names(), 1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ValueError(f"unknown source {name!r}{hint} Sources: {', '.join(source_names())}")
 
 
 def source_options(name: str) -> dict[str, inspect.Parameter]:
     """Options of a source: the parameters of its ``open_source``. Raises ValueError that lists the sources."""
-    if name not in source_names():
-        near = difflib.get_close_matches(name, source_names(), 1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown source {name!r}{hint} Sources: {', '.join(source_names())}")
-    module = importlib.import_module(f"{__name__}.{name}")
-    return dict(inspect.signature(module.open_source).parameters)
+    return dict(inspect.signature(_opener(name)).parameters)
 
 
 def open_source(name: str, options: Mapping[str, Any]) -> Source:
@@ -46,8 +74,8 @@ def open_source(name: str, options: Mapping[str, Any]) -> Source:
         ValueError: unknown source, unknown option (names the nearest), bad value, or what the source itself finds.
     """
     known = source_options(name)
-    module = importlib.import_module(f"{__name__}.{name}")
-    hints = typing.get_type_hints(module.open_source)
+    opener = _opener(name)
+    hints = typing.get_type_hints(opener)
     values = {}
     for key, value in options.items():
         if key not in known:
@@ -63,4 +91,4 @@ def open_source(name: str, options: Mapping[str, Any]) -> Source:
         raise ValueError(f"source {name!r} needs {' and '.join(missing)}")
     for key in values.keys() & {"root", "labels_root", "metadata"}:
         values[key] = place(values[key]) if isinstance(values[key], str) else values[key]
-    return module.open_source(**values)
+    return opener(**values)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from occstream.evaluation.metrics import CONVENTIONS, ConfusionMatrix, RangedCounts, ranges_of
-from occstream.pretrain.config import EvalConfig
+from occstream.pretrain.tasks.occupancy import OccupancyEval
 from occstream.sharding.attach import attach
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.manifest import Manifest
@@ -21,7 +21,7 @@ from tests.sharding import layouts
 
 def test_label_sets_and_metrics_know_the_same_conventions():
     assert set(CONVENTIONS) == set(NAMES)
-    choices = EvalConfig.__dataclass_fields__["convention"].type
+    choices = OccupancyEval.__dataclass_fields__["convention"].type
     assert all(repr(name)[1:-1] in choices for name in (*NAMES, "auto"))
 
 

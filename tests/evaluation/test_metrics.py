@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from occstream.evaluation.evaluate import classify, evaluate
+from occstream.evaluation.evaluate import evaluate
 from occstream.evaluation.metrics import ConfusionMatrix
+from occstream.evaluation.occupancy import OccupancyMetric, classify
 from occstream.models import OccOutputs
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.schema import OCC3D, OPENSCENE
@@ -70,9 +71,8 @@ def test_evaluation_of_a_known_model(convention):
     for batch in batches:
         batch.occupancy.semantic[batch.occupancy.semantic == 6] = taxonomy.free_id  # classes 6 and 7 never occur
     model, watched = Oracle(taxonomy.num_classes).train(), []
-    result = evaluate(
-        model, batches, taxonomy=taxonomy, convention=convention, watch=lambda b, o: watched.extend(b.keys)
-    )
+    metric = OccupancyMetric(taxonomy, convention=convention)
+    result = evaluate(model, batches, metric, watch=lambda b, o: watched.extend(b.keys))
     assert result.frames == len(watched) == 6
     assert model.training
     assert model.seen == [False] * 3
@@ -101,7 +101,7 @@ def test_scores_by_range_of_a_known_model():
             return OccOutputs(torch.where(far, -1.0, batch.occupancy.binary.float() * 2 - 1), logits)
 
     batch.occupancy.semantic[batch.occupancy.semantic == 6] = 17
-    result = evaluate(Near(), [batch], taxonomy=OCC3D, grid=grid)
+    result = evaluate(Near(), [batch], OccupancyMetric(OCC3D, grid))
     assert result.ranges["near 25 m"] == {"binary_iou": 100, "iou": 100, "miou": 100}
     assert result.ranges["far 25 m"] == {"binary_iou": 0, "iou": 0, "miou": 0}
     assert 0 < result.miou < 100
@@ -110,24 +110,24 @@ def test_scores_by_range_of_a_known_model():
 
 
 def test_binary_model_has_no_semantic_scores():
-    result = evaluate(Oracle(17), [make_batch(2, 0)], taxonomy=OCC3D)
+    result = evaluate(Oracle(17), [make_batch(2, 0)], OccupancyMetric(OCC3D))
     assert result.miou is None
     assert set(result.metrics()) == {"eval/binary_iou", "eval/frames"}
 
 
 def test_an_evaluation_of_other_frames_than_planned_is_an_error():
     batches = [make_batch(2, 0)]
-    assert evaluate(Oracle(17), batches, taxonomy=OCC3D, expected=2).frames == 2
+    assert evaluate(Oracle(17), batches, OccupancyMetric(OCC3D), expected=2).frames == 2
     for given, expected, said in ((batches, 3, "evaluated 2 frames where 3"), ([], None, "0 frames where some")):
         with pytest.raises(ValueError, match=f"{said} were to be"):
-            evaluate(Oracle(17), given, taxonomy=OCC3D, expected=expected)
+            evaluate(Oracle(17), given, OccupancyMetric(OCC3D), expected=expected)
 
 
 def test_an_evaluation_without_a_valid_voxel_is_an_error():
     batch = make_batch(2, 0)
     batch.occupancy.binary_valid[:] = False
     with pytest.raises(ValueError, match="2 frames without a single valid voxel"):
-        evaluate(Oracle(17), [batch], taxonomy=OCC3D)
+        evaluate(Oracle(17), [batch], OccupancyMetric(OCC3D))
 
 
 def test_what_ends_the_evaluation_of_one_rank_ends_that_of_all(monkeypatch):

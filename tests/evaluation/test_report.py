@@ -89,7 +89,7 @@ def test_compare_reads_finished_runs_from_mlflow(tmp_path, capsys):
     assert "replay against scratch: +1.90 mIoU, more than" in text
     assert "| scratch | 0, 1 |" in (tmp_path / "out" / "comparison.md").read_text()
     assert (
-        (tmp_path / "out" / "comparison.csv").read_text().splitlines()[2].startswith("replay,0 1,30.0000,0.0000,12.1")
+        (tmp_path / "out" / "comparison.csv").read_text().splitlines()[2].startswith("replay,0 1,12.1000,0.1414,30.0")
     )
     assert cli.main(["compare", "--uri", uri, "--experiment", "studdy"]) == 2
     assert "it has: study" in capsys.readouterr().err

@@ -22,7 +22,7 @@ def test_it_says_batch_length_data_memory_and_time(data, capsys):
     options = ["--dry-run", "--world-size", "4", "--rate", "10", "--price", "2"]
     assert main("finetune", [*words, *options]) == 0
     said = capsys.readouterr().out
-    assert "8 S frames a step in 1 micro-steps: 2 per process, plus 8 replayed" in said
+    assert "8 labeled frames a step in 1 micro-steps: 2 per process, plus 8 replayed" in said
     assert "20 steps, 320 frames" in said
     assert "replay     4 scenes" in said
     assert "at other stages: stage 1" in said

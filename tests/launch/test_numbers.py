@@ -64,7 +64,7 @@ def test_options_of_labels_from_lidar_are_not_ignored(words, tmp_path, capsys):
 
 @pytest.mark.parametrize("value", ["lots", "nan", "inf", "-1"])
 def test_the_size_of_the_cache_is_a_number(value, monkeypatch):
-    from occstream.pretrain.replay import cache
+    from occstream.pretrain.reading import cache
 
     monkeypatch.setenv("OCCSTREAM_CACHE_GB", value)
     with pytest.raises(ValueError, match=f"OCCSTREAM_CACHE_GB is '{value}': give GiB from 0, such as 64"):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from occstream.launch.cli import main
-from occstream.launch.dryrun import frames_like
 from occstream.launch.predict import predict_checkpoint
 from occstream.pretrain import checkpoint
+from occstream.pretrain.tasks.registry import task_of
 from occstream.pretrain.trained import load_trained
 from occstream.sharding import storage
 from occstream.sharding.manifest import Manifest
@@ -73,7 +73,7 @@ def test_a_checkpoint_computes_in_its_recipes_precision_and_says_so(place, capsy
     assert f"computes in {precision}, without Triton kernels" in capsys.readouterr().out
     found = []
     trained.model.images.register_forward_hook(lambda module, args, out: found.append(out.dtype))
-    trained.model(frames_like(trained.config, 1, 0))
+    trained.model(task_of(trained.config).synthetic_batch(1, 0))
     assert found == [torch.bfloat16 if precision == "bf16" else torch.float32]
 
 

@@ -17,7 +17,7 @@ from occstream.launch.grid import finish, plan
 from occstream.launch.study import load_study
 from occstream.pretrain.distributed import World
 from occstream.pretrain.events import read_events
-from occstream.pretrain.replay import EvalData, TrainData
+from occstream.pretrain.streams import EvalData, TrainData
 from tests.pretrain.small import RECIPE, environment, pack_small
 
 STUDY = {

@@ -10,6 +10,8 @@ import torch
 
 from occstream.models import syncnorm
 from occstream.models.batch import Batch, Cameras, Occupancy
+from occstream.pretrain import losses
+from occstream.pretrain.terms import combine, joint_counts
 from occstream.sharding.grid import VoxelGrid
 
 SMALL = VoxelGrid("small", (-8, -8, -1), (8, 8, 3), (1, 1, 1))
@@ -74,3 +76,9 @@ def make_batch(size=2, semantic=1, views=3, image_size=(32, 64), grid=SMALL, cla
             semantic=labels[:semantic].to(torch.uint8),
         ),
     )
+
+
+def occupancy_loss(outputs, batch, config: losses.LossConfig, counts=None):
+    """Loss of a micro-batch and its parts, by the counts of a step or its own."""
+    counts = counts or joint_counts([losses.counts(outputs, batch, config)])
+    return combine(losses.sums(outputs, batch, config), counts, losses.weights(config))

@@ -14,9 +14,9 @@ from occstream.models.batch import concat, pool_binary
 from occstream.models.registry import MODELS
 from occstream.pretrain.checkpoint import load_declared
 from occstream.pretrain.config import load_config
-from occstream.pretrain.losses import LossConfig, occupancy_loss
+from occstream.pretrain.losses import LossConfig
 from occstream.sharding.grid import VoxelGrid
-from tests.models.helpers import SMALL, make_batch
+from tests.models.helpers import SMALL, make_batch, occupancy_loss
 from tests.pretrain.small import RECIPE
 
 TINY = dataclasses.replace(load_config(RECIPE).model, dropout=0.0, floor=16)

@@ -7,7 +7,8 @@ import torch
 
 from occstream.models import backbones
 from occstream.pretrain.config import load_config
-from occstream.pretrain.networks import accelerate, compile_encoder
+from occstream.pretrain.networks import accelerate
+from occstream.pretrain.tasks.registry import task_of
 from tests.models.helpers import two_equal_ranks
 from tests.models.test_b2s import build
 from tests.pretrain.small import RECIPE
@@ -20,7 +21,7 @@ def trained(backend, checkpointing, ranks):
     torch._dynamo.reset()
     encoder = (model := build(semantic=False, checkpointing=checkpointing)).images
     if backend:
-        compile_encoder(model, backend)
+        task_of(load_config(RECIPE)).compile(model, backend)
     with ranks():
         for _ in range(2):
             encoder.zero_grad()
@@ -52,9 +53,9 @@ def test_fp32_is_fp32_unless_tf32_is_asked_for(tf32):
     before = products.allow_tf32, convolutions.allow_tf32
     try:
         products.allow_tf32 = convolutions.allow_tf32 = not tf32
-        accelerate(torch.nn.Identity(), torch.device("cuda"), False, False, config.train.tf32)
+        accelerate(torch.nn.Identity(), torch.device("cuda"), False, config.train.tf32)
         assert products.allow_tf32 == convolutions.allow_tf32 == tf32
-        accelerate(torch.nn.Identity(), torch.device("cpu"), False, False, not tf32)
+        accelerate(torch.nn.Identity(), torch.device("cpu"), False, not tf32)
         assert products.allow_tf32 == convolutions.allow_tf32 == tf32, "nothing changes on the CPU"
     finally:
         products.allow_tf32, convolutions.allow_tf32 = before

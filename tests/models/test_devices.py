@@ -10,8 +10,8 @@ from torch.fx.experimental import _config as fake
 from occstream.models import attention, lift, transformer
 from occstream.models.b2s import Strategy
 from occstream.models.registry import MODELS
-from occstream.pretrain.losses import LossConfig, occupancy_loss
-from tests.models.helpers import SMALL, make_batch
+from occstream.pretrain.losses import LossConfig
+from tests.models.helpers import SMALL, make_batch, occupancy_loss
 from tests.models.test_b2s import build
 
 # Pre-training ends at the binary head, which offboard lacks.

@@ -10,8 +10,8 @@ import torch
 from occstream.models import kernels
 from occstream.models.attention import sample
 from occstream.models.lift import _Pool, voxel_pool
-from occstream.pretrain.losses import LossConfig, _NegativeFocal, occupancy_loss
-from tests.models.helpers import SMALL, make_batch
+from occstream.pretrain.losses import LossConfig, _NegativeFocal
+from tests.models.helpers import SMALL, make_batch, occupancy_loss
 from tests.models.test_b2s import build
 
 pytest.importorskip("triton")

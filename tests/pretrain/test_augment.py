@@ -10,7 +10,8 @@ import torch
 
 from occstream.models import Batch
 from occstream.models.lift import project
-from occstream.pretrain.augment import AugmentConfig, FrameFiller, flip_matrix, flip_voxels, image_affine, warp_jpeg
+from occstream.pretrain.augment import AugmentConfig, flip_matrix, flip_voxels, image_affine, warp_jpeg
+from occstream.pretrain.samples import FrameFiller
 from occstream.sharding.codec import IncompleteSample
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.order import generator
@@ -78,7 +79,7 @@ def frame():
 
 
 def views_of(filler):
-    return {name: np.zeros(shape, dtype) for name, (shape, dtype) in filler.fields().items()}
+    return {name: np.zeros(shape, dtype) for name, (shape, dtype, _) in filler.fields().items()}
 
 
 def filler_for(frame, **settings):
@@ -124,7 +125,7 @@ def test_depth_maps_hold_the_nearest_point_where_the_image_shows_it():
     cameras = tuple(frame.cameras)
     filler = FrameFiller(CONFIG, cameras, get_grid("tiny"), OCC3D, 3, True, depth_cell=8)
     assert filler.needs_lidar
-    arrays = {n: np.zeros((1, *shape), dtype) for n, (shape, dtype) in filler.fields().items()}
+    arrays = {n: np.zeros((1, *shape), dtype) for n, (shape, dtype, _) in filler.fields().items()}
     assert arrays["cameras.depth"].shape == (1, len(cameras), 8, 22)
     filler(frame, 0, {n: a[0] for n, a in arrays.items()})
     assert (arrays["cameras.depth"] > 0).mean() > 0.2
@@ -148,7 +149,7 @@ def test_labels_in_the_frame_of_the_lidar_move_the_cameras_there():
         grid = dataclasses.replace(get_grid("tiny"), frame=where)
         filler = FrameFiller(CONFIG, tuple(frame.cameras), grid, OCC3D, 3, False, semantic=False)
         assert filler.needs_lidar == (where == "lidar")
-        arrays = {n: np.zeros(shape, dtype) for n, (shape, dtype) in filler.fields().items()}
+        arrays = {n: np.zeros(shape, dtype) for n, (shape, dtype, _) in filler.fields().items()}
         filler(frame, 0, arrays)
         found.append(arrays["cameras.camera_to_ego"])
     np.testing.assert_allclose(frame.lidar.sensor_to_ego @ found[1], found[0], atol=1e-5)
@@ -162,7 +163,7 @@ def test_frames_before_are_further_views_of_what_stands_still():
     frames = max((source.load(n).frames for n in source.scene_names()), key=lambda f: np.ptp(f[0].ego_to_global[:2, 3]))
     old, frame = frames[1], frames[2]
     cameras = tuple(frame.cameras)
-    frame.past = [old, frames[0]]
+    frame.window = {-1: old, -2: frames[0]}
     plain, wide = filler_for(frame, mask="none"), filler_for(frame, mask="none", history=1)
     now, both = views_of(plain), views_of(wide)
     plain(frame, 1, now)
@@ -188,7 +189,7 @@ def test_frames_before_are_augmented_as_their_camera_is_now():
         "synthetic", {"scenes": 1, "frames": 3, "image_size": [64, 176], "grid": "tiny", "lidar": False}
     )
     first, second, frame = source.load(source.scene_names()[0]).frames
-    frame.past = [second, first]
+    frame.window = {-1: second, -2: first}
     alone, wide = filler_for(frame, mask="none"), filler_for(frame, mask="none", history=2)
     now, all_views = views_of(alone), views_of(wide)
     alone(frame, 1, now)

@@ -18,7 +18,7 @@ from occstream.pretrain import checkpoint, resume
 from occstream.pretrain.checkpoint import Checkpoint, load_declared, newest, read_weights
 from occstream.pretrain.distributed import World
 from occstream.pretrain.partition import float_state, full_state, module_state
-from occstream.pretrain.replay import _position
+from occstream.pretrain.streams import _position
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -356,6 +356,7 @@ def test_a_checkpoint_names_no_file_outside_its_folder(tmp_path, name):
         {"step": "3"},
         {"config": []},
         {"cameras": [1]},
+        {"sensors": [1]},
         {"cameras": -1},
         {"cameras": None},
         {"data": 5},

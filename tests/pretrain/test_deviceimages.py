@@ -11,7 +11,7 @@ from occstream.pretrain.augment import AugmentConfig, image_affine, shrink_facto
 from occstream.pretrain.config import load_config
 from occstream.pretrain.deviceimages import DeviceImages, warp
 from occstream.pretrain.distributed import World
-from occstream.pretrain.replay import TrainData
+from occstream.pretrain.streams import TrainData
 from occstream.sharding.schema import Camera
 from occstream.sharding.sources import open_source
 from occstream.sharding.stream import StreamBatch

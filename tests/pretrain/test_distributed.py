@@ -15,12 +15,13 @@ import torch
 
 from occstream.models import MODELS
 from occstream.models.b2s import Strategy
-from occstream.pretrain import checkpoint, replay
+from occstream.pretrain import checkpoint, reading
 from occstream.pretrain.checkpoint import Checkpoint, complete_steps, export, read_weights
 from occstream.pretrain.config import load_config
 from occstream.pretrain.distributed import World
 from occstream.pretrain.events import read_events
-from occstream.pretrain.replay import Prefetcher, TrainData
+from occstream.pretrain.reading import Prefetcher
+from occstream.pretrain.streams import TrainData
 from tests.pretrain.small import RECIPE, launch_ranks, losses, pack_small, run_jobs, start_jobs
 
 pytestmark = pytest.mark.process
@@ -283,7 +284,7 @@ class LateCopies:
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock())
         monkeypatch.setattr(torch.cuda, "Event", lambda: mock.Mock(synchronize=self.finish))
-        monkeypatch.setattr(replay, "to_batch", self.copy)
+        monkeypatch.setattr(reading, "to_batch", self.copy)
 
     def copy(self, got, device):
         target = mock.Mock(values=None)

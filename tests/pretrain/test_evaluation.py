@@ -3,12 +3,14 @@
 import torch
 
 from occstream.evaluation.evaluate import evaluate
+from occstream.evaluation.occupancy import OccupancyMetric
 from occstream.models.batch import OccOutputs
 from occstream.pretrain import trained
-from occstream.pretrain.augment import FrameFiller
 from occstream.pretrain.config import load_config
 from occstream.pretrain.distributed import World
-from occstream.pretrain.replay import EvalData
+from occstream.pretrain.samples import FrameFiller
+from occstream.pretrain.streams import EvalData
+from occstream.pretrain.tasks import b2s
 from occstream.sharding.codec import IncompleteSample
 from occstream.sharding.schema import IGNORE
 from tests.pretrain.small import RECIPE, pack_small
@@ -38,7 +40,7 @@ def test_a_frame_that_cannot_be_read_is_left_out_and_no_other_counts_twice(tmp_p
         if lost in batch.keys:
             batch.occupancy.binary_valid[batch.keys.index(lost)] = False
             batch.occupancy.semantic[batch.keys.index(lost)] = IGNORE
-    right = evaluate(Says(other), whole, taxonomy=config.classes)
+    right = evaluate(Says(other), whole, OccupancyMetric(config.classes))
 
     call = FrameFiller.__call__
 
@@ -48,10 +50,10 @@ def test_a_frame_that_cannot_be_read_is_left_out_and_no_other_counts_twice(tmp_p
         return call(self, frame, epoch, views)
 
     monkeypatch.setattr(FrameFiller, "__call__", fill)
-    drawer = trained.Drawer(config, held_out.cameras, 5, tmp_path, 0)
+    drawer = trained.Drawer(config, held_out.sensors, 5, tmp_path, 0)
     drawn = []
-    monkeypatch.setattr(trained, "prediction_picture", lambda path, *_, **words: drawn.append(path.name))
-    found = trained.evaluate_on(config, Says(other), held_out, drawer)
+    monkeypatch.setattr(b2s, "prediction_picture", lambda path, *_, **words: drawn.append(path.name))
+    found = trained.evaluate_on(Says(other), held_out, drawer)
     assert (found.frames, found.left_out) == (held_out.total - 1, 1)
     assert (found.iou, found.per_class["bus"]) == (right.iou, right.per_class["bus"])
     assert found.summary().endswith("; without 1 more that cannot be read")

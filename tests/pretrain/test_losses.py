@@ -11,17 +11,11 @@ import torch.nn.functional as F
 from occstream.models import Batch, OccOutputs
 from occstream.models.batch import concat
 from occstream.pretrain.config import load_config
-from occstream.pretrain.losses import (
-    LossConfig,
-    _counts,
-    joint_counts,
-    occupancy_loss,
-    sigmoid_focal,
-    sigmoid_focal_sum,
-    softmax_focal,
-)
+from occstream.pretrain.losses import LossConfig, sigmoid_focal, sigmoid_focal_sum, softmax_focal
+from occstream.pretrain.losses import counts as counts_of
 from occstream.pretrain.resume import check_same_run
-from tests.models.helpers import make_batch
+from occstream.pretrain.terms import joint_counts
+from tests.models.helpers import make_batch, occupancy_loss
 from tests.pretrain.small import RECIPE
 
 
@@ -154,7 +148,7 @@ def slope_of_semantic_frames(batch, config, counts=None):
     outputs = OccOutputs(
         torch.zeros(shape, requires_grad=True), torch.zeros(batch.labeled, 17, *batch.occupancy.binary.shape[1:])
     )
-    counts = joint_counts(outputs, [batch], config) if counts is None else counts
+    counts = joint_counts([counts_of(outputs, batch, config)]) if counts is None else counts
     loss, _ = occupancy_loss(outputs, batch, config, counts)
     loss.backward()
     return outputs.binary_logits.grad[: batch.labeled].abs().sum().item()
@@ -196,12 +190,16 @@ def test_normalizers_of_roles_are_joint_over_ranks_and_micro_batches(ranks, monk
         o.selected = None
     expected, _ = occupancy_loss(joined, whole, config)
     share = [list(range(4))[r::ranks] for r in range(ranks)]
-    sums = sum(torch.stack([torch.stack(_counts(outputs[i], parts[i], config)) for i in range(4)]))
-    monkeypatch.setattr("occstream.pretrain.losses.world_size", lambda: ranks)
+    sums = sum(
+        torch.stack(
+            [torch.stack([n.float() for n in counts_of(outputs[i], parts[i], config).values()]) for i in range(4)]
+        )
+    )
+    monkeypatch.setattr("occstream.pretrain.terms.world_size", lambda: ranks)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.copy_(sums))
     found = []
     for mine in share:
-        counts = joint_counts(outputs[mine[0]], [parts[i] for i in mine], config)
+        counts = joint_counts([counts_of(outputs[mine[0]], parts[i], config) for i in mine])
         found.append(sum(occupancy_loss(outputs[i], parts[i], config, counts)[0] for i in mine) / len(mine))
     torch.testing.assert_close(sum(found) / ranks, expected)
 

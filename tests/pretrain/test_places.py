@@ -3,7 +3,7 @@
 import pytest
 
 from occstream.pretrain.config import load_config
-from occstream.pretrain.replay import cache
+from occstream.pretrain.reading import cache
 from occstream.sharding import storage
 from occstream.sharding.places import place
 from occstream.sharding.sources import open_source

@@ -14,17 +14,19 @@ from safetensors.torch import save_file
 from occstream.models import build_model
 from occstream.models.batch import OccOutputs
 from occstream.pretrain import networks, trained
-from occstream.pretrain.augment import FrameFiller, image_affine, scene_flips
+from occstream.pretrain.augment import image_affine, scene_flips
 from occstream.pretrain.checkpoint import Checkpoint
 from occstream.pretrain.config import load_config
 from occstream.pretrain.distributed import World
 from occstream.pretrain.ema import Ema
-from occstream.pretrain.losses import occupancy_loss
-from occstream.pretrain.replay import EvalData, TrainData
+from occstream.pretrain.samples import FrameFiller
+from occstream.pretrain.streams import EvalData, TrainData
+from occstream.pretrain.tasks import b2s
+from occstream.pretrain.tasks.registry import task_of
 from occstream.pretrain.tracking import read_events
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.stream import ShardReader
-from tests.models.helpers import SMALL, make_batch
+from tests.models.helpers import SMALL, make_batch, occupancy_loss
 from tests.pretrain.inprocess import train, world  # noqa: F401  a fixture
 from tests.pretrain.small import RECIPE, pack_small
 
@@ -130,7 +132,7 @@ def test_the_binary_target_can_be_that_of_the_semantic_labels(data):
         filler = FrameFiller(
             c.augment, tuple(frame.cameras), manifest.grid, c.classes, 0, False, "auto", True, c.data.binary_from
         )
-        views = {name: np.zeros(shape, dtype) for name, (shape, dtype) in filler.fields().items()}
+        views = {name: np.zeros(shape, dtype) for name, (shape, dtype, _) in filler.fields().items()}
         filler(frame, 0, views)
         np.testing.assert_array_equal(views["occupancy.binary"], want)
 
@@ -220,12 +222,12 @@ def test_the_class_threshold_decides_in_evaluations_pictures_and_predictions(dat
 
     def bus(threshold):
         found = config(f"data.url={data}", f"eval.threshold={threshold}")
-        return trained.evaluate_on(found, Says(), held_out)
+        return trained.evaluate_on(Says(), EvalData(found, ALONE))
 
     assert bus(0.5).iou == 0, "all free"
     assert bus(0.3).iou > 0
-    monkeypatch.setattr(trained, "prediction_picture", lambda *_, **words: seen.append(words["threshold"]))
-    drawer = trained.Drawer(c, held_out.cameras, 1, tmp_path, 0)
+    monkeypatch.setattr(b2s, "prediction_picture", lambda *_, **words: seen.append(words["threshold"]))
+    drawer = trained.Drawer(c, held_out.sensors, 1, tmp_path, 0)
     for batch in held_out:
         drawer(batch, Says()(batch))
     assert seen == [0.5]
@@ -323,9 +325,10 @@ def test_only_the_image_encoder_is_compiled_and_only_on_cuda(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **k: compiled.append(f) or f)
     c = config("train.compile=true").train
     levels = model.images.levels
-    networks.accelerate(model, types.SimpleNamespace(type="cpu"), False, c.compile)
-    assert not compiled
-    networks.accelerate(model, types.SimpleNamespace(type="cuda"), False, c.compile)
+    assert c.compile
+    for kind, count in (("cpu", 0), ("cuda", 1)):
+        networks.accelerate(model, types.SimpleNamespace(type=kind), False, False, task_of(config()).compile)
+        assert len(compiled) == count
     assert compiled == [levels]
 
 

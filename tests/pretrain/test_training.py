@@ -15,7 +15,7 @@ import torch
 from occstream.pretrain import trained, trainer
 from occstream.pretrain.config import load_config
 from occstream.pretrain.distributed import World
-from occstream.pretrain.replay import TrainData
+from occstream.pretrain.streams import TrainData
 from occstream.pretrain.tracking import read_events
 from occstream.sharding.attach import attach
 from occstream.sharding.manifest import Manifest

@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from occstream.evaluation.evaluate import EvalResult, evaluate
+from occstream.evaluation.evaluate import evaluate
+from occstream.evaluation.occupancy import OccupancyMetric, OccupancyResult
 from occstream.models import Batch, OccOutputs
 from occstream.pretrain import checkpoint
-from occstream.pretrain.augment import AugmentConfig, FrameFiller
-from occstream.pretrain.config import Config, load_config
+from occstream.pretrain.augment import AugmentConfig
+from occstream.pretrain.config import load_config
 from occstream.pretrain.distributed import World
-from occstream.pretrain.losses import LossConfig, occupancy_loss
-from occstream.pretrain.replay import EvalData, TrainData, unknown_share
+from occstream.pretrain.losses import LossConfig
+from occstream.pretrain.samples import FrameFiller
+from occstream.pretrain.streams import EvalData, TrainData
+from occstream.pretrain.tasks.b2s import B2SRecipe
+from occstream.pretrain.tasks.occupancy import unknown_share
 from occstream.pretrain.tracking import read_events
 from occstream.sharding.grid import get_grid
 from occstream.sharding.labelconfig import LabelConfig
@@ -21,6 +25,7 @@ from occstream.sharding.labels import Labeler
 from occstream.sharding.pack import pack
 from occstream.sharding.schema import IGNORE, Scene
 from occstream.sharding.sources import open_source
+from tests.models.helpers import occupancy_loss
 from tests.pretrain.inprocess import train, world  # noqa: F401
 from tests.pretrain.small import RECIPE, pack_small
 from tests.sharding import layouts
@@ -43,7 +48,7 @@ def filled(frame, grid, taxonomy, **settings) -> dict[str, np.ndarray]:
     """The arrays of a sample without images (so the frame of the grid does not matter)."""
     grid = dataclasses.replace(grid, frame="ego")
     filler = FrameFiller(AugmentConfig(image_size=(32, 32)), (), grid, taxonomy, 0, False, **settings)
-    views = {name: np.zeros(shape, kind) for name, (shape, kind) in filler.fields().items()}
+    views = {name: np.zeros(shape, kind) for name, (shape, kind, _) in filler.fields().items()}
     filler(frame, 0, views)
     return views
 
@@ -71,7 +76,7 @@ def test_unknown_voxels_are_invalid_by_default(name, number, tmp_path):
 
 
 def test_the_default_is_auto_everywhere():
-    config = Config()
+    config = B2SRecipe()
     assert (config.data.mask, config.replay.mask, config.eval.mask) == ("auto", "auto", "auto")
     for recipe in ("r50-openscene", "r50-offboard", "a100-openscene"):
         config = load_config(recipe, [], stage="finetune")
@@ -118,7 +123,7 @@ def test_neither_loss_nor_metric_sees_them():
         assert binary.grad[unknown].abs().max() == 0
         assert semantic.grad.movedim(1, -1)[unknown].abs().max() == 0
         assert binary.grad.abs().max() > 0
-        result = evaluate(_Says(outputs), [batch], taxonomy=source.taxonomy)
+        result = evaluate(_Says(outputs), [batch], OccupancyMetric(source.taxonomy))
         scores.append((loss.item(), result.iou, result.binary_iou))
     assert scores[0] == scores[1]
 
@@ -152,12 +157,12 @@ def test_what_a_setting_counts_is_measured_and_said(tmp_path):
     assert held_out.notes[0] == "eval.convention=auto: occ3d, inferred from taxonomy occ3d"
     assert held_out.notes[1].startswith("eval.mask=none: 75.0 %")
     other = EvalData(load_config(RECIPE, [*words, "eval.convention=openscene"], stage="finetune"), alone)
-    assert (other.convention, held_out.convention) == ("openscene", "occ3d")
+    assert (other.scoring.metric().convention, held_out.scoring.metric().convention) == ("openscene", "occ3d")
     assert other.notes[0].startswith("eval.convention=openscene: the labels' own is occ3d")
-    result = EvalResult(1, 50.0, mask="none", unknown=held_out.unknown)
+    result = OccupancyResult(1, binary_iou=50.0, mask="none", unknown=held_out.unknown)
     assert result.summary() == "binary IoU 50.00 (convention occ3d, mask none, 75.0 % unknown voxels counted)"
     assert result.metrics()["eval/unknown_share"] == 75
-    assert "eval/unknown_share" not in EvalResult(1, 50.0).metrics()
+    assert "eval/unknown_share" not in OccupancyResult(1, binary_iou=50.0).metrics()
 
 
 def test_a_run_says_it_once_and_keeps_it(tmp_path, world, capsys):  # noqa: F811

@@ -17,8 +17,9 @@ from occstream.models.layers import SyncBatchNorm
 from occstream.pretrain import checkpoint, engine, guards, resume, trainer
 from occstream.pretrain.config import load_config
 from occstream.pretrain.distributed import DataError, init_distributed
+from occstream.pretrain.tasks.registry import import_modules
 
-create, loss_of = trainer.create_model, trainer.occupancy_loss
+create, loss_of = trainer.create_model, trainer.combine
 
 
 def frozen_model(config):
@@ -59,13 +60,14 @@ if __name__ == "__main__":
         if "disks" in job:
             find(job, world)
             continue
+        import_modules(job.get("import", ()))
         config = load_config(job["recipe"], job["overrides"], stage=job["stage"])
         with contextlib.ExitStack() as stack:
             if job.get("frozen_norms"):
                 stack.enter_context(mock.patch.object(trainer, "create_model", frozen_model))
             if "infinite_at" in job:
                 broken = infinite_loss(job["infinite_at"], world.rank)
-                stack.enter_context(mock.patch.object(trainer, "occupancy_loss", broken))
+                stack.enter_context(mock.patch.object(trainer, "combine", broken))
             if job.get("fused"):
                 for module in (engine, guards):
                     stack.enter_context(mock.patch.object(module, "fuses", return_value=True))

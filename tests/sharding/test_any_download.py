@@ -10,7 +10,7 @@ import simplejpeg
 from PIL import Image
 
 from occstream.launch.cli import main
-from occstream.pretrain.replay import camera_names
+from occstream.pretrain.tasks.occupancy import camera_names
 from occstream.sharding import rawfiles
 from occstream.sharding.check import verify
 from occstream.sharding.codec import encode

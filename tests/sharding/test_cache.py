@@ -221,13 +221,22 @@ def test_shards_are_fetched_ahead_of_need(s3, through, tmp_path):
             assert sum(n for path, n in faults.sent.items() if path.endswith(".tar")) == before
 
 
-def test_clips_end_at_their_frame_and_repeat_the_first(tmp_path):
+def test_a_window_has_the_frames_that_the_scene_has(tmp_path):
     manifest = pack(ToySource((6, 2)), str(tmp_path), grid=GRID)
     reader = ShardReader(manifest, ("labels",))
-    assert [f.index for f in reader.clip(0, 5, 3)] == [3, 4, 5]
-    assert [f.index for f in reader.clip(0, 5, 3, step=2)] == [1, 3, 5]
-    assert [f.index for f in reader.clip(0, 1, 4)] == [0, 0, 0, 1]
-    assert {f.scene for f in reader.clip(1, 1, 3)} == {"toy-1"}
+    for index, offsets, there in (
+        (5, (-1, -2), (-1, -2)),
+        (3, (-2, 2), (-2, 2)),
+        (1, (-3, -1, 1), (-1, 1)),
+        (0, (), ()),
+    ):
+        frame = reader.window(0, index, offsets)
+        assert frame.index == index
+        assert {o: f.index for o, f in frame.window.items()} == {o: index + o for o in there}, "absent stays absent"
+    last = reader.manifest.scenes[1].frames - 1
+    near = reader.window(1, last, (1, -1)).window
+    assert {f.scene for f in near.values()} == {"toy-1"}
+    assert list(near) == [-1]
 
 
 def _shards(folder: Path, count: int) -> list[tuple[str, int, str]]:

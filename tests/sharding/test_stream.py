@@ -438,3 +438,60 @@ def test_a_finite_plan_ends(data):
     with Stream(ShardReader(data, ("labels",)), plan, FIELDS, fill, 4) as stream:
         assert [len(b.keys) for b in stream] == [4, 4, 4, 2]
         assert next(stream, None) is None
+
+
+def ragged_fill(frame, epoch, views):
+    """Frame i has i rows."""
+    n = frame.index
+    views["points.xyz"] = np.full((n, 3), 10 * n + int(frame.scene[-1]), np.float32)
+    views["points.features"] = np.arange(2 * n, dtype=np.float32).reshape(n, 2)
+    views["scene_aug"][...] = np.eye(3)
+
+
+RAGGED = {
+    "scene_aug": Field((3, 3), "float32"),
+    "points.xyz": Field((3,), "float32", ragged=True),
+    "points.features": Field((2,), "float32", ragged=True),
+}
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_ragged_rows_are_laid_end_to_end_with_their_counts(tmp_path, threads):
+    manifest = pack(ToySource((4, 5)), str(tmp_path), grid=GRID)
+    reader, plan = ShardReader(manifest, ("labels",)), evaluation_batches([0, 1], [4, 5], 2, 0, 1)
+    seen = []
+    with Stream(reader, plan, RAGGED, ragged_fill, 2, threads) as stream:
+        for got in stream:
+            counts = got.arrays["points.counts"]
+            assert counts.tolist() == [sample.frame for sample in got.samples]
+            want = np.repeat([10.0 * s.frame + s.scene for s in got.samples], counts)
+            assert (got.arrays["points.xyz"][:, 0] == want).all()
+            assert got.arrays["points.features"].shape == (counts.sum(), 2)
+            seen += got.keys
+    assert len(seen) == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda views: views.pop("points.xyz"), "has nothing for the ragged field points.xyz"),
+        (lambda views: views.update({"points.xyz": np.zeros((1, 2), np.float32)}), r"\(1, 2\) float32 for the ragged"),
+        (
+            lambda views: views.update({"points.features": np.zeros((9, 2), np.float32)}),
+            "9 rows, others of points have 0",
+        ),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(tmp_path, change, said):
+    manifest = pack(ToySource((2,)), str(tmp_path), grid=GRID)
+
+    def fill(frame, epoch, views):
+        ragged_fill(frame, epoch, views)
+        change(views)
+
+    plan = evaluation_batches([0], [2], 2, 0, 1)
+    with (
+        Stream(ShardReader(manifest, ("labels",)), plan, RAGGED, fill, 2, 0) as stream,
+        pytest.raises(ValueError, match=said),
+    ):
+        next(stream)

@@ -1,0 +1,375 @@
+"""Streams of a run: the data it trains on, replayed frames of an earlier stage, and what it is evaluated on.
+
+A step is one batch of the main stream plus what is replayed, concatenated (B2S, Sec. 3.3). Each stream has its own order and
+position; all positions go into the checkpoint and know nothing of ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from occstream.models import Batch, concat
+from occstream.pretrain.config import Config, DataConfig, EvalConfig, ReplaySource
+from occstream.pretrain.distributed import World
+from occstream.pretrain.reading import Prefetcher, device_batches, open_stream, to_batch
+from occstream.pretrain.tasks.base import Role, Sample, Scoring, without_replaced
+from occstream.pretrain.tasks.registry import task_of
+from occstream.sharding.manifest import Manifest
+from occstream.sharding.order import (
+    BY_CONTENT,
+    BY_SCENES,
+    Order,
+    Quotas,
+    by_content,
+    by_scenes,
+    evaluation_batches,
+    training_batches,
+)
+from occstream.sharding.stream import Stream
+
+
+class TrainData:
+    """Batches of one run for one rank.
+
+    Attributes:
+        epoch_samples: S frames of one pass.
+        steps: optimizer steps of the whole run.
+        scenes: names of all scenes that any stream takes frames from.
+        frames_per_step: S and B frames of all ranks in one optimizer step.
+        fingerprint, fingerprints: of the S manifest; of all.
+        unknown: numbers that the task found out about its streams, by setting; ``notes``: lines to print.
+        sensors: names that samples are made of, in order.
+        rule: what the order is drawn from.
+    """
+
+    def __init__(self, config: Config, world: World):
+        self.config, self.world, self.stopping, self.rule = config, world, False, BY_SCENES
+        self.flags: Tensor | None = None
+        self._error: Exception | None = None
+        self._spare: Batch | None = None
+        self._task = task_of(config)
+        data, cfg = config.data, config.train
+        manifest = open_manifest(data.url, data.labels)
+        scenes = training_scenes(manifest, data)
+        self.sensors = self._task.sensors(manifest, scenes[0])
+        order = _order(manifest, scenes, cfg.seed, None, cfg.batch)
+        self.epoch_samples = order.epoch(0).size
+        samples = cfg.steps * cfg.batch if cfg.steps else round(cfg.epochs * self.epoch_samples)
+        self.steps = math.ceil(samples / cfg.batch)
+        self.frames_per_step = cfg.batch
+        self.scenes: set[str] = set()
+        self.fingerprints: dict[str, str] = {}
+        self.unknown: dict[str, float] = {}
+        self.notes: list[str] = []
+        self._feeds: dict[str, _Feed] = {}
+        micro = cfg.batch // cfg.accumulate
+        self._add("data", "main", manifest, data, scenes, order, micro, micro)
+        if config.replay.url and self._task.replays:
+            self._add_replay(len(scenes))
+        if micro // world.size == 0 and not any(f.least // world.size for f in self._feeds.values()):
+            raise ValueError(
+                f"{world.size} processes share {micro} frames per micro-step: some would have none; "
+                f"raise train.batch to at least {world.size * cfg.accumulate} or use fewer processes"
+            )
+
+    def _add_replay(self, main_scenes: int) -> None:
+        """Opens the sources of replayed frames; each step takes from them by weight."""
+        cfg, replay = self.config.train, self.config.replay
+        total = cfg.batch if replay.batch is None else replay.batch
+        if total % cfg.accumulate:
+            raise ValueError(f"replay.batch {total} does not divide by train.accumulate {cfg.accumulate}")
+        sources = (replay, *replay.more)
+        quotas = self._quotas = Quotas([s.weight for s in sources], total // cfg.accumulate)
+        for number, source in enumerate(sources):
+            pool = open_manifest(source.url, source.labels)
+            chosen = training_scenes(pool, source)
+            # As many replayed scenes each pass as there are in the main stream.
+            draw = min(source.draw or main_scenes, len(chosen))
+            most = quotas.most(number)
+            order = _order(pool, chosen, cfg.seed, draw, most * cfg.accumulate)
+            batch = most if len(sources) == 1 else functools.partial(quotas.of, number)
+            name = f"replay-{number}" if number else "replay"
+            self._add(name, "replay", pool, source, chosen, order, batch, most)
+        self.frames_per_step += total
+
+    def _add(
+        self,
+        name: str,
+        role: Role,
+        manifest: Manifest,
+        source: DataConfig | ReplaySource,
+        scenes: list[int],
+        order: Order,
+        batch: int | Callable[[int], int],
+        most: int,
+    ) -> None:
+        """One stream more.
+
+        Args:
+            name: of its section, and of its position and fingerprint.
+        """
+        sample = self._task.sample(role, source, self.sensors)
+        check_manifest(manifest, sample, self.config)
+        self._feeds["main" if name == "data" else name] = _Feed(
+            manifest, order, sample, batch, most, self.config, self.world
+        )
+        self.scenes |= {manifest.scenes[i].name for i in scenes}
+        self.fingerprints[name] = manifest.fingerprint
+        facts = self._task.facts(name, source, manifest, scenes)
+        self.unknown |= facts.numbers
+        self.notes += facts.notes
+
+    @property
+    def fingerprint(self) -> str:
+        return self.fingerprints["data"]
+
+    def next(self, stop: bool = False) -> Batch:
+        """The next micro-batch of this rank, on its device. Its CPU buffers are valid until the next call.
+
+        Args:
+            stop: this rank is asked to stop; ``stopping`` then says on all ranks whether any is (no collective of its own).
+
+        Raises:
+            DataError: a rank could not get its part; on every rank, naming the first one and what it said.
+        """
+        error, batch = None, None
+        try:
+            batch = self._take()
+        except Exception as problem:
+            error = problem
+        self.stopping = self.world.agree(error, stop)
+        return batch
+
+    def micro_batches(self, count: int, stop: bool = False) -> list[Batch]:
+        """All micro-batches of a step, valid until the next call; see ``next``.
+
+        After the first step of a start no agreement of its own is needed: ``flags`` (errors, stop requests) are to be summed over
+        ranks on some way that is gone anyway, and what came of it handed to ``heard``. A rank with an error goes on with its
+        first batch until then, so that nobody waits for it in a forward; no such step may be taken.
+        """
+        batches = []
+        try:
+            if self._error is None:
+                batches = [self._take() if count == 1 else self._take().clone() for _ in range(count)]
+        except Exception as problem:
+            self._error = problem
+        if self.world.size == 1 or self._spare is None:
+            self.stopping |= self.world.agree(self._error, stop)
+            self._spare = batches[0].clone() if self.world.size > 1 else None
+        if self.world.size > 1:
+            # Filled there: a copy from the host would wait for all that the device has to do.
+            self.flags = torch.zeros(2, device=self.world.device)
+            for flag, said in zip(self.flags, (self._error is not None, stop)):
+                flag.fill_(float(said))
+        return batches if self._error is None else [self._spare] * count
+
+    def heard(self, errors: float, stops: float) -> None:
+        """Sums of ``flags`` over all ranks (collective where there are errors).
+
+        Raises:
+            DataError: as ``next``.
+        """
+        if errors:
+            self.world.agree(self._error)
+        self.stopping |= bool(stops)
+
+    def _take(self) -> Batch:
+        return functools.reduce(concat, [feed.next() for feed in self._feeds.values()])
+
+    def state_dict(self) -> dict:
+        """Positions after the last batch taken: a handful of integers, the same on every rank."""
+        return {name: feed.state for name, feed in self._feeds.items()}
+
+    def load_state_dict(self, state: dict, rule: str = BY_SCENES) -> None:
+        """Continues from positions, in the order that they belong to; call before the first ``next``.
+
+        Raises:
+            ValueError: the positions are of other streams, or of an order that this version does not know.
+        """
+        if rule not in (BY_SCENES, BY_CONTENT):
+            raise ValueError(f"the checkpoint was trained in an order by {rule!r}, which this version does not know")
+        self.rule = rule
+        for name, feed in self._feeds.items():
+            if name not in state:
+                raise ValueError(
+                    f"the checkpoint has no position of the {name} stream: it was made without this replay"
+                )
+            feed.state = _position(state[name], name)
+            if rule == BY_CONTENT:
+                feed.order.identify(by_content(feed.manifest.fingerprint, feed.order.scenes))
+
+    def shares(self) -> dict[str, float]:
+        """Share of each source of B frames among all B frames so far, by name; empty with fewer than two sources."""
+        replays = [name for name in self._feeds if name != "main"]
+        if len(replays) < 2:
+            return {}
+        taken = [self._quotas.taken(n, self._feeds[name].state["batches"]) for n, name in enumerate(replays)]
+        return {name: count / max(1, sum(taken)) for name, count in zip(replays, taken)}
+
+    @property
+    def waited(self) -> float:
+        """Seconds that ``next`` has waited for readers."""
+        return sum(f.stream.waited for f in self._feeds.values() if f.stream)
+
+    @property
+    def skipped(self) -> int:
+        """Corrupt samples replaced so far (this rank)."""
+        return sum(len(f.stream.skipped) for f in self._feeds.values() if f.stream)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(f.stream.bytes_read for f in self._feeds.values() if f.stream)
+
+    @property
+    def epoch_position(self) -> float:
+        state = self._feeds["main"].state
+        return state["epoch"] + state["offset"] / self.epoch_samples
+
+    def close(self) -> None:
+        for feed in self._feeds.values():
+            feed.close()
+
+
+class _Feed:
+    """One stream, opened at its position when the first batch is asked for.
+
+    Args:
+        batch: frames of a micro-batch over all ranks, or of micro-batch number n.
+        most: the largest of them.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        order: Order,
+        sample: Sample,
+        batch: int | Callable[[int], int],
+        most: int,
+        config: Config,
+        world: World,
+    ):
+        self.manifest, self.order, self.sample, self.batch, self.most = manifest, order, sample, batch, most
+        self.config, self.world = config, world
+        self.least = batch if isinstance(batch, int) else 0
+        self.state = {"epoch": 0, "offset": 0, "batches": 0}
+        self.stream: Stream | None = None
+        self.prefetcher: Prefetcher | None = None
+
+    def next(self) -> Batch:
+        if self.stream is None:
+            batches = training_batches(self.order, self.batch, self.world.rank, self.world.size, **self.state)
+            # No share of a batch is larger than this.
+            capacity = -(-self.most // self.world.size)
+            self.stream = open_stream(self.manifest, batches, self.sample, capacity, self.config, self.world)
+        if self.world.device.type == "cpu":
+            got = next(self.stream)
+            self.state = got.state
+            return to_batch(got, self.world.device)
+        self.prefetcher = self.prefetcher or Prefetcher(self.stream, self.world.device)
+        batch, self.state = self.prefetcher.next()
+        return batch
+
+    def close(self) -> None:
+        if self.stream:
+            self.stream.close()
+
+
+class EvalData:
+    """Every frame of the evaluation scenes once over all ranks, each time it is iterated over; of ``Batch``.
+
+    Attributes:
+        total: frames; 0: nothing is held out.
+        scenes: their names.
+        sensors: names that samples are made of, in order.
+        unknown: the number that the task found out about the data, or None; ``notes``: lines to print.
+        scoring: how it scores; None if nothing is held out.
+    """
+
+    def __init__(self, config: Config, world: World, sensors: tuple[str, ...] = ()):
+        self.world, self.total, self.scenes, self.sensors = world, 0, set(), sensors
+        self.unknown: float | None = None
+        self.scoring: Scoring | None = None
+        self.notes: list[str] = []
+        task, ev = task_of(config), config.eval
+        manifest = open_manifest(ev.url or config.data.url)
+        scenes = evaluation_scenes(manifest, config.data, ev)
+        if not scenes:
+            return
+        counts = [manifest.scenes[i].frames for i in scenes]
+        self.scenes = {manifest.scenes[i].name for i in scenes}
+        self.total = sum(counts)
+        if self.total < world.size:
+            raise ValueError(
+                f"{self.total} frames to evaluate on, but {world.size} processes: evaluate on more, or use fewer processes"
+            )
+        self.sensors = task.sensors(manifest, scenes[0], sensors)
+        sample = task.sample("eval", ev, self.sensors)
+        check_manifest(manifest, sample, config)
+        facts = task.facts("eval", ev, manifest, scenes)
+        self.unknown = next(iter(facts.numbers.values()), None)
+        self.scoring = task.scoring(manifest, self.unknown)
+        self.notes += [*self.scoring.notes, *facts.notes]
+
+        def batches() -> Iterator[Batch]:
+            plan = evaluation_batches(scenes, counts, ev.batch, world.rank, world.size)
+            with open_stream(manifest, plan, sample, ev.batch, config, world) as stream:
+                yield from device_batches(without_replaced(stream, manifest, sample), world.device)
+
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._batches()
+
+
+def training_scenes(manifest: Manifest, source: DataConfig | ReplaySource) -> list[int]:
+    """Numbers of the scenes that a stream of training takes frames from."""
+    if names := getattr(source, "scene_names", None):
+        return manifest.named(names)
+    return manifest.subset(source.scenes, source.subset_seed, source.holdout)
+
+
+def evaluation_scenes(manifest: Manifest, data: DataConfig, ev: EvalConfig) -> list[int]:
+    """Numbers of the scenes that a run is evaluated on; none: nothing is held out."""
+    if ev.scene_names:
+        scenes = manifest.named(ev.scene_names)
+    elif ev.url and not ev.holdout:
+        scenes = list(range(len(manifest.scenes)))
+    else:
+        scenes = manifest.held_out(ev.holdout or data.holdout, data.subset_seed)
+    return scenes[: ev.scenes]
+
+
+def open_manifest(url: str, labels: str = "labels") -> Manifest:
+    """A data set, with the label group that a stream reads."""
+    manifest = Manifest.load(url)
+    return manifest if labels == "labels" else manifest.with_sidecar(labels)
+
+
+def check_manifest(manifest: Manifest, sample: Sample, config: Config) -> None:
+    """Raises ValueError if the data set has another taxonomy than the recipe, lacks a group that samples read, or has labels
+    on another grid."""
+    groups = tuple(manifest.label_group if group == "labels" else group for group in sample.groups)
+    manifest.check(config.voxel_grid if "labels" in sample.groups else None, config.taxonomy, groups)
+
+
+def _order(manifest: Manifest, scenes: list[int], seed: int, draw: int | None, lanes: int) -> Order:
+    entries = [manifest.scenes[i] for i in scenes]
+    shards = [e.shard for e in entries]
+    frames = [e.frames for e in entries]
+    return Order(by_scenes([e.name for e in entries], frames), scenes, frames, seed, draw, shards, lanes)
+
+
+def _position(state: object, name: str) -> dict[str, int]:
+    """A stream's position as a checkpoint has it. Raises ValueError if it is none."""
+    names = {"epoch", "offset", "batches"}
+    good = isinstance(state, dict) and state.keys() == names
+    if not good or any(type(n) is not int or not 0 <= n < 2**53 for n in state.values()):
+        raise ValueError(
+            f"the checkpoint's position of the {name} stream is {str(state)[:80]}: it is damaged, take another"
+        )
+    return dict(state)

@@ -1,0 +1,255 @@
+"""What the training loop, evaluation, prediction, dry run, bench and sweep know of a system: ``Task`` and ``Sample``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from occstream.evaluation.evaluate import Metric
+from occstream.models.batch import Batch
+from occstream.pretrain.config import Config
+from occstream.pretrain.terms import combine, joint_counts
+from occstream.sharding.manifest import Manifest
+from occstream.sharding.schema import Frame, Labels, frame_key
+from occstream.sharding.stream import Field, StreamBatch
+
+Role = Literal["main", "replay", "eval", "predict"]
+
+
+class Sample(Protocol):
+    """How frames of one stream become samples of a batch. Stateless: several threads call it.
+
+    Attributes:
+        groups: of the shards that are read, "labels" for those of the manifest in use.
+        window: offsets of the key-frames around each one that it finds in ``frame.window``, where the scene has them.
+    """
+
+    groups: tuple[str, ...]
+    window: tuple[int, ...]
+
+    def fields(self) -> Mapping[str, Field]:
+        """Arrays of one sample, by ``part.field`` of ``Batch``, and ``scene_aug`` (3, 3) float32."""
+        ...
+
+    def __call__(self, frame: Frame, epoch: int, views: dict[str, np.ndarray]) -> Any:
+        """Fills a sample; a ragged field is set, ``views[name] = array``.
+
+        Raises:
+            CorruptSample: the frame cannot be used: the next one of its scene is taken instead.
+            ValueError: the data set does not have what is asked for.
+        """
+        ...
+
+    def finish(self, device: torch.device, threads: int) -> Callable[[StreamBatch], None] | None:
+        """What completes each batch of the stream, such as by arrays that a GPU makes; None: nothing."""
+        ...
+
+    def invalidate(self, arrays: dict[str, np.ndarray], index: int) -> None:
+        """Makes a sample of a batch count for nothing: in an evaluation it stands for one that cannot be read."""
+        ...
+
+
+@dataclass
+class Facts:
+    """What was found out about a stream before it is read.
+
+    Attributes:
+        numbers: to be recorded with the run, by setting.
+        notes: lines to print.
+    """
+
+    numbers: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Scoring:
+    """How an evaluation scores: ``metric`` makes a counter that knows nothing yet; ``notes`` are to be printed."""
+
+    metric: Callable[[], Metric]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What a network takes from a checkpoint of an earlier stage.
+
+    Attributes:
+        expected: keys of its state dict that must be there, in the same shapes.
+        dropped: prefixes of keys of the checkpoint that are left behind. Any other key is an error.
+    """
+
+    expected: list[str]
+    dropped: tuple[str, ...] = ()
+
+
+class Task(ABC):
+    """One system, made of its recipe.
+
+    Class attributes:
+        name: in recipes (``task:``).
+        stages: what each one does, by name; the first is the default.
+        Config: type of its recipes.
+        terms: names of the losses that are shown, in order.
+        headline: names of the scores that are compared (``eval/…``) and how people call them; the first decides.
+        knobs: settings that save memory, for messages.
+        free: settings of its own that a resumed run may change (prefixes).
+    """
+
+    name: ClassVar[str]
+    stages: ClassVar[Mapping[str, str]]
+    Config: ClassVar[type[Config]] = Config
+    terms: ClassVar[tuple[str, ...]] = ()
+    headline: ClassVar[Mapping[str, str]] = {}
+    knobs: ClassVar[tuple[str, ...]] = ("train.accumulate (more micro-steps)", "train.zero_stage", "more processes")
+    free: tuple[str, ...] = ()
+
+    def __init__(self, config: Config):
+        self.config: Any = config
+
+    @classmethod
+    def settings_then(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings of a checkpoint of an earlier version, with those that did not exist then as the code was."""
+        return settings
+
+    @property
+    def title(self) -> str:
+        """What is trained, for people."""
+        return self.name
+
+    # Network
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The network of the recipe's stage, called with a ``Batch``; the caller has seeded."""
+
+    def check(self, model: nn.Module) -> None:  # noqa: B027 (nothing to check is the default)
+        """Raises ValueError if the recipe asks for what this network cannot do."""
+
+    def transfer(self, model: nn.Module) -> Transfer:
+        """What is taken from ``train.init``: by default everything."""
+        return Transfer(list(model.state_dict()))
+
+    def compile(self, model: nn.Module, backend: str) -> None:  # noqa: B027
+        """Compiles in place what gains from it: by default nothing."""
+
+    def parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """Parts whose time ``bench step`` tells apart."""
+        return dict(model.named_children())
+
+    # Data
+
+    def sensors(self, manifest: Manifest, scene: int, wanted: Sequence[str] = ()) -> tuple[str, ...]:
+        """Names of sensors, in order, that samples are made of and a checkpoint remembers.
+
+        Args:
+            wanted: of the recipe, or of the checkpoint.
+        """
+        return tuple(wanted)
+
+    @abstractmethod
+    def sample(self, role: Role, source: Any, sensors: Sequence[str], labeled: bool = True) -> Sample:
+        """How a stream's frames become samples.
+
+        Args:
+            role: what the stream is for. Only "main" carries semantic labels in training.
+            source: its section of the recipe: ``data``, ``replay`` or one of ``replay.more``, ``eval``.
+            labeled: whether the data set has labels (only a role "predict" may be without).
+        """
+
+    labeled: bool = False
+    """Whether frames of the main stream carry semantic labels in this stage."""
+    replays: bool = False
+    """Whether this stage takes frames of the recipe's ``replay`` as well."""
+
+    def facts(self, key: str, source: Any, manifest: Manifest, scenes: Sequence[int]) -> Facts:
+        """What to print and to record of a stream.
+
+        Args:
+            key: of its section in the recipe.
+            scenes: numbers of those that it takes frames from.
+        """
+        return Facts()
+
+    # Learning
+
+    @abstractmethod
+    def counts(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        """What each sum is divided by, from the labels alone: scalars, summed over ranks and micro-batches by the caller.
+        The same names on every rank.
+
+        Args:
+            outputs: of any micro-batch of the step: only what parts there are, and their shapes, may matter.
+        """
+
+    @abstractmethod
+    def sums(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        """Sums of losses over valid elements, by the names of ``counts``. What follows an "@" tells roles apart: ``a@main``
+        and ``a@replay`` are both reported as ``a``."""
+
+    @property
+    @abstractmethod
+    def weights(self) -> Mapping[str, float | None]:
+        """Weights of the sums by name, without roles; None: only reported."""
+
+    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one batch alone and its parts (collective)."""
+        counts = joint_counts([self.counts(outputs, batch)])
+        return combine(self.sums(outputs, batch), counts, self.weights)
+
+    # Evaluation and prediction
+
+    @abstractmethod
+    def scoring(self, manifest: Manifest, unknown: float | None) -> Scoring:
+        """How the recipe scores on a data set.
+
+        Args:
+            unknown: the number that ``facts`` gave for it, or None.
+        """
+
+    def draw(self, path: Path, batch: Batch, outputs: Any, index: int, sensors: Sequence[str], title: str) -> bool:
+        """Draws a frame of a batch and what is predicted of it; False: this task draws nothing."""
+        return False
+
+    needs_labels: bool = False
+    """Whether predictions are made of the labels that a data set has."""
+
+    def check_prediction(self) -> None:  # noqa: B027
+        """Raises ValueError if the recipe's network predicts nothing that shards can hold."""
+
+    def predict(
+        self, model: nn.Module, batches: Iterable[Batch], keep: str, flips: bool
+    ) -> Iterator[tuple[str, Labels]]:
+        """Key and labels of each frame, in the order of the batches.
+
+        Args:
+            keep: "top1", "top2" or "logits".
+            flips: mean over mirrored scenes.
+        """
+        raise ValueError(f"task {self.name} predicts nothing that can be written as labels")
+
+    @abstractmethod
+    def synthetic_batch(self, labeled: int, other: int) -> Batch:
+        """Frames of plausible content on the CPU, for the dry run, the bench and tests.
+
+        Args:
+            labeled, other: frames with and without semantic labels.
+        """
+
+
+def without_replaced(stream: Iterable[StreamBatch], manifest: Manifest, sample: Sample) -> Iterator[StreamBatch]:
+    """Batches in which a frame that stands in for one that cannot be read has no key and counts for nothing: it counts once,
+    at its own place."""
+    for got in stream:
+        for i, drawn in enumerate(got.samples):
+            if got.keys[i] != frame_key(manifest.scenes[drawn.scene].name, drawn.frame):
+                got.keys[i] = ""
+                sample.invalidate(got.arrays, i)
+        yield got

@@ -1,0 +1,223 @@
+"""What tasks on camera frames with voxel labels share: their part of the recipe, samples, masks and scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from occstream.evaluation.occupancy import OccupancyMetric
+from occstream.models.batch import Batch, Cameras, Occupancy
+from occstream.pretrain.augment import AugmentConfig
+from occstream.pretrain.config import Config, DataConfig, EvalConfig, Mask
+from occstream.pretrain.losses import LossConfig
+from occstream.pretrain.reading import cache
+from occstream.pretrain.samples import FrameFiller
+from occstream.pretrain.tasks.base import Facts, Scoring
+from occstream.sharding.manifest import Manifest
+from occstream.sharding.schema import IGNORE
+from occstream.sharding.stream import ShardReader
+
+
+@dataclass
+class OccupancyData(DataConfig):
+    """The stream this stage trains on: binary labels for pre-training, semantic labels for fine-tuning."""
+
+    cameras: tuple[str, ...] | None = None
+    """Camera names in order. None: all that the first, middle and last frame of the first scene have."""
+    history: int = 0
+    """Previous key-frames whose images are used as additional views of static objects, moved by the ego motion; in all
+    stages, and for replay too. A model with camera embeddings needs ``model.cameras`` for all views."""
+    binary_from: Literal["labels", "semantic"] = "labels"
+    """Binary target: the packed binary labels, or B* made from the semantic labels (B2S, Sec. 4.1)."""
+    soft: bool = False
+    """Learn from both classes of labels that have two (pseudo-labels of ``occstream predict --keep top2``; B2S, App. D);
+    False: only from the first."""
+    mask: Mask = "auto"
+    """Which voxels enter loss and metric: those that the labels know (auto: all where they have no mask), those of the
+    LiDAR's or the cameras' visibility mask, or all (none). How many unknown voxels a setting makes count is printed and
+    stored."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.history <= 8:
+            raise ValueError(f"history is {self.history}, must be 0 to 8")
+
+
+@dataclass
+class OccupancyEval(EvalConfig):
+    """Evaluation at the end of training (and every ``every`` steps)."""
+
+    convention: Literal["auto", "occ3d", "openscene", "openoccupancy", "semantickitti", "lidarseg"] = "auto"
+    """How classes are averaged: the way the labels' benchmark does (auto), or a named convention."""
+    mask: Mask = "auto"
+    """Same as ``data.mask``, for the metric; declared with the result."""
+    threshold: float = 0.25
+    """Minimum probability of the best class, below which a voxel counts as free: in evaluations, predictions and pictures (with
+    ``loss.kind`` softmax_focal free is a class of its own)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold is {self.threshold}, must be between 0 and 1")
+
+
+@dataclass
+class OccupancyConfig(Config):
+    """A recipe of a task on camera frames with voxel labels."""
+
+    data: OccupancyData = field(default_factory=OccupancyData)
+    eval: OccupancyEval = field(default_factory=OccupancyEval)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+
+def camera_sample(
+    config: OccupancyConfig, cameras: Sequence[str], *, train: bool, semantic: bool, depth_cell: int = 0, **choices: Any
+) -> FrameFiller:
+    """How frames become samples by a recipe.
+
+    Args:
+        train: augment.
+        semantic: with classes.
+        depth_cell: pixels per cell of the depth maps that the loss needs; 0: none.
+        choices: mask, binary_from, soft, labels of ``FrameFiller``.
+    """
+    return FrameFiller(
+        config.augment,
+        tuple(cameras),
+        config.voxel_grid,
+        config.classes,
+        config.train.seed if train else 0,
+        train,
+        semantic=semantic,
+        depth_cell=depth_cell,
+        history=config.data.history,
+        decode=config.train.decoder == "cpu",
+        **choices,
+    )
+
+
+def mask_facts(key: str, mask: Mask, manifest: Manifest, scenes: Sequence[int], binary_from: str = "labels") -> Facts:
+    """The share of unknown voxels that a mask makes count, by the mask's setting."""
+    share = unknown_share(manifest, scenes, mask, binary_from)
+    numbers = {} if share is None else {f"{key}.mask": share}
+    return Facts(numbers, [unknown_line(f"{key}.mask", mask, share)] if share else [])
+
+
+def occupancy_scoring(config: OccupancyConfig, manifest: Manifest, unknown: float | None) -> Scoring:
+    """Scores by the labels' own convention, or the recipe's."""
+    wanted, (own, how) = config.eval.convention, manifest.metric_convention()
+    convention, notes = own if wanted == "auto" else wanted, []
+    if convention != own:
+        notes.append(f"eval.convention={wanted}: the labels' own is {own} ({how})")
+    elif wanted == "auto" and how.startswith("inferred"):
+        notes.append(f"eval.convention=auto: {own}, {how}")
+
+    def metric() -> OccupancyMetric:
+        return OccupancyMetric(
+            config.classes,
+            config.voxel_grid,
+            convention=convention,
+            mask=config.eval.mask,
+            unknown=unknown,
+            kind=config.loss.kind,
+            threshold=config.eval.threshold,
+        )
+
+    return Scoring(metric, notes)
+
+
+def unknown_share(
+    manifest: Manifest, scenes: Sequence[int], mask: Mask, binary_from: str = "labels", frames: int = 8
+) -> float | None:
+    """Share (0..1) of the voxels that count under a mask although the labels do not know them, over evenly spaced frames;
+    None for the masks that never count one."""
+    if mask not in ("none", "camera"):
+        return None
+    places = [(i, k) for i in scenes for k in range(manifest.scenes[i].frames)]
+    reader = ShardReader(manifest, (manifest.label_group,), cache(manifest.url))
+    counted = unknown = 0
+    try:
+        for n in np.unique(np.linspace(0, len(places) - 1, min(frames, len(places))).astype(int)):
+            labels = reader.frame(*places[n]).labels
+            if labels is None or (mask == "camera" and labels.mask_camera is None):
+                continue  # the streams say which frame lacks what
+            counts = labels.mask_camera if mask == "camera" else np.ones(labels.binary.shape, bool)
+            if binary_from == "semantic" and labels.semantic is not None:
+                counts = counts & (labels.semantic != IGNORE)
+            counted += int(counts.sum())
+            unknown += int((counts & ~labels.known()).sum())
+    finally:
+        reader.close()
+    return unknown / max(1, counted)
+
+
+def unknown_line(key: str, mask: Mask, share: float) -> str:
+    """What to print of a setting that makes unknown voxels count."""
+    return f"{key}={mask}: {100 * share:.1f} % of the voxels that count are unknown to the labels; {key}=auto leaves them out"
+
+
+def camera_names(manifest: Manifest, scene: int, wanted: tuple[str, ...] | None = ()) -> tuple[str, ...]:
+    """Names of the cameras to train on, in order: the wanted ones, else all that a scene's first, middle and last frame have.
+
+    Raises:
+        ValueError: these frames have no cameras, or none by a wanted name.
+    """
+    reader = ShardReader(manifest, ("cameras",), cache(manifest.url))
+    frames = manifest.scenes[scene].frames
+    try:
+        found = [list(reader.frame(scene, index).cameras) for index in sorted({0, frames // 2, frames - 1})]
+    finally:
+        reader.close()
+    names = tuple(dict.fromkeys(name for cameras in found for name in cameras))
+    if unknown := [name for name in wanted or () if names and name not in names]:
+        raise ValueError(
+            f"{manifest.url}: scene {manifest.scenes[scene].name} has no camera {unknown[0]!r}, only {', '.join(names)}; set "
+            "data.cameras"
+        )
+    if not names:
+        raise ValueError(
+            f"{manifest.url}: scene {manifest.scenes[scene].name} has no cameras; this model trains on images"
+        )
+    return wanted or names
+
+
+def camera_frames(config: OccupancyConfig, semantic: int, binary: int, depth_cell: int = 0) -> Batch:
+    """Frames of plausible content: six cameras around, a twentieth of the voxels occupied, in patches of 4 x 4."""
+    g = torch.Generator().manual_seed(0)
+    size, (height, width), shape = semantic + binary, config.augment.image_size, config.voxel_grid.shape
+    cameras = len(config.data.cameras or range(6)) * (1 + config.data.history)
+    to_ego = torch.eye(4).repeat(size, cameras, 1, 1)
+    for v in range(cameras):
+        a = 2 * math.pi * v / cameras
+        turn = torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0], [0, 0, 1.0]])
+        to_ego[:, v, :3, :3] = turn @ torch.tensor([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
+        to_ego[:, v, 2, 3] = 1.5
+    focal = torch.tensor([[width * 0.6, 0, width / 2], [0, width * 0.6, height / 2], [0, 0, 1]])
+    patches = (size, -(-shape[0] // 4), -(-shape[1] // 4), shape[2])
+    labels = torch.randint(0, config.classes.num_classes * 20, patches, generator=g).clamp_max(config.classes.free_id)
+    labels = labels.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, : shape[0], : shape[1]].to(torch.uint8)
+    cell = depth_cell
+    depth = torch.rand(size, cameras, -(-height // cell), -(-width // cell)) * 20 if cell else None
+    return Batch(
+        scene_aug=torch.eye(3).repeat(size, 1, 1),
+        labeled=semantic,
+        cameras=Cameras(
+            images=torch.randint(0, 255, (size, cameras, 3, height, width), generator=g, dtype=torch.uint8),
+            intrinsics=focal.expand(size, cameras, 3, 3).contiguous(),
+            camera_to_ego=to_ego,
+            post_rot=torch.eye(3).repeat(size, cameras, 1, 1),
+            post_tran=torch.zeros(size, cameras, 3),
+            depth=depth,
+        ),
+        occupancy=Occupancy(
+            binary=labels != config.classes.free_id,
+            binary_valid=torch.ones(labels.shape, dtype=torch.bool),
+            semantic=labels[:semantic],
+        ),
+    )
