@@ -6,13 +6,11 @@ import difflib
 import itertools
 import re
 import textwrap
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from occstream.pretrain.config import load_config, read_recipe
+from occstream.pretrain.config import load_config, packaged_recipes, read_recipe
 from occstream.pretrain.configdocs import Key, recipe_keys
 from occstream.pretrain.renamed import RENAMED
 
@@ -32,7 +30,7 @@ def show_recipe(name: str = "", key: str = "") -> str:
 
 def _listed() -> str:
     lines = []
-    for path in sorted(Path(str(resources.files("occstream.launch.recipes"))).glob("*.yaml")):
+    for path in packaged_recipes().values():
         kind = "study " if _is_study(path.stem) else "recipe"
         head = f"{kind}  {path.stem:<17} "
         lines.append(

@@ -425,6 +425,12 @@ def _refuse_strangers(data: Mapping[str, Any], task: str, known: list[str]) -> N
         )
 
 
+def packaged_recipes() -> dict[str, Path]:
+    """Recipes and studies that come with the package, by name; each task has a folder of them."""
+    root = Path(str(resources.files("occstream.launch.recipes")))
+    return {path.stem: path for path in sorted(root.rglob("*.yaml"), key=lambda path: path.stem)}
+
+
 def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict:
     """Values of a recipe: a file path, or the name of one that comes with the package; ``base`` is merged below it."""
     path = Path(place(name))
@@ -436,15 +442,14 @@ def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict:
         except UnicodeDecodeError as error:
             raise ValueError(f"recipe {name}: is not text ({error.reason} at byte {error.start})") from None
     else:
-        folder = Path(str(resources.files("occstream.launch.recipes")))
-        if not (folder / f"{name}.yaml").is_file():
-            names = sorted(p.stem for p in folder.glob("*.yaml"))
-            near = difflib.get_close_matches(name, names, 1)
+        found = packaged_recipes()
+        if name not in found:
+            near = difflib.get_close_matches(name, found, 1)
             raise ValueError(
                 f"unknown recipe {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
-                f"Recipes: {', '.join(names)}, or a path to a .yaml file"
+                f"Recipes: {', '.join(found)}, or a path to a .yaml file"
             )
-        text = (folder / f"{name}.yaml").read_text()
+        text, folder = found[name].read_text(), found[name].parent
     data = read_yaml(text, f"recipe {name}") or {}
     if not isinstance(data, dict):
         raise ValueError(f"recipe {name!r}: expected sections of keys at the top level")

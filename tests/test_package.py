@@ -32,7 +32,7 @@ def test_wheel_holds_every_module_recipe_and_page(tmp_path):
         names = set(archive.namelist())
         code = "\n".join(archive.read(name).decode() for name in names if name.endswith(".py"))
     wanted = {f"occstream/{p.relative_to(ROOT)}" for p in FILES}
-    wanted |= {f"occstream/{p.relative_to(ROOT)}" for p in (ROOT / "launch" / "recipes").glob("*.yaml")}
+    wanted |= {f"occstream/{p.relative_to(ROOT)}" for p in (ROOT / "launch" / "recipes").rglob("*.yaml")}
     wanted |= {
         "occstream/__init__.py",
         "occstream/py.typed",
@@ -59,7 +59,7 @@ def test_imports_go_one_way(folder):
 
 
 # To be split by who works on them: remove them here then.
-LONG = {"evaluation/evaluate.py": {"evaluate"}}
+LONG: dict[str, set[str]] = {}
 
 
 @pytest.mark.parametrize("folder", [*FOLDERS, "infra", "docs", "tests"])

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.resources
 import typing
 
 import pytest
@@ -11,14 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from occstream.launch import recipes
 from occstream.launch.study import load_study
 from occstream.models import model_entry
-from occstream.pretrain.config import Config, load_config, merge, parse_config, parse_overrides, read_recipe
-
-PACKAGED = sorted(
-    p.name.removesuffix(".yaml") for p in importlib.resources.files(recipes).iterdir() if p.name.endswith(".yaml")
+from occstream.pretrain.config import (
+    Config,
+    load_config,
+    merge,
+    packaged_recipes,
+    parse_config,
+    parse_overrides,
+    read_recipe,
 )
+
+PACKAGED = list(packaged_recipes())
 
 
 STUDIES = [name for name in PACKAGED if "strategies" in read_recipe(name)]
