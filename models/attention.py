@@ -59,7 +59,7 @@ def _ring_bias(heads: int, points: int, dims: int) -> Tensor:
 class _Sampling(nn.Module):
     """Offsets and softmax weights from queries."""
 
-    def __init__(self, channels: int, heads: int, points: int, dims: int):
+    def __init__(self, channels: int, heads: int, points: int, dims: int) -> None:
         super().__init__()
         if channels % heads:
             raise ValueError(f"attention width {channels} does not divide by {heads} heads")
@@ -83,7 +83,7 @@ class _Sampling(nn.Module):
 class VolumeAttention(nn.Module):
     """Deformable attention of tokens to a dense volume; residual not included."""
 
-    def __init__(self, channels: int, heads: int = 8, points: int = 4, dropout: float = 0.1):
+    def __init__(self, channels: int, heads: int = 8, points: int = 4, dropout: float = 0.1) -> None:
         super().__init__()
         self.sampling = _Sampling(channels, heads, points, 3)
         self.value, self.output = nn.Conv3d(channels, channels, 1), nn.Linear(channels, channels)
@@ -120,7 +120,7 @@ class ImageAttention(nn.Module):
     Only pairs of a token and an image that sees it are computed; the result is averaged over the cameras that do.
     """
 
-    def __init__(self, channels: int, features: int, heads: int = 8, points: int = 8, dropout: float = 0.1):
+    def __init__(self, channels: int, features: int, heads: int = 8, points: int = 8, dropout: float = 0.1) -> None:
         super().__init__()
         self.sampling = _Sampling(channels, heads, points, 2)
         self.value, self.output = nn.Conv2d(features, channels, 1), nn.Linear(channels, channels)

@@ -121,7 +121,7 @@ class B2SConfig:
     pixel_std: tuple[float, float, float] = field(default=PIXEL_STD)
     """RGB standard deviation of the input."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.backbone_width % 16 or self.backbone_width < 16:
             # Not a matter of taste: oneDNN's gradient of a strided 1x1 convolution writes out of bounds at 8 channels
             # (torch 2.13, CPU with AVX-512; found as a crash of the test recipe).
@@ -157,7 +157,7 @@ class B2SConfig:
 class LiftVolume(nn.Module):
     """Image features -> compact volume by predicted depth."""
 
-    def __init__(self, c: B2SConfig, grid: VoxelGrid, compact: VoxelGrid, image_size: tuple[int, int]):
+    def __init__(self, c: B2SConfig, grid: VoxelGrid, compact: VoxelGrid, image_size: tuple[int, int]) -> None:
         super().__init__()
         self.shape, self.checkpointing = compact.shape, c.checkpointing
         self.splat = LiftSplat(
@@ -182,7 +182,7 @@ class LiftVolume(nn.Module):
 class QueryVolume(nn.Module):
     """Learned voxel queries in place of a lift; the dense layers fill them."""
 
-    def __init__(self, c: B2SConfig, grid: VoxelGrid, compact: VoxelGrid, image_size: tuple[int, int]):
+    def __init__(self, c: B2SConfig, grid: VoxelGrid, compact: VoxelGrid, image_size: tuple[int, int]) -> None:
         super().__init__()
         if not c.dense_layers:
             raise ValueError("dense_layers is 0: voxel queries see the images through dense layers; set 1 or more")
@@ -196,7 +196,7 @@ class QueryVolume(nn.Module):
 class CameraEmbedding(nn.Module):
     """Tells features which camera they are of; a level needs no telling, as there is one."""
 
-    def __init__(self, cameras: int, channels: int):
+    def __init__(self, cameras: int, channels: int) -> None:
         super().__init__()
         self.table = nn.Parameter(0.02 * torch.randn(cameras, channels))
 
@@ -224,7 +224,7 @@ class FullHead(nn.Module):
 
     def __init__(
         self, inputs: int, hidden: int, shape: tuple[int, int, int], factor: int, outputs: dict[str, int], rows: int
-    ):
+    ) -> None:
         super().__init__()
         self.shape, self.factor, self.rows = shape, factor, rows or shape[0]
         self.up = nn.Linear(inputs, factor * factor * hidden)
@@ -263,7 +263,7 @@ class SparsePart(nn.Module):
         image_size: (H, W) of the network's input.
     """
 
-    def __init__(self, c: B2SConfig, binary: VoxelGrid, num_classes: int, image_size: tuple[int, int]):
+    def __init__(self, c: B2SConfig, binary: VoxelGrid, num_classes: int, image_size: tuple[int, int]) -> None:
         super().__init__()
         self.c, self.shape = c, binary.shape
         self.into = nn.Linear(c.binary_channels, c.attention_channels)
@@ -369,7 +369,7 @@ class B2S(nn.Module):
         image_size: tuple[int, int],
         semantic: bool,
         family: type[nn.Module],
-    ):
+    ) -> None:
         super().__init__()
         if any(n % c.compact_factor for n in grid.shape[:2]):
             raise ValueError(
@@ -417,6 +417,7 @@ class B2S(nn.Module):
         return () if self.predicts_binary else ("full.heads.binary.", "binary_head.")
 
     def forward(self, batch: Batch) -> OccOutputs:
+        """Predicts from images (B, V, 3, H, W) what the strategy has heads for; see ``OccOutputs`` for the shapes."""
         b, v = batch.cameras.images.shape[:2]
         pixels = (batch.cameras.images.flatten(0, 1).float() - self.pixel_mean) / self.pixel_std
         features = self.images(pixels.contiguous(memory_format=torch.channels_last)).unflatten(0, (b, v))

@@ -48,7 +48,7 @@ class ImageEncoder(nn.Module):
         stride: int = 16,
         weights: str = "",
         checkpointing: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         if name not in _DEPTHS:
             raise ValueError(f"unknown backbone {name!r}; known: {', '.join(_DEPTHS)}")

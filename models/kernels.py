@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import functools
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from occstream.models.autograd import Context
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 _wanted = False
 
@@ -47,7 +53,7 @@ def _kernels() -> SimpleNamespace:
     )
 
 
-def _accumulator(k: SimpleNamespace, tensor: Tensor):
+def _accumulator(k: SimpleNamespace, tensor: Tensor) -> tl.dtype:
     return k.acc.get(tensor.dtype, k.fp32)
 
 
@@ -57,7 +63,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, depth: Tensor, context: Tensor, voxel: Tensor, size: int) -> Tensor:
+    def forward(ctx: Context, depth: Tensor, context: Tensor, voxel: Tensor, size: int) -> Tensor:
         k = _kernels()
         _, bins, cells = voxel.shape
         channels = context.shape[1]
@@ -78,7 +84,7 @@ class _Pool(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         k = _kernels()
         depth, context, voxel = ctx.saved_tensors
         n, bins, cells = voxel.shape
@@ -107,14 +113,14 @@ def pool(depth: Tensor, context: Tensor, voxel: Tensor, size: int) -> Tensor:
 
 class _Sample(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values: Tensor, locations: Tensor, weights: Tensor, owner: Tensor) -> Tensor:
+    def forward(ctx: Context, values: Tensor, locations: Tensor, weights: Tensor, owner: Tensor) -> Tensor:
         out = torch.empty(*weights.shape[:2], values.shape[-1], device=values.device, dtype=_wide(values))
         _launch(values, owner, locations, weights, out=out)
         ctx.save_for_backward(values, locations, weights, owner)
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         values, locations, weights, owner = ctx.saved_tensors
         # Atomic additions: in a type that keeps small ones.
         to_values = torch.zeros(values.shape, device=values.device, dtype=_wide(values))
@@ -123,7 +129,15 @@ class _Sample(torch.autograd.Function):
         return to_values.to(values.dtype), to_locations, to_weights, None
 
 
-def _launch(values, owner, locations, weights, out=None, grad=None, back=(None, None, None)) -> None:
+def _launch(
+    values: Tensor,
+    owner: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    out: Tensor | None = None,
+    grad: Tensor | None = None,
+    back: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None),
+) -> None:
     k = _kernels()
     queries, heads, points = weights.shape
     if not queries:

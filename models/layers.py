@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import TypeVar, TypeVarTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from occstream.models.syncnorm import Recall, count_batch, recomputing, sync_norm, world_size
+
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
@@ -25,7 +29,7 @@ def row(like: Tensor, values: Sequence[float], dtype: torch.dtype | None = None)
     return torch.cat([like.new_full((1,), value, dtype=dtype) for value in values])
 
 
-def checkpointed(work: Callable, *args, when: bool = True):
+def checkpointed(work: Callable[[*Arguments], Result], *args: *Arguments, when: bool = True) -> Result:
     """``work(*args)``; where gradients are kept and ``when`` holds, its activations are computed again in the backward
     pass instead of kept. Batch norms below it count a batch once."""
     if not (when and torch.is_grad_enabled()):
@@ -41,7 +45,7 @@ class SyncBatchNorm(nn.Module):
     that is computed again under ``checkpointed`` uses the statistics of the first: it asks no other rank and counts nothing.
     """
 
-    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
         self.eps, self.momentum = eps, momentum
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
@@ -50,6 +54,7 @@ class SyncBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, …) -> the same shape, normalized; in training by the joint batch of all ranks (collective)."""
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         alone = world_size() == 1
@@ -95,7 +100,7 @@ def conv_bn(dims: int, inputs: int, outputs: int, kernel: int = 3, stride: int =
 class ResidualBlock(nn.Module):
     """Two 3-convolutions with batch norm and a shortcut, in 2 or 3 dimensions."""
 
-    def __init__(self, dims: int, inputs: int, outputs: int, stride: int = 1):
+    def __init__(self, dims: int, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
         conv = nn.Conv2d if dims == 2 else nn.Conv3d
         self.first = conv_bn(dims, inputs, outputs, 3, stride)
@@ -105,6 +110,7 @@ class ResidualBlock(nn.Module):
             self.shortcut = nn.Sequential(conv(inputs, outputs, 1, stride, bias=False), SyncBatchNorm(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, …) -> (N, outputs, …), each size divided by the stride and rounded up."""
         return F.relu(self.second(self.first(x)) + self.shortcut(x))
 
 
@@ -119,7 +125,7 @@ class VolumeEncoder(nn.Module):
 
     def __init__(
         self, inputs: int, channels: Sequence[int], blocks: Sequence[int], strides: Sequence[int], outputs: int
-    ):
+    ) -> None:
         super().__init__()
         self.levels = nn.ModuleList()
         for width, count, stride in zip(channels, blocks, strides, strict=True):
@@ -143,7 +149,7 @@ class VolumeEncoder(nn.Module):
 class AxialEmbedding(nn.Module):
     """Learned position embedding of a voxel: one table per axis, concatenated (96 + 96 + 64 of 256 channels)."""
 
-    def __init__(self, shape: tuple[int, int, int], channels: int):
+    def __init__(self, shape: tuple[int, int, int], channels: int) -> None:
         super().__init__()
         plane = channels * 3 // 8
         widths = (plane, plane, channels - 2 * plane)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from occstream.models import kernels
+from occstream.models.autograd import Context
 from occstream.models.batch import Batch
 from occstream.models.layers import ResidualBlock, SyncBatchNorm, conv_bn, full_precision, row
 from occstream.sharding.grid import VoxelGrid
@@ -106,7 +107,7 @@ class _Pool(torch.autograd.Function):
     """out[voxel[p]] += weight[p] * context[pixel[p]] without keeping the products."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, context: Tensor, pixel: Tensor, voxel: Tensor, size: int) -> Tensor:
+    def forward(ctx: Context, weight: Tensor, context: Tensor, pixel: Tensor, voxel: Tensor, size: int) -> Tensor:
         out = context.new_zeros(size, context.shape[1])
         for part in _chunks(len(pixel)):
             out.index_add_(0, voxel[part], context[pixel[part]] * weight[part].unsqueeze(1))
@@ -114,7 +115,7 @@ class _Pool(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         weight, context, pixel, voxel = ctx.saved_tensors
         to_weight, to_context = torch.empty_like(weight), torch.zeros_like(context)
         for part in _chunks(len(pixel)):
@@ -175,7 +176,7 @@ def camera_vector(batch: Batch) -> Tensor:
 class _Gate(nn.Module):
     """Squeeze and excitation by the camera vector."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(27, channels), nn.ReLU(), nn.Linear(channels, channels))
         self.gate = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels), nn.Sigmoid())
@@ -187,7 +188,7 @@ class _Gate(nn.Module):
 class _Aspp(nn.Module):
     """Atrous spatial pyramid: dilations 1, 6, 12, 18 and a global branch."""
 
-    def __init__(self, channels: int, mid: int):
+    def __init__(self, channels: int, mid: int) -> None:
         super().__init__()
         self.branches = nn.ModuleList(conv_bn(2, channels, mid, 1 if d == 1 else 3, 1, d) for d in (1, 6, 12, 18))
         # One value per image and channel: batch norm works over the batch alone here.
@@ -210,7 +211,7 @@ class DepthNet(nn.Module):
         aspp: with the pyramid (96 channels a branch).
     """
 
-    def __init__(self, channels: int, context: int, bins: int, blocks: int = 3, aspp: bool = True):
+    def __init__(self, channels: int, context: int, bins: int, blocks: int = 3, aspp: bool = True) -> None:
         super().__init__()
         self.reduce = conv_bn(2, channels, channels)
         self.standardise = SyncBatchNorm(27)
@@ -251,7 +252,7 @@ class LiftSplat(nn.Module):
         image_size: tuple[int, int],
         blocks: int,
         aspp: bool,
-    ):
+    ) -> None:
         super().__init__()
         self.grid, self.image_size = grid, image_size
         self.register_buffer("depths", torch.arange(*depth), persistent=False)

@@ -14,6 +14,8 @@ from occstream.sharding.grid import VoxelGrid
 
 @dataclass(frozen=True)
 class Entry:
+    """A registered model: the type of its settings, and what builds it from them."""
+
     config: type  # dataclass of the model's settings: the recipe's ``model`` section, without ``name``
     build: Callable[..., nn.Module]
 

@@ -22,15 +22,18 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from occstream.models.autograd import Context
 from occstream.models.layers import SyncBatchNorm, full_precision, row, world_size
 
 Triple = tuple[int, int, int]
+Pairs = tuple[tuple[Tensor, Tensor] | None, ...]  # see ``Rulebook``
 Backend = Literal["torch", "spconv"]
 
 
@@ -203,7 +206,7 @@ def strided_pairs(
     return tuple((s.int(), t) for s, t in pairs), key_indices(found, out)
 
 
-def _blocks(pairs, rows: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _blocks(pairs: Pairs, rows: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Kernel offset and rows of input and output, at most ``rows`` at a time."""
     for offset, pair in enumerate(pairs):
         for source, target in zip(*(side.split(rows) for side in pair)) if pair is not None and len(pair[0]) else ():
@@ -213,7 +216,7 @@ def _blocks(pairs, rows: int) -> Iterator[tuple[int, Tensor, Tensor]]:
 class _Scratch:
     """Memory for what is gathered: fresh memory, and memory that leaves the CPU's cache, costs more than the products."""
 
-    def __init__(self, like: Tensor, pairs, *widths: int):
+    def __init__(self, like: Tensor, pairs: Pairs, *widths: int) -> None:
         longest = max((len(pair[0]) for pair in pairs if pair is not None), default=0)
         self.rows = max(1, longest if like.is_cuda else min(longest, 2048))
         self.parts = [like.new_empty(self.rows * width) for width in widths]
@@ -223,17 +226,24 @@ class _Scratch:
         return torch.index_select(table, 0, rows, out=self._of(part, len(rows), table.shape[1]))
 
     def product(self, part: int, a: Tensor, b: Tensor) -> Tensor:
+        """(n, m) @ (m, k) -> (n, k)."""
         return torch.mm(a, b, out=self._of(part, len(a), b.shape[1]))
 
     def _of(self, part: int, rows: int, width: int) -> Tensor:
         return self.parts[part][: rows * width].view(rows, width)
 
 
+if TYPE_CHECKING:
+
+    class _Context(Context):
+        pairs: Pairs
+
+
 class _Convolve(torch.autograd.Function):
     """Features (N, C), weight (out, kz, ky, kx, in) -> (rows, out) by the pairs of a rulebook, in the dtype of the features."""
 
     @staticmethod
-    def forward(ctx, features: Tensor, weight: Tensor, pairs, rows: int) -> Tensor:
+    def forward(ctx: _Context, features: Tensor, weight: Tensor, pairs: Pairs, rows: int) -> Tensor:
         ctx.save_for_backward(features, weight)
         ctx.pairs = pairs
         maps = weight.flatten(1, 3).permute(1, 2, 0).contiguous()  # (K, in, out)
@@ -245,7 +255,7 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (features, weight), pairs = ctx.saved_tensors, ctx.pairs
         grad = grad.contiguous()
         maps = weight.flatten(1, 3).transpose(0, 1).contiguous()  # (K, out, in)
@@ -300,7 +310,7 @@ def choose_backend(wanted: str) -> Backend:
 
 
 @functools.cache
-def _spconv():
+def _spconv() -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import spconv.pytorch as library
@@ -357,7 +367,7 @@ class _SparseConv(SparseModule):
         bias: bool = False,
         indice_key: str | None = None,
         backend: Backend = "torch",
-    ):
+    ) -> None:
         super().__init__()
         self.inputs, self.outputs, self.indice_key, self.backend = inputs, outputs, indice_key, backend
         self.kernel, self.stride, self.padding = _triple(kernel), _triple(stride), _triple(padding)
@@ -448,7 +458,7 @@ class SubMConv3d(_SparseConv):
         bias: bool = False,
         indice_key: str | None = None,
         backend: Backend = "torch",
-    ):
+    ) -> None:
         kernel = _triple(kernel)
         if any(k % 2 == 0 for k in kernel):
             raise ValueError(f"kernel of a submanifold convolution is {kernel}, must be odd")
@@ -528,7 +538,7 @@ class SparseInverseConv3d(_SparseConv):
         indice_key: str,
         bias: bool = False,
         backend: Backend = "torch",
-    ):
+    ) -> None:
         super().__init__(inputs, outputs, kernel, 1, 0, bias, indice_key, backend)
 
     def _strided(self, x: SparseTensor) -> Rulebook:
@@ -567,6 +577,7 @@ class SparseBatchNorm(SyncBatchNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C) -> (N, C); in training by the joint rows of all ranks (collective)."""
         if not self.training or len(x) > 1:
             return super().forward(x)
         if world_size() == 1:
@@ -579,6 +590,7 @@ class SparseSequential(nn.Sequential, SparseModule):
     """Layers in order: sparse ones take the tensor, all others its features."""
 
     def forward(self, x: SparseTensor) -> SparseTensor:
+        """Features (N, C) at the voxels of ``x`` -> what the last layer makes of them."""
         for layer in self:
             x = layer(x) if isinstance(layer, SparseModule) else x.replace(layer(x.features))
         return x

@@ -49,7 +49,7 @@ class SpotConfig:
     target: Literal["volume", "bev"] = "volume"
     """What is predicted: a class of each voxel, or of each column. The paper's text and figures disagree."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.variant not in ("plain", "res") or self.target not in ("volume", "bev"):
             raise ValueError(
                 f"variant is {self.variant!r} and target {self.target!r}, must be plain or res and volume or bev"
@@ -111,7 +111,7 @@ def column_classes(labels: Tensor, priority: Tensor) -> Tensor:
 class MapToLabels(nn.Module):
     """Brings the encoder's map to the label box: cut out where cells agree, else interpolated at their centers."""
 
-    def __init__(self, points: VoxelGrid, coarse: VoxelGrid):
+    def __init__(self, points: VoxelGrid, coarse: VoxelGrid) -> None:
         super().__init__()
         along_x, along_y = (interpolation(points, coarse, axis) for axis in (0, 1))
         self.cut = None
@@ -145,7 +145,7 @@ class OccupancyDecoder(nn.Module):
         layers: voxels of a column, or 1.
     """
 
-    def __init__(self, inputs: int, channels: tuple[int, int, int], halvings: int, classes: int, layers: int):
+    def __init__(self, inputs: int, channels: tuple[int, int, int], halvings: int, classes: int, layers: int) -> None:
         super().__init__()
         self.classes, self.layers = classes, layers
         steps: list[nn.Module] = []
@@ -177,7 +177,7 @@ class Spot(nn.Module):
         ValueError: the label grid does not lie within the points, or a back end is missing.
     """
 
-    def __init__(self, config: SpotConfig, labels: VoxelGrid, num_classes: int):
+    def __init__(self, config: SpotConfig, labels: VoxelGrid, num_classes: int) -> None:
         super().__init__()
         points = self.points = config.points_grid(labels.frame)
         for axis, name in enumerate("xy"):

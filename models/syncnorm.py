@@ -17,8 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from occstream.models.autograd import Context
+
 
 def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -42,7 +45,7 @@ class Recall:
     """Joint statistics of the norms of a checkpointed call, in the order they ran. Its recomputation takes them from here: it
     asks no other rank, and counts no batch again."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.kept: list[tuple[Tensor, ...]] = []
         self.at: int | None = None  # None: the first forward, which notes
 
@@ -54,14 +57,14 @@ class Recall:
 class _Within(contextlib.AbstractContextManager):
     """May be entered again."""
 
-    def __init__(self, recall: Recall, at: int | None):
+    def __init__(self, recall: Recall, at: int | None) -> None:
         self.recall, self.at = recall, at
 
     def __enter__(self) -> None:
         self.before, _here.recall = _current(), self.recall
         self.recall.at = self.at
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.recall.at, _here.recall = None, self.before
 
 
@@ -74,6 +77,7 @@ def _current() -> Recall | None:
 
 
 def recomputing() -> bool:
+    """Whether this thread runs the recomputation of a checkpointed call."""
     recall = _current()
     return recall is not None and recall.at is not None
 
@@ -174,6 +178,7 @@ FUSED = SimpleNamespace(
 
 
 def steps_for(x: Tensor) -> SimpleNamespace:
+    """The functions of each step for a tensor's device: ``FUSED`` on CUDA, else ``PLAIN``."""
     return FUSED if x.is_cuda else PLAIN
 
 
@@ -213,7 +218,7 @@ def sync_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tens
 
 
 @sync_norm.register_fake
-def _(x, weight, bias, eps):
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     row = torch.empty_like(weight)
     counts = weight.new_empty(world_size(), dtype=torch.int32)
     return torch.empty_like(_dense(x)), row, torch.empty_like(row), torch.empty_like(row), counts
@@ -235,17 +240,23 @@ def sync_norm_backward(
 
 
 @sync_norm_backward.register_fake
-def _(grad, x, weight, mean, invstd, counts):
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, invstd: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(_dense(x)), torch.empty_like(weight), torch.empty_like(weight)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _keep(
+    ctx: Context,
+    inputs: tuple[Tensor, Tensor, Tensor, float],
+    output: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+) -> None:
     x, weight, _, _ = inputs
     _, mean, invstd, _, counts = output
     ctx.save_for_backward(x, weight, mean, invstd, counts)
 
 
-def _back(ctx, grad, *_):
+def _back(ctx: Context, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:
     x, weight, mean, invstd, counts = ctx.saved_tensors
     return *sync_norm_backward(grad, x, weight, mean, invstd, counts), None
 
@@ -265,7 +276,9 @@ def count_batch(
 
 
 @count_batch.register_fake
-def _(running_mean, running_var, batches, mean, unbiased, momentum):
+def _(
+    running_mean: Tensor, running_var: Tensor, batches: Tensor, mean: Tensor, unbiased: Tensor, momentum: float
+) -> None:
     return None
 
 

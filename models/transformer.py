@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class TransformerLayer(nn.Module):
     """Self-attention to a volume, image cross-attention, feed-forward; post-norm (as BEVFormer)."""
 
-    def __init__(self, c: B2SConfig):
+    def __init__(self, c: B2SConfig) -> None:
         super().__init__()
         width = c.attention_channels
         self.volume = VolumeAttention(width, c.heads, c.self_points, c.dropout)
@@ -79,7 +79,7 @@ class VoxelTokens(nn.Module):
         stride: pixels between image features; where the image does not divide by it, the last ones reach beyond its end.
     """
 
-    def __init__(self, grid: VoxelGrid, channels: int, image_size: tuple[int, int], stride: int = 1):
+    def __init__(self, grid: VoxelGrid, channels: int, image_size: tuple[int, int], stride: int = 1) -> None:
         super().__init__()
         self.shape, self.image_size = grid.shape, image_size
         self.covered = [-(-n // stride) * stride for n in image_size]
@@ -124,7 +124,7 @@ class DenseTransformer(nn.Module):
         layers: how many.
     """
 
-    def __init__(self, c: B2SConfig, grid: VoxelGrid, image_size: tuple[int, int], layers: int):
+    def __init__(self, c: B2SConfig, grid: VoxelGrid, image_size: tuple[int, int], layers: int) -> None:
         super().__init__()
         self.checkpointing = c.checkpointing
         self.tokens = VoxelTokens(grid, c.attention_channels, image_size, c.feature_stride)

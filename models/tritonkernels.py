@@ -9,7 +9,7 @@ import triton.language as tl
 @triton.jit
 def pool_forward(
     weight, pixel, context, starts, voxels, out, channels, ACC: tl.constexpr, POINTS: tl.constexpr, CH: tl.constexpr
-):
+) -> None:
     """One program per voxel with points: sums weight * context over its sorted points; no atomics, so deterministic."""
     m = tl.program_id(0)
     begin, end = tl.load(starts + m), tl.load(starts + m + 1)
@@ -31,7 +31,7 @@ def pool_forward(
 def pool_backward(
     grad, weight, context, voxel, to_weight, to_context, channels, bins, cells,
     ACC: tl.constexpr, POINTS: tl.constexpr, CH: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """One program per image feature: its points are its depth bins, so both gradients are sums of its own."""
     n = tl.program_id(0).to(tl.int64)
     view, cell = n // cells, n % cells
@@ -55,7 +55,7 @@ def sample(
     values, owner, locations, weights, grad, out, to_values, to_locations, to_weights,
     queries, heads, channels, sx, sy, sz,
     POINTS: tl.constexpr, DIMS: tl.constexpr, BACK: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, CH: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Weighted linear samples of some queries of one head, or their gradients. Axis order of the arrays: values
     (N, X, Y, Z, heads, C) with X = 1 in two dimensions, locations (…, DIMS) as (x, y, z) or (u, v) = (z, y); owner says
     which of the N a query samples."""
@@ -121,7 +121,7 @@ def sample(
 def negative_focal(
     logits, columns, slope, partial, count, classes, gamma,
     WEIGHTED: tl.constexpr, SQUARE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Value and slope of p ** gamma * softplus(z) in one pass over the logits."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count

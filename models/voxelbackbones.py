@@ -51,13 +51,14 @@ def _unit(conv: nn.Module) -> SparseSequential:
 class SparseBasicBlock(SparseModule):
     """Two submanifold convolutions and a shortcut."""
 
-    def __init__(self, channels: int, indice_key: str, backend: Backend):
+    def __init__(self, channels: int, indice_key: str, backend: Backend) -> None:
         super().__init__()
         options = {"bias": True, "indice_key": indice_key, "backend": backend}
         self.conv1, self.bn1 = SubMConv3d(channels, channels, **options), SparseBatchNorm(channels, **_NORM)
         self.conv2, self.bn2 = SubMConv3d(channels, channels, **options), SparseBatchNorm(channels, **_NORM)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
+        """Features (N, channels) -> (N, channels) at the same voxels."""
         out = self.conv1(x)
         out = self.conv2(out.replace(F.relu(self.bn1(out.features))))
         return out.replace(F.relu(self.bn2(out.features) + x.features))
@@ -84,7 +85,7 @@ class _VoxelBackBone(nn.Module):
         width: channels of the first stage; 16 is the published network.
     """
 
-    def __init__(self, in_features: int, shape: Triple, backend: Backend = "torch", width: int = 16):
+    def __init__(self, in_features: int, shape: Triple, backend: Backend = "torch", width: int = 16) -> None:
         super().__init__()
         x, y, z = shape
         self.sparse_shape = (z + 1, y, x)
@@ -179,7 +180,7 @@ class BEVBackbone(nn.Module):
         channels: tuple[int, int] = (128, 256),
         layers: tuple[int, int] = (5, 5),
         up: int = 256,
-    ):
+    ) -> None:
         super().__init__()
         self.blocks, self.deblocks = nn.ModuleList(), nn.ModuleList()
         for stride, width, count in zip((1, 2), channels, layers, strict=True):
@@ -224,7 +225,7 @@ class LidarEncoder(nn.Module):
         bev_channels: tuple[int, int] = (128, 256),
         bev_layers: tuple[int, int] = (5, 5),
         bev_up: int = 256,
-    ):
+    ) -> None:
         super().__init__()
         check_points_grid(shape)
         self.backbone_3d = VARIANTS[variant](in_features, shape, backend, width)

@@ -42,7 +42,7 @@ class AugmentConfig:
     enabled: bool = True
     """False: train without any augmentation (for overfitting checks)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if min(self.image_size) < 16:
             raise ValueError(f"image_size is {self.image_size}, must be at least 16 x 16 (H, W)")
         if not -1 < self.resize[0] <= self.resize[1]:

@@ -220,12 +220,13 @@ class Uploader:
 
     AGAIN, MOST = 60.0, 8  # seconds; checkpoints that wait: they take room on the disk
 
-    def __init__(self, url: str):
+    def __init__(self, url: str) -> None:
         self.url, self.busy, self.seconds, self.failed = url, [], 0.0, ""
         self._change, self._fresh, self._deadline = threading.Condition(), False, 0.0
         self._thread = threads.start("upload", self._work, self._ended)
 
     def add(self, path: Path) -> None:
+        """Queues a checkpoint's folder. Beyond ``MOST``, an old one is given up, and said so."""
         with self._change:
             self.busy.append(path)
             while len(self.busy) > self.MOST:
@@ -306,7 +307,7 @@ class Checkpoint:
         ValueError: nothing complete there, or a file is missing, truncated or changed.
     """
 
-    def __init__(self, path: str | Path, strict: bool = False, hashed: bool = True):
+    def __init__(self, path: str | Path, strict: bool = False, hashed: bool = True) -> None:
         path = Path(path)
         candidates = [path]
         if not (path / COMPLETE).is_file():

@@ -56,7 +56,7 @@ class DataConfig:
     labels: str = "labels"
     """Label group: the set's own, or one attached to it (``occstream attach``)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _need(self.scenes is None or self.scenes >= 1, f"scenes is {self.scenes}, must be at least 1 (or null for all)")
         _need(self.holdout >= 0, f"holdout is {self.holdout}, must not be negative")
 
@@ -82,7 +82,7 @@ class ReplaySource:
     mask: Mask = "auto"
     """Same as ``data.mask``."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _need(self.weight >= 1, f"weight is {self.weight}, must be a whole number from 1")
         _need(self.draw is None or self.draw >= 1, f"draw is {self.draw}, must be at least 1 (or null)")
 
@@ -116,7 +116,7 @@ class EvalConfig:
     pictures: int = 1
     """Pictures of predictions to draw at the end."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _need(self.batch >= 1, f"batch is {self.batch}, must be at least 1")
         _need(self.scenes is None or self.scenes >= 1, f"scenes is {self.scenes}, must be at least 1 (or null for all)")
         for name in ("holdout", "every", "pictures"):
@@ -189,7 +189,7 @@ class TrainConfig:
     log_keys: bool = False
     """Write the frame keys of every step to ``keys-rank-<n>.txt`` in the run's folder."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _need(self.batch >= 1, f"batch is {self.batch}, must be at least 1")
         _need(self.accumulate >= 1, f"accumulate is {self.accumulate}, must be at least 1")
         _need(
@@ -244,7 +244,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _need(self.taxonomy in TAXONOMIES, f"taxonomy is {self.taxonomy!r}, must be one of {', '.join(TAXONOMIES)}")
         get_grid(self.grid)
 
@@ -255,10 +255,12 @@ class Config:
 
     @property
     def voxel_grid(self) -> VoxelGrid:
+        """The preset that ``grid`` names."""
         return get_grid(self.grid)
 
     @property
     def classes(self) -> Taxonomy:
+        """The taxonomy that ``taxonomy`` names."""
         return get_taxonomy(self.taxonomy)
 
     def to_dict(self) -> dict:

@@ -32,7 +32,7 @@ class DeviceImages:
         ImportError: nvImageCodec is not installed.
     """
 
-    def __init__(self, image_size: tuple[int, int], device: torch.device, threads: int):
+    def __init__(self, image_size: tuple[int, int], device: torch.device, threads: int) -> None:
         try:
             from nvidia import nvimgcodec
         except ImportError as error:

@@ -28,6 +28,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which prints and saves."""
         return self.rank == 0
 
     def say(self, text: str) -> None:

@@ -16,7 +16,7 @@ from occstream.pretrain.partition import float_state, is_partitioned, local_valu
 class Ema:
     """Exponential moving average of parameters and floating buffers, in fp32, on each rank's own slices."""
 
-    def __init__(self, module: nn.Module, config: TrainConfig):
+    def __init__(self, module: nn.Module, config: TrainConfig) -> None:
         self.decay, self.updates = config.ema_decay, config.ema_start
         self.values = {name: local_values(t).detach().float().clone() for name, t in float_state(module)}
         # Parameters stay the same objects at every stage, whatever holds their values. A layer may assign a new buffer.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -14,10 +15,13 @@ from occstream.pretrain.config import Config
 from occstream.pretrain.distributed import World
 from occstream.pretrain.optim import describe_groups, make_optimizer
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 BUCKET = 50_000_000  # elements; buckets of DeepSpeed's default size (5e8) would take 2 GB each
 
 
-def build_engine(model: nn.Module, config: Config, world: World):
+def build_engine(model: nn.Module, config: Config, world: World) -> DeepSpeedEngine:
     """DeepSpeed engine with ZeRO ``train.zero_stage``; fp32 parameters and optimizer state always.
 
     Args:
@@ -69,7 +73,7 @@ def fuses(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def clip_gradients(engine, limit: float, world: World) -> Tensor:
+def clip_gradients(engine: DeepSpeedEngine, limit: float, world: World) -> Tensor:
     """Stage 0, at the end of a step's last backward: scales gradients to a norm of at most ``limit`` (0: leaves them).
 
     Returns:
@@ -109,7 +113,7 @@ def put_back(model: nn.Module, buffers: dict[str, Tensor]) -> None:
             buffer.copy_(buffers[name])
 
 
-def drop_step(engine) -> None:
+def drop_step(engine: DeepSpeedEngine) -> None:
     """Stage 0: in place of ``engine.step()`` at the end of a step that must change nothing."""
     engine.module.zero_grad(set_to_none=True)
     engine.micro_steps += 1  # the engine's own count, by which it knows where a step ends

@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from types import FrameType
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from occstream.pretrain.config import Config
 from occstream.pretrain.distributed import World
 from occstream.pretrain.engine import buffers_of, clip_gradients, drop_step, fuses, or_nan, put_back
 from occstream.sharding import threads
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 STOP = "STOP"
 LOCK = ".lock"
@@ -41,7 +45,7 @@ class RunLock:
         ValueError, OSError: on every rank, if another job trains there, or the folder cannot be written.
     """
 
-    def __init__(self, run: Path, world: World):
+    def __init__(self, run: Path, world: World) -> None:
         self.file: TextIO | None = None
         error = None
         if world.is_main:
@@ -96,7 +100,7 @@ class Stopper:
     A second SIGINT interrupts at once.
     """
 
-    def __init__(self, run: Path, world: World):
+    def __init__(self, run: Path, world: World) -> None:
         self.file, self.world = run / STOP, world
         self.reason = ""
         # Without a launcher, a parent that ends is a shell that somebody has left.
@@ -110,11 +114,11 @@ class Stopper:
                 self._before[number] = signal.signal(number, self._noticed)
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _noticed(self, number: int, frame) -> None:
+    def _noticed(self, number: int, frame: FrameType | None) -> None:
         if self.reason and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
@@ -142,7 +146,7 @@ class Watchdog:
         minutes: 0 turns it off.
     """
 
-    def __init__(self, run: Path, world: World, minutes: float):
+    def __init__(self, run: Path, world: World, minutes: float) -> None:
         self.minutes, self.rank = minutes, world.rank
         self._deadline, self._closed = math.inf, False
         self._change = threading.Condition()
@@ -169,6 +173,7 @@ class Watchdog:
         self.alive()
 
     def close(self) -> None:
+        """Ends the watch, and removes the file where no stacks were written. May be called again."""
         faulthandler.cancel_dump_traceback_later()
         if self.minutes and not self._closed:
             self._until(math.inf, closed=True)
@@ -220,7 +225,14 @@ class FiniteGuard:
         skipped: steps left out so far.
     """
 
-    def __init__(self, engine, config: Config, run: Path, world: World, heard: Callable[[float, float], None]):
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        config: Config,
+        run: Path,
+        world: World,
+        heard: Callable[[float, float], None],
+    ) -> None:
         self.engine, self.config, self.run, self.world, self.heard = engine, config, run, world, heard
         self.limit, self.skipped = config.train.skip_nonfinite, 0
         self.norm: Tensor | float = math.nan

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from occstream.models import kernels
+from occstream.models.autograd import Context
 from occstream.models.batch import Batch, OccOutputs, pool_binary
 from occstream.models.layers import full_precision, row
 from occstream.sharding.schema import IGNORE
@@ -43,7 +44,7 @@ class LossConfig:
     """One weight per class: of its sigmoid, or of the voxels that are labeled so (softmax; then free comes last). None:
     all 1."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("binary_weight", "semantic_weight", "depth_weight", "gamma"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must not be negative")
@@ -220,7 +221,7 @@ class _NegativeFocal(torch.autograd.Function):
     """Sum of columns * p ** gamma * softplus(z), p = sigmoid(z): what the focal loss is where the target is 0."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, gamma: float, columns: Tensor | None) -> Tensor:
+    def forward(ctx: Context, logits: Tensor, gamma: float, columns: Tensor | None) -> Tensor:
         if kernels.wanted_for(logits):
             total, slope = kernels.negative_focal(logits.contiguous(), gamma, columns)
             ctx.save_for_backward(slope)
@@ -235,7 +236,7 @@ class _NegativeFocal(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
         [slope] = ctx.saved_tensors
         return slope * grad, None, None
 

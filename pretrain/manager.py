@@ -5,22 +5,27 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from occstream.evaluation.evaluate import EvalResult
 from occstream.pretrain import checkpoint, resume
 from occstream.pretrain.config import Config
 from occstream.pretrain.distributed import World
+from occstream.pretrain.ema import Ema
 from occstream.pretrain.optimstate import optimizer_state
 from occstream.pretrain.partition import full_state, module_state
 from occstream.pretrain.streams import TrainData
 from occstream.pretrain.tracking import Tracker
 from occstream.sharding import storage
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 
 class CheckpointManager:
     """Saves, finds, uploads and removes the checkpoints of a run; methods are collective."""
 
-    def __init__(self, config: Config, world: World):
+    def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
         self.root = Path(config.output) / "checkpoints"
         self.uploader = checkpoint.Uploader(config.train.upload) if config.train.upload and world.is_main else None
@@ -33,7 +38,7 @@ class CheckpointManager:
                 self.uploader.add(path)  # what an earlier start did not get to
         return saved
 
-    def save(self, data: TrainData, engine, ema, step: int, tracker: Tracker) -> Path:
+    def save(self, data: TrainData, engine: DeepSpeedEngine, ema: Ema | None, step: int, tracker: Tracker) -> Path:
         """Returns on all ranks once the checkpoint is complete. Raises on all if it cannot be written."""
         began = time.perf_counter()
         config, world = self.config, self.world
@@ -95,6 +100,7 @@ class CheckpointManager:
         return self.world.agree(None, self.world.is_main and str(step) not in checkpoint.read_scores(self.root))
 
     def prune(self) -> None:
+        """Removes what the recipe does not keep (``train.keep`` and so on), apart from what waits for its upload."""
         train = self.config.train
         busy = list(self.uploader.busy) if self.uploader else []
         checkpoint.prune(self.root, train.keep, train.keep_every, train.keep_best, busy)

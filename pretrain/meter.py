@@ -32,7 +32,9 @@ class Meter:
         count: whether to count FLOPs; compiled modules hide theirs.
     """
 
-    def __init__(self, step: int, total: int, data: TrainData, world: World, bf16: bool = False, count: bool = True):
+    def __init__(
+        self, step: int, total: int, data: TrainData, world: World, bf16: bool = False, count: bool = True
+    ) -> None:
         self.total, self.data, self.world, self.count = total, data, world, count
         self.first, self.now = step, step
         self.times: deque[float] = deque(maxlen=100)

@@ -61,7 +61,7 @@ class OptimConfig:
     moms: tuple[float, float] = (0.95, 0.85)
     """First of ``betas`` at the beginning and end of onecycle, and at its highest learning rate."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("lr", "eps", "milestone_factor", "epoch_factor"):
             _need(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, must be positive")
         for name in ("betas", "moms"):

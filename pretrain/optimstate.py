@@ -7,6 +7,7 @@ It leans on private attributes of DeepSpeed (pinned exactly in pyproject.toml): 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +15,14 @@ from torch import Tensor
 from occstream.pretrain.distributed import World
 from occstream.pretrain.partition import is_partitioned, to_full, to_local
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 GROUP = ("name", "lr_factor", "weight_decay")  # what a group is; rates are the schedule's
 
 
-def optimizer_state(engine, world: World) -> tuple[dict[str, Tensor], list[dict]]:
+def optimizer_state(engine: DeepSpeedEngine, world: World) -> tuple[dict[str, Tensor], list[dict]]:
     """Adam's full moments by ``<moment>/<parameter>`` plus ``step`` (collective; {} on ranks that do not save), and what each
     group is (``GROUP``)."""
     from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
@@ -48,7 +52,7 @@ def optimizer_state(engine, world: World) -> tuple[dict[str, Tensor], list[dict]
     return tensors, [{k: g[k] for k in GROUP} for g in base.param_groups]
 
 
-def load_optimizer_state(engine, tensors: dict[str, Tensor], groups: list[dict], world: World) -> None:
+def load_optimizer_state(engine: DeepSpeedEngine, tensors: dict[str, Tensor], groups: list[dict], world: World) -> None:
     """Puts back what ``optimizer_state`` gave, at any stage and world size. Parameters must be loaded already.
 
     Raises:

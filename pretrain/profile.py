@@ -20,7 +20,7 @@ class Profile:
         steps: 0 for none.
     """
 
-    def __init__(self, run: Path, world: World, tracker: Tracker, steps: int):
+    def __init__(self, run: Path, world: World, tracker: Tracker, steps: int) -> None:
         self.run, self.tracker, self.device = run, tracker, world.device.type
         self.steps = steps if world.is_main else 0
         self.seen = 0
@@ -29,7 +29,7 @@ class Profile:
     def __enter__(self) -> Profile:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._write()
 
     def step(self) -> None:

@@ -87,7 +87,7 @@ class Prefetcher:
     buffers go back to the readers once their copy is done.
     """
 
-    def __init__(self, stream: Stream, device: torch.device):
+    def __init__(self, stream: Stream, device: torch.device) -> None:
         self.stream, self.device = stream, device
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.held: tuple[Batch, dict, torch.cuda.Event | None] | None = None

@@ -67,7 +67,7 @@ class FrameFiller:
         labels: bool = True,
         history: int = 0,
         decode: bool = True,
-    ):
+    ) -> None:
         self.config, self.cameras, self.grid, self.taxonomy = config, cameras, grid, taxonomy
         self.seed, self.train, self.mask, self.semantic, self.binary_from = seed, train, mask, semantic, binary_from
         self.soft, self.depth_cell, self.labels, self.history = soft and semantic, depth_cell, labels, history

@@ -6,13 +6,17 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from occstream.pretrain.events import EVENTS, KEY, STATE, VARIABLE, describe_uri, parse_event, read_events
 from occstream.sharding import storage
 from occstream.sharding.secrets import redact, refuse_secrets
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
 
 
 class Sender:
@@ -22,7 +26,7 @@ class Sender:
         refused: what the server refuses for good, such as a metric's name; left out, said once each.
     """
 
-    def __init__(self, folder: Path, uri: str = "", experiment: str = ""):
+    def __init__(self, folder: Path, uri: str = "", experiment: str = "") -> None:
         self.folder, self.path = folder, folder / STATE
         uri = _absolute(uri)
         self.state = {"uri": uri, "experiment": experiment, "run_id": None, "sent": 0}
@@ -33,16 +37,18 @@ class Sender:
                 self.state = kept
             else:
                 self.state["experiment"] = experiment or kept["experiment"]
-        self._client = None
+        self._client: MlflowClient | None = None
         self._there: dict[str, set[int]] = {}
         self.refused: set[str] = set()
 
     @property
     def uri(self) -> str:
+        """Of the server; "" if there is none yet."""
         return self.state["uri"]
 
     @property
     def run_id(self) -> str | None:
+        """MLflow's id of the run, once the server has it."""
         return self.state["run_id"]
 
     def done(self) -> bool:
@@ -124,13 +130,13 @@ class Sender:
             self._other(client, last[0])
         return len(wanted), len(again)
 
-    def _has(self, client, key: str, step: int) -> bool:
+    def _has(self, client: MlflowClient, key: str, step: int) -> bool:
         """Whether the server has a number of a metric at a step."""
         if key not in self._there:
             self._there[key] = {m.step for m in client.get_metric_history(self.run_id, key)}
         return step in self._there[key]
 
-    def _flush(self, client, metrics: list[tuple], at: int) -> None:
+    def _flush(self, client: MlflowClient, metrics: list[tuple], at: int) -> None:
         """Sends numbers; then everything before byte ``at`` of the event file is acknowledged."""
         if self.state.get("adopted"):
             # Another machine has sent numbers of the same steps, at other times.
@@ -139,22 +145,23 @@ class Sender:
         metrics.clear()
         self._acknowledged(at)
 
-    def _post(self, client, metrics: list[tuple]) -> None:
+    def _post(self, client: MlflowClient, metrics: list[tuple]) -> None:
         from mlflow.entities import Metric
 
         for start in range(0, len(metrics), 1000):
             chunk = metrics[start : start + 1000]
             self._log(client, chunk, lambda part: {"metrics": [Metric(*m) for m in part]})
 
-    def _params(self, client, params: Mapping[str, Any], known: Iterable[str] = ()) -> None:
+    def _params(self, client: MlflowClient, params: Mapping[str, Any], known: Iterable[str] = ()) -> None:
         from mlflow.entities import Param
 
         items = [(k, str(v)[:500]) for k, v in params.items() if k not in known]
         for start in range(0, len(items), 100):
             self._log(client, items[start : start + 100], lambda part: {"params": [Param(*p) for p in part]})
 
-    def _log(self, client, items: list[tuple], batch) -> None:
-        """Logs items, the first of each its name; those that the server refuses for good are found, named and left out."""
+    def _log(self, client: MlflowClient, items: list[tuple], batch: Callable[[list[tuple]], dict[str, Any]]) -> None:
+        """Logs items, the first of each its name, as arguments of ``log_batch`` that ``batch`` makes of them; those that the
+        server refuses for good are found, named and left out."""
         try:
             client.log_batch(self.run_id, **batch(items))
         except Exception as error:
@@ -186,7 +193,7 @@ class Sender:
         values = {k: float(v) for k, v in event["metrics"].items() if v is not None}
         return [(k, v, event["time"], event["step"]) for k, v in values.items() if math.isfinite(v)]
 
-    def _other(self, client, event: dict) -> None:
+    def _other(self, client: MlflowClient, event: dict) -> None:
         from mlflow.entities import RunTag
 
         if "run" in event:
@@ -214,7 +221,7 @@ class Sender:
             else:
                 client.set_terminated(self.run_id, event["status"])
 
-    def _begin(self, client, about: dict) -> None:
+    def _begin(self, client: MlflowClient, about: dict) -> None:
         """Goes on with the run that the server has of this one, or creates it; then its parameters."""
         if self.run_id is None:
             experiment, key = self.experiment(client), about.get("key", "")
@@ -231,7 +238,7 @@ class Sender:
         self._params(client, about["params"], client.get_run(self.run_id).data.params)
 
     @staticmethod
-    def _find(client, experiment: str, key: str, run_id: str):
+    def _find(client: MlflowClient, experiment: str, key: str, run_id: str) -> Run | None:
         """The run with a key, or with an id if it has none, in an experiment; None if there is none."""
         if key:
             found = client.search_runs([experiment], f"tags.{KEY} = '{key}'", max_results=1)
@@ -248,7 +255,7 @@ class Sender:
             return run if ours and run.info.lifecycle_stage == "active" else None
         return None
 
-    def experiment(self, client) -> str:
+    def experiment(self, client: MlflowClient) -> str:
         """Id of the experiment, created if there is none."""
         from mlflow.exceptions import MlflowException
 
@@ -269,7 +276,7 @@ class Sender:
                 raise
             return found.experiment_id
 
-    def _connect(self):
+    def _connect(self) -> MlflowClient:
         if self._client is None:
             self._client = open_client(self.uri)
         return self._client
@@ -348,7 +355,7 @@ def _absolute(uri: str) -> str:
     return uri if path == uri or path.startswith(("/", ":memory:")) else f"sqlite:///{Path(path).resolve()}"
 
 
-def open_client(uri: str):
+def open_client(uri: str) -> MlflowClient:
     """MLflow client; a SQLite data base is brought up to date under a lock first, because several processes that meet a
     fresh one crash in its migration."""
     import fcntl

@@ -47,7 +47,7 @@ class TrainData:
         rule: what the order is drawn from.
     """
 
-    def __init__(self, config: Config, world: World):
+    def __init__(self, config: Config, world: World) -> None:
         self.config, self.world, self.stopping, self.rule = config, world, False, BY_SCENES
         self.flags: Tensor | None = None
         self._error: Exception | None = None
@@ -126,6 +126,7 @@ class TrainData:
 
     @property
     def fingerprint(self) -> str:
+        """Of the S manifest."""
         return self.fingerprints["data"]
 
     def next(self, stop: bool = False) -> Batch:
@@ -223,14 +224,17 @@ class TrainData:
 
     @property
     def bytes_read(self) -> int:
+        """Bytes of shards read so far (this rank)."""
         return sum(f.stream.bytes_read for f in self._feeds.values() if f.stream)
 
     @property
     def epoch_position(self) -> float:
+        """Passes over the S frames so far, with the part of the one under way."""
         state = self._feeds["main"].state
         return state["epoch"] + state["offset"] / self.epoch_samples
 
     def close(self) -> None:
+        """Ends the readers of all streams."""
         for feed in self._feeds.values():
             feed.close()
 
@@ -252,7 +256,7 @@ class _Feed:
         most: int,
         config: Config,
         world: World,
-    ):
+    ) -> None:
         self.manifest, self.order, self.sample, self.batch, self.most = manifest, order, sample, batch, most
         self.config, self.world = config, world
         self.least = batch if isinstance(batch, int) else 0
@@ -290,7 +294,7 @@ class EvalData:
         scoring: how it scores; None if nothing is held out.
     """
 
-    def __init__(self, config: Config, world: World, sensors: tuple[str, ...] = ()):
+    def __init__(self, config: Config, world: World, sensors: tuple[str, ...] = ()) -> None:
         self.world, self.total, self.scenes, self.sensors = world, 0, set(), sensors
         self.unknown: float | None = None
         self.scoring: Scoring | None = None

@@ -51,7 +51,7 @@ class Tracker:
         active: bool = True,
         key: str = "",
         run_id: str = "",
-    ):
+    ) -> None:
         self.active, self.folder = active, folder
         self.last_step = -1
         self.key = key

@@ -114,13 +114,14 @@ class Drawer:
         done: files written.
     """
 
-    def __init__(self, config: Config, sensors: tuple[str, ...], scenes: int, folder: Path, step: int):
+    def __init__(self, config: Config, sensors: tuple[str, ...], scenes: int, folder: Path, step: int) -> None:
         self.config, self.sensors, self.scenes, self.folder, self.step = config, sensors, scenes, folder, step
         self.task = task_of(config)
         self.done: list[Path] = []
         self._seen: set[str] = set()
 
     def __call__(self, batch: Batch, outputs: Any) -> None:
+        """Draws the frames of a batch whose scenes are still to be drawn."""
         for index, key in enumerate(batch.keys):
             scene = key.rpartition("-")[0]
             if not key or len(self.done) == self.scenes or scene in self._seen:

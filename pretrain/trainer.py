@@ -81,7 +81,7 @@ class _Training:
         path: newest checkpoint.
     """
 
-    def __init__(self, config: Config, world: World):
+    def __init__(self, config: Config, world: World) -> None:
         self.config, self.world, self.folder = config, world, Path(config.output)
         self.task = task_of(config)
         self.data = TrainData(config, world)

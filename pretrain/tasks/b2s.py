@@ -50,7 +50,7 @@ class B2SRecipe(OccupancyConfig):
     """Key of the model registry."""
     model: Any = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.model is None:
             self.model = model_entry(self.model_name).config()
@@ -79,7 +79,7 @@ class B2STask(Task):
     )
     config: B2SRecipe
 
-    def __init__(self, config: B2SRecipe):
+    def __init__(self, config: B2SRecipe) -> None:
         super().__init__(config)
         self.semantic = self.labeled = self.replays = config.stage == "finetune"
         self.offboard = self.needs_labels = config.model.strategy == "offboard"

@@ -111,7 +111,7 @@ class Task(ABC):
     knobs: ClassVar[tuple[str, ...]] = ("train.accumulate (more micro-steps)", "train.zero_stage", "more processes")
     free: tuple[str, ...] = ()
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config) -> None:
         self.config: Any = config
 
     @classmethod

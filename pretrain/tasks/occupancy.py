@@ -42,7 +42,7 @@ class OccupancyData(DataConfig):
     LiDAR's or the cameras' visibility mask, or all (none). How many unknown voxels a setting makes count is printed and
     stored."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.history <= 8:
             raise ValueError(f"history is {self.history}, must be 0 to 8")
@@ -60,7 +60,7 @@ class OccupancyEval(EvalConfig):
     """Minimum probability of the best class, below which a voxel counts as free: in evaluations, predictions and pictures (with
     ``loss.kind`` softmax_focal free is a class of its own)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold is {self.threshold}, must be between 0 and 1")

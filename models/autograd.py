@@ -1,0 +1,18 @@
+"""Types of what torch hands to autograd functions: for annotations, nothing is computed here."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+class Context(FunctionCtx):
+    """First argument of ``forward`` and ``backward``. Torch's own stubs know one saved tensor and one input alone.
+
+    Attributes:
+        saved_tensors: what ``save_for_backward`` got.
+        needs_input_grad: for each argument of ``forward``.
+    """
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
