@@ -41,7 +41,7 @@ class Confusions:
     counts: np.ndarray
     exponent: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = np.asarray(self.counts, np.int64)
         if counts.ndim != 4 or counts.shape[:2] != (BINS, 2) or counts.shape[2] != counts.shape[3] or counts.min() < 0:
             raise ValueError(f"a table of confusions has shape {counts.shape}, expected {BINS} x 2 x classes x classes")

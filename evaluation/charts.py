@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 KEY = "occstream"
 NOTE, OURS = "mlflow.note.content", "A study of occstream."
 RESULTS, TRAINING = "occstream-results", "occstream-training"
 
 
-def arrange_charts(client, experiment_id: str, headline: Mapping[str, str], terms: Sequence[str]) -> str:
+def arrange_charts(client: MlflowClient, experiment_id: str, headline: Mapping[str, str], terms: Sequence[str]) -> str:
     """Writes the arrangement, and a description that links to it unless somebody has written another.
 
     Args:
@@ -76,5 +80,5 @@ def _view(headline: Mapping[str, str], terms: Sequence[str]) -> dict:
     }
 
 
-def _card(kind: str, uuid: str, section: str, **more) -> dict:
+def _card(kind: str, uuid: str, section: str, **more: object) -> dict:
     return {"type": kind, "uuid": uuid, "metricSectionId": section, "deleted": False, "isGenerated": False, **more}

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from occstream.evaluation.drive import DriveReader
-from occstream.evaluation.propagate import Pulled, overlapping, packed, pull, pull_maps
+from occstream.evaluation.propagate import Pulled, Rule, overlapping, packed, pull, pull_maps
 from occstream.evaluation.votes import VoteConfig, voting
 from occstream.sharding import storage
 from occstream.sharding.codec import canonical_json
@@ -102,7 +102,7 @@ class CityMap:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where}: damaged ({' '.join(str(error).split())[:120]}); make the map again") from None
 
-    def array(self, name: str):
+    def array(self, name: str) -> Any:
         """One of the four arrays, read as it is indexed."""
         return extra("zarr").open_group(str(self.folder / ARRAYS_IN), mode="r")[name]
 
@@ -285,7 +285,7 @@ class _Tiles:
         made: counts.
     """
 
-    def __init__(self, frames: _Frames, rule, threads: int):
+    def __init__(self, frames: _Frames, rule: Rule, threads: int) -> None:
         grid = frames.reader.grid
         self.frames, self.rule, self.threads, self.grid, self.made = frames, rule, threads, grid, Made()
         self.tile = VoxelGrid("tile", (0, 0, 0), tuple(TILE * v for v in grid.voxel), grid.voxel)

@@ -9,6 +9,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 HEADLINE = "occstream.headline"
 """Tag that names the metrics to compare and what people call them."""
@@ -56,7 +60,7 @@ class Row:
     values: dict[str, list[float]] = field(default_factory=dict)
 
 
-def collect(client, experiment: str) -> list[Run]:
+def collect(client: MlflowClient, experiment: str) -> list[Run]:
     """Finished runs of an experiment, oldest first; of several with equal tags the newest counts.
 
     Args:

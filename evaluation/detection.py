@@ -168,7 +168,7 @@ class DetectionMetric:
         rules: classes, ranges and thresholds.
     """
 
-    def __init__(self, rules: DetectionRules = NUSCENES):
+    def __init__(self, rules: DetectionRules = NUSCENES) -> None:
         self.rules = rules
         self.keys: list[str] = []
         self.truths = torch.zeros(len(rules.classes), dtype=torch.int64)

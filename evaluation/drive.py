@@ -105,7 +105,7 @@ class DriveReader:
         view: bool = True,
         tracks: bool = False,
         silent: Sequence[int] = (),
-    ):
+    ) -> None:
         self._spoken = np.arange(256, dtype=np.uint8)
         self._spoken[list(silent)] = IGNORE
         self.base, self.group, self.votes, self.view, self.tracks = base, group, votes, view, tracks

@@ -51,7 +51,7 @@ class ConfusionMatrix:
         convention: of the scores.
     """
 
-    def __init__(self, num_classes: int, convention: Convention = CONVENTIONS["occ3d"]):
+    def __init__(self, num_classes: int, convention: Convention = CONVENTIONS["occ3d"]) -> None:
         self.num_classes, self.convention = num_classes, convention
         self.counts = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
 
@@ -144,7 +144,7 @@ class RangedCounts:
         ranges: None: one part, the whole grid.
     """
 
-    def __init__(self, num_classes: int, convention: Convention, ranges: Ranges | None = None):
+    def __init__(self, num_classes: int, convention: Convention, ranges: Ranges | None = None) -> None:
         self.num_classes, self.convention, self.ranges = num_classes, convention, ranges
         n = num_classes + 1
         self.counts = torch.zeros(ranges.shells if ranges else 1, n, n, dtype=torch.int64)

@@ -103,7 +103,7 @@ class OccupancyMetric:
         unknown: float | None = None,
         kind: Head = "sigmoid_focal",
         threshold: float = 0.25,
-    ):
+    ) -> None:
         self.taxonomy, self.grid, self.kind, self.threshold = taxonomy, grid, kind, threshold
         self.mask, self.unknown, self.convention = mask, unknown, convention
         self.rule = CONVENTIONS[convention]

@@ -42,7 +42,7 @@ class PanopticMetric:
         ignored: Collection[int] = (),
         min_points: int = 1,
         prefix: str = "",
-    ):
+    ) -> None:
         self.names, self.things, self.min_points, self.prefix = dict(names), frozenset(things), min_points, prefix
         self.ignored = frozenset(ignored) | {IGNORE}
         # By class id: true positives, false positives, false negatives, sum of IoU (in units of 1 / SHARE), and points of

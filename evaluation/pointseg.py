@@ -22,7 +22,7 @@ class PointMetric:
         taxonomy: of the classes.
     """
 
-    def __init__(self, taxonomy: Taxonomy = OCC3D):
+    def __init__(self, taxonomy: Taxonomy = OCC3D) -> None:
         self.taxonomy = taxonomy
         convention = CONVENTIONS["lidarseg" if taxonomy.name == "occ3d" else "occ3d"]
         self.matrix = ConfusionMatrix(taxonomy.num_classes, convention)

@@ -227,7 +227,10 @@ def evidence(rule: Rule, maps: np.ndarray, sources: np.ndarray, slots: Sequence[
 
 
 @numba.njit(cache=True, nogil=True)
-def _evidence(index, maps, sources, slots, shape, place, table, out):
+def _evidence(
+    index: np.ndarray, maps: np.ndarray, sources: np.ndarray, slots: np.ndarray, shape: np.ndarray, place: np.ndarray,
+    table: np.ndarray, out: np.ndarray,
+) -> None:  # fmt: skip
     a, b, c = shape
     classes = out.shape[1]
     for n in range(len(index)):
@@ -247,14 +250,18 @@ def _evidence(index, maps, sources, slots, shape, place, table, out):
 
 
 @numba.njit(cache=True, nogil=True)
-def _misses(first, last, size):
+def _misses(first: float, last: float, size: int) -> bool:
     """Whether a line from ``first`` to ``last`` lies on one side of 0..size."""
     return (first < 0 and last < 0) or (first >= size and last >= size)
 
 
 @numba.njit(cache=True, nogil=True)
-def _pull(begin, end, maps, sources, slots, shape, numbers, itself, wanted, weights, shares, place, table, prior,
-          things, parked, trusted, out, frames, last, confidence):  # fmt: skip
+def _pull(
+    begin: tuple[int, int, int], end: tuple[int, int, int], maps: np.ndarray, sources: np.ndarray, slots: np.ndarray,
+    shape: np.ndarray, numbers: np.ndarray, itself: int, wanted: np.ndarray, weights: np.ndarray, shares: np.ndarray,
+    place: np.ndarray, table: np.ndarray, prior: np.ndarray, things: np.ndarray, parked: bool, trusted: np.ndarray,
+    out: np.ndarray, frames: np.ndarray, last: np.ndarray, confidence: np.ndarray,
+) -> None:  # fmt: skip
     classes, low, height = len(things), begin[2], end[2] - begin[2]
     bayes, some, details = len(table) > 0, wanted.size > 0, frames.size > 0
     score, of_things = np.zeros((height, classes), np.int64), np.zeros((height, classes), np.int64)
@@ -299,8 +306,11 @@ def _pull(begin, end, maps, sources, slots, shape, numbers, itself, wanted, weig
 
 
 @numba.njit(cache=True, nogil=True)
-def _hear(i, j, low, m, source, shape, number, itself, weights, shares, place, table, things, parked, score, of_things,
-          heard, latest, details):  # fmt: skip
+def _hear(
+    i: int, j: int, low: int, m: np.ndarray, source: np.ndarray, shape: np.ndarray, number: int, itself: bool,
+    weights: np.ndarray, shares: np.ndarray, place: np.ndarray, table: np.ndarray, things: np.ndarray, parked: bool,
+    score: np.ndarray, of_things: np.ndarray, heard: np.ndarray, latest: np.ndarray, details: bool,
+) -> None:  # fmt: skip
     """Adds what one source says about a column of target voxels."""
     a, b, c = shape
     height, classes = score.shape
@@ -343,7 +353,7 @@ def _hear(i, j, low, m, source, shape, number, itself, weights, shares, place, t
 
 
 @numba.njit(cache=True, nogil=True)
-def _winner(score, prior, bayes, votes):
+def _winner(score: np.ndarray, prior: np.ndarray, bayes: bool, votes: int) -> int:
     """The class of the highest score (with its prior, which is added in place), the lowest of equal ones; -1 if nothing
     was said."""
     if votes == 0:
@@ -359,7 +369,7 @@ def _winner(score, prior, bayes, votes):
 
 
 @numba.njit(cache=True, nogil=True)
-def _confidence(score, best, bayes):
+def _confidence(score: np.ndarray, best: int, bayes: bool) -> np.uint8:
     """The share of the votes, or the posterior, of a class; 255 is 1."""
     total, part = 0.0, 1.0
     for q in range(len(score)):

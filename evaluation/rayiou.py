@@ -101,7 +101,7 @@ def cast(labels: np.ndarray, origins: np.ndarray, grid: VoxelGrid, free: int, di
 
 
 @numba.njit(cache=True, nogil=True)
-def _walk(solid, starts, steps):
+def _walk(solid: np.ndarray, starts: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(depth, voxel, hit) of every direction from every origin, in units of the length of a step. Among equal distances to
     the next face z goes before y, and y before x, as the benchmark's own walk has it."""
     nx, ny, nz = solid.shape
@@ -154,7 +154,7 @@ class RayMetric:
 
     def __init__(
         self, taxonomy: Taxonomy, grid: VoxelGrid, *, movers: Sequence[str] = MOVERS, cache_bytes: int = 256 << 20
-    ):
+    ) -> None:
         self.taxonomy, self.grid, self.directions = taxonomy, grid, ray_directions()
         self.movers = tuple(name for name in movers if name in taxonomy.classes)
         k = taxonomy.num_classes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -61,7 +61,7 @@ class RefineConfig:
     votes: VoteConfig = field(default_factory=VoteConfig)
     voxels: Votes = "all"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rule not in ("votes", "bayes"):
             raise ValueError(f"rule {self.rule!r} is neither votes nor bayes")
         if not 0 <= self.window <= 500:
@@ -130,7 +130,7 @@ class SceneRefiner:
     done: Refined = field(default_factory=Refined)
     _buffers: list[np.ndarray] = field(default_factory=list)
 
-    def frames(self, scene: int):
+    def frames(self, scene: int) -> Iterator[tuple[Source, np.ndarray]]:
         """(source, refined (X, Y, Z) uint8) of each frame of a scene, in order."""
         count = self.reader.manifest.scenes[scene].frames
         reach = self.config.window

@@ -47,7 +47,7 @@ class Fit:
     sd: float
     points: tuple[tuple[float, float], ...]
 
-    def __call__(self, n):
+    def __call__(self, n: float | np.ndarray) -> np.ndarray | np.float64:
         """Value at n scenes (scalar or array)."""
         return self.a + self.b * _basis(self.law, np.asarray(n, float), self.n0, self.c)
 
@@ -64,14 +64,14 @@ class Fit:
         return f"{self.a:.2f} - {-self.b:.2f} (1 + n / {self.n0:.3g})^-{self.c:.2f}, exponent {low:.2f} to {high:.2f}"
 
 
-def _basis(law: Law, n: np.ndarray, n0, c) -> np.ndarray:
+def _basis(law: Law, n: np.ndarray, n0: float | np.ndarray, c: float | np.ndarray | None) -> np.ndarray:
     return np.log1p(n / n0) if law == "log" else (1 + n / n0) ** (-c)
 
 
 class _Profile:
     """Least squares for every (n0, c) of a grid."""
 
-    def __init__(self, law: Law, sizes: np.ndarray, values: np.ndarray):
+    def __init__(self, law: Law, sizes: np.ndarray, values: np.ndarray) -> None:
         self.law, self.sizes, self.values = law, sizes, values
         positive = sizes[sizes > 0]
         scales = np.geomspace(positive.min() / 20, positive.max() * 5, 60)

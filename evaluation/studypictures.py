@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from occstream.evaluation.scaling import NotFitted, fit, mean_interval
@@ -16,7 +18,7 @@ COLORS = ("#3b6fb6", "#c4622d", "#4f9a4f", "#8a55a8", "#a8812b", "#3a9a9a")
 MARKS = "osD^vP"
 
 
-def _style(axes, study: StudyScores, ylabel: str) -> None:
+def _style(axes: Axes, study: StudyScores, ylabel: str) -> None:
     sizes = sorted({n for cells in study.cells.values() for n in cells})
     positive = [n for n in sizes if n]
     if positive:
@@ -29,7 +31,9 @@ def _style(axes, study: StudyScores, ylabel: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _line(axes, points: Mapping[float, Sequence[float]], number: int, label: str, shift: float = 0.0, **style) -> None:
+def _line(
+    axes: Axes, points: Mapping[float, Sequence[float]], number: int, label: str, shift: float = 0.0, **style: Any
+) -> None:
     """Mean, its 95 % interval and the seeds; lines are moved apart a little so that bars do not hide each other."""
     color, mark = COLORS[number % len(COLORS)], MARKS[number % len(MARKS)]
     sizes = np.array(list(points), float)
@@ -43,7 +47,7 @@ def _line(axes, points: Mapping[float, Sequence[float]], number: int, label: str
             axes.plot([place, place], [low, high], color=color, lw=1.0, alpha=0.5)
 
 
-def _limits(axes, values: Iterable[float]) -> None:
+def _limits(axes: Axes, values: Iterable[float]) -> None:
     """Shows all seeds; the interval of three may be many times as wide and is cut."""
     values = [v for v in values if not math.isnan(v)]
     if values:

@@ -8,6 +8,7 @@ import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -15,11 +16,14 @@ from matplotlib.figure import Figure
 from occstream.evaluation.charts import arrange_charts
 from occstream.evaluation.studyfindings import HEAD, class_table, findings, laws, table
 from occstream.evaluation.studypictures import PICTURES
-from occstream.evaluation.studyscores import METRICS, read_study
+from occstream.evaluation.studyscores import METRICS, StudyScores, read_study
 from occstream.sharding import datacard
 
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
-def study_report(client, experiment: str, out: Path | None, partial: bool = False) -> str | None:
+
+def study_report(client: MlflowClient, experiment: str, out: Path | None, partial: bool = False) -> str | None:
     """Text of a study's report; with ``out`` also the files.
 
     Args:
@@ -60,7 +64,7 @@ def study_report(client, experiment: str, out: Path | None, partial: bool = Fals
     return "\n".join(lines)
 
 
-def _log(client, experiment: str, out: Path) -> None:
+def _log(client: MlflowClient, experiment: str, out: Path) -> None:
     found = client.get_experiment_by_name(experiment)
     arrange_charts(client, found.experiment_id, METRICS, ("binary", "semantic"))
     run = client.create_run(found.experiment_id, run_name="report", tags={"kind": "report"})
@@ -70,7 +74,15 @@ def _log(client, experiment: str, out: Path) -> None:
     client.set_terminated(run.info.run_id, "FINISHED")
 
 
-def _write(study, out: Path, rows, said, fitted, missing, pictures: Mapping[str, Figure]) -> None:
+def _write(
+    study: StudyScores,
+    out: Path,
+    rows: list[list[str]],
+    said: list[str],
+    fitted: list[str],
+    missing: list[str],
+    pictures: Mapping[str, Figure],
+) -> None:
     out.mkdir(parents=True, exist_ok=True)
     images = {}
     for name, figure in pictures.items():
@@ -100,7 +112,14 @@ td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-s
 td:first-child,th:first-child{text-align:left}.warn{background:#fff3cd;padding:.6rem}li{margin:.2rem 0}"""
 
 
-def _page(study, rows, said, fitted, missing, images: Mapping[str, bytes]) -> str:
+def _page(
+    study: StudyScores,
+    rows: list[list[str]],
+    said: list[str],
+    fitted: list[str],
+    missing: list[str],
+    images: Mapping[str, bytes],
+) -> str:
     text = html.escape
     parts = [f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{text(study.name)}</title>"]
     parts.append(f"<style>{_STYLE}</style><h1>Scaling study {text(study.name)}</h1>")

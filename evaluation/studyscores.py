@@ -11,6 +11,10 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 METRICS = {"eval/miou": "mIoU", "eval/iou": "IoU", "eval/binary_iou": "binary IoU"}
 Seeds = dict[str, dict[str, float]]  # seed -> metrics
@@ -87,7 +91,7 @@ class StudyScores:
         ]
 
 
-def read_study(client, experiment: str) -> StudyScores | None:
+def read_study(client: MlflowClient, experiment: str) -> StudyScores | None:
     """A study from MLflow; None if the experiment's runs have no axes of a study. Raises ValueError without experiment."""
     found = client.get_experiment_by_name(experiment)
     if found is None:

@@ -45,7 +45,7 @@ class VoteConfig:
     box: float = 25.6
     empty: float = 0.3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sensor not in SENSORS:
             raise ValueError(f"sensor {self.sensor!r} is not one of {', '.join(SENSORS)}")
         for name in ("high", "middle", "low", "most", "least"):

@@ -64,7 +64,7 @@ class ArmStudy(Study):
     """Further numbers of labeled scenes for the reference without pre-training, at the steps of ``finetune.scenes[0]``:
     what pre-training is worth in labeled scenes is read off this curve."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for stage in ("pretrain", "finetune"):
             spec = getattr(self, stage)
@@ -149,7 +149,9 @@ class _Cells:
         settings.append({"data": {"scenes": scenes}, "train": {"seed": seed}})
         return self.grid.add(f"pre-{family}-{strategy}-{scenes}-s{seed}", "pretrain", study.pretrain.recipe, settings)
 
-    def _equal_compute(self, control: str, settings, family: str, arm: ArmSpec, seed: int, strategy: str) -> dict:
+    def _equal_compute(
+        self, control: str, settings: list[dict[str, Any]], family: str, arm: ArmSpec, seed: int, strategy: str
+    ) -> dict:
         """Steps or batch that make a control as expensive as what it is compared with."""
         study = self.study
         if control == LABELS:

@@ -7,13 +7,13 @@ import contextlib
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from occstream.models import kernels
+from occstream.models import Batch, kernels
 from occstream.pretrain.config import Config, load_config
 from occstream.pretrain.device import pick_device
 from occstream.pretrain.meter import best_time, matmul_ceiling
@@ -66,12 +66,12 @@ class _Build:
         self,
         config: Config,
         device: torch.device,
-        frames,
+        frames: Batch,
         precision: str,
         tf32: bool,
         with_kernels: bool = False,
         compiled: bool = False,
-    ):
+    ) -> None:
         self.config, self.device, self.frames, self.tf32, self.kernels = config, device, frames, tf32, with_kernels
         self.autocast = precision == "bf16"
         self.model = create_model(config).to(device).train()
@@ -95,7 +95,7 @@ class _Build:
         return time.perf_counter()
 
     @contextlib.contextmanager
-    def _timed(self, part: str):
+    def _timed(self, part: str) -> Iterator[None]:
         began = self._now()
         yield
         self.times[part].append(self._now() - began)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from occstream.launch import citymap, data, refine
 from occstream.launch.run import guarded, import_argument, imported
@@ -38,7 +40,13 @@ def _placed(args: argparse.Namespace) -> argparse.Namespace:
 class _Version(argparse.Action):
     """Looks the version up only when it is asked for."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
         from importlib.metadata import version
 
         print(f"occstream {version('occstream')}")
@@ -50,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(name: str, work, help: str, epilog: str = "") -> argparse.ArgumentParser:
+    def command(
+        name: str, work: Callable[[argparse.Namespace], int], help: str, epilog: str = ""
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", epilog=epilog)
         sub.set_defaults(work=work)
         if name in _IMPORTING:
@@ -289,7 +299,7 @@ def _machine_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--seeds", type=data.at_least(1), default=2)
 
 
-def _evaluate(args) -> int:
+def _evaluate(args: argparse.Namespace) -> int:
     from occstream.pretrain.trained import evaluate_checkpoint
 
     overrides = [*args.settings, *([f"eval.url={args.data}"] if args.data else [])]
@@ -298,7 +308,7 @@ def _evaluate(args) -> int:
     return 0
 
 
-def _export(args) -> int:
+def _export(args: argparse.Namespace) -> int:
     from occstream.pretrain.checkpoint import export
 
     out = export(args.checkpoint, args.out)
@@ -306,7 +316,7 @@ def _export(args) -> int:
     return 0
 
 
-def _predict(args) -> int:
+def _predict(args: argparse.Namespace) -> int:
     if args.holdout and not args.truth:
         raise ValueError("--holdout requires --truth; without it every scene is predicted")
     from occstream.launch.predict import predict_checkpoint
@@ -340,7 +350,7 @@ def _predict(args) -> int:
     return 0
 
 
-def _compare(args) -> int:
+def _compare(args: argparse.Namespace) -> int:
     from occstream.evaluation.compare import compare
     from occstream.evaluation.studyreport import study_report
     from occstream.pretrain.events import default_uri, describe_uri
@@ -355,7 +365,7 @@ def _compare(args) -> int:
     return 0
 
 
-def _sweep(args) -> int:
+def _sweep(args: argparse.Namespace) -> int:
     from occstream.launch.sweep import sweep
     from occstream.pretrain.config import parse_overrides
 
@@ -363,21 +373,21 @@ def _sweep(args) -> int:
     return sweep(args.study, jobs=args.jobs, dry_run=args.dry_run, write=args.write, overrides=overrides)
 
 
-def _sync(args) -> int:
+def _sync(args: argparse.Namespace) -> int:
     from occstream.pretrain.sender import sync
 
     print(sync(Path(args.run), args.uri, args.experiment))
     return 0
 
 
-def _recipe(args) -> int:
+def _recipe(args: argparse.Namespace) -> int:
     from occstream.launch.showrecipe import show_recipe
 
     print(show_recipe(args.name, args.key))
     return 0
 
 
-def _doctor(args) -> int:
+def _doctor(args: argparse.Namespace) -> int:
     from occstream.launch.doctor import examine, report
 
     findings = examine(args.data)
@@ -385,7 +395,7 @@ def _doctor(args) -> int:
     return 1 if any(f.ok is False for f in findings) else 0
 
 
-def _bench(args) -> int:
+def _bench(args: argparse.Namespace) -> int:
     import json
 
     if args.what == "step":
@@ -403,7 +413,7 @@ def _bench(args) -> int:
     return 0
 
 
-def _from_checkout(name: str):
+def _from_checkout(name: str) -> ModuleType:
     """A module of ``infra/bench``, which is next to this package in a checkout. Raises ValueError elsewhere."""
     import importlib
     import sys
@@ -418,7 +428,7 @@ def _from_checkout(name: str):
     return importlib.import_module(f"infra.bench.{name}")
 
 
-def _demo(args) -> int:
+def _demo(args: argparse.Namespace) -> int:
     from occstream.launch.demo import demo
 
     return demo(Path(args.out), args.seeds)

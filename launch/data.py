@@ -6,6 +6,16 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from occstream.sharding.codec import Coding
+    from occstream.sharding.grid import VoxelGrid
+    from occstream.sharding.labelconfig import LabelConfig
+    from occstream.sharding.manifest import Manifest
+    from occstream.sharding.pack import LabelStep, Progress
+    from occstream.sharding.prepare import Images
+    from occstream.sharding.schema import Source
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -69,7 +79,7 @@ def job_arguments(p: argparse.ArgumentParser) -> None:
     )
 
 
-def _opened(args):
+def _opened(args: argparse.Namespace) -> Source | None:
     """Source and its options from the command line; None where these were only to be listed."""
     from occstream.pretrain.config import parse_overrides
     from occstream.sharding.sources import open_source, source_options
@@ -86,7 +96,7 @@ def _opened(args):
     return open_source(args.source, options)
 
 
-def _leave_labels(args) -> None:
+def _leave_labels(args: argparse.Namespace) -> None:
     """Tells a source that can bring labels not to: what it would leave out for want of them then stays."""
     from occstream.sharding.sources import source_options
 
@@ -95,7 +105,7 @@ def _leave_labels(args) -> None:
         args.settings = [*args.settings, "labels=false"]
 
 
-def _label_config(args):
+def _label_config(args: argparse.Namespace) -> LabelConfig:
     from occstream.sharding.labelconfig import LabelConfig
 
     names = ("min_points", "dilation", "max_range", "ray_frames", "max_rays")
@@ -104,7 +114,7 @@ def _label_config(args):
     )
 
 
-def shard(args) -> int:
+def shard(args: argparse.Namespace) -> int:
     from dataclasses import fields
 
     from occstream.sharding.codec import Coding
@@ -137,7 +147,7 @@ def shard(args) -> int:
     return _run_job(args, source, groups, grid, label, images, Coding(args.zstd_level, args.lidar_step), reason)
 
 
-def label(args) -> int:
+def label(args: argparse.Namespace) -> int:
     from occstream.sharding.codec import Coding
     from occstream.sharding.grid import get_grid
     from occstream.sharding.labels import Labeler
@@ -167,7 +177,16 @@ def label(args) -> int:
     return _run_job(args, source, ("labels",), grid, label, Images(), Coding(args.zstd_level), reason)
 
 
-def _run_job(args, source, groups, grid, label, images, coding, reason) -> int:
+def _run_job(
+    args: argparse.Namespace,
+    source: Source,
+    groups: tuple[str, ...],
+    grid: VoxelGrid | None,
+    label: LabelStep | None,
+    images: Images,
+    coding: Coding,
+    reason: str,
+) -> int:
     from occstream.sharding.pack import Job, estimate, pack
     from occstream.sharding.summary import after, before, plural
 
@@ -195,7 +214,7 @@ def _run_job(args, source, groups, grid, label, images, coding, reason) -> int:
             f"  time     {hours:,.2f} h with {part[1]} x {args.workers} workers ({rate:.2f} frames/s each; reading included)"
         )
         return 0
-    show = _progress()
+    show = _Show()
     manifest = pack(
         source,
         args.out,
@@ -235,7 +254,7 @@ def parse_part(text: str) -> tuple[int, int]:
     return number, count
 
 
-def _published(manifest) -> str:
+def _published(manifest: Manifest) -> str:
     from occstream.sharding.contract import DROPPED
     from occstream.sharding.summary import plural
 
@@ -249,13 +268,18 @@ def _published(manifest) -> str:
     )
 
 
-def _progress():
-    from occstream.sharding.summary import plural
+class _Show:
+    """Prints how far a job is; keeps which scenes failed and how many shards were packed earlier."""
 
-    terminal = sys.stdout.isatty()
+    def __init__(self) -> None:
+        self.failed: dict[str, str] = {}
+        self.skipped = 0
+        self._terminal = sys.stdout.isatty()
 
-    def show(state) -> None:
-        show.failed, show.skipped = state.failed, state.skipped
+    def __call__(self, state: Progress) -> None:
+        from occstream.sharding.summary import plural
+
+        self.failed, self.skipped, terminal = state.failed, state.skipped, self._terminal
         step = max(1, state.total // 10)
         if not terminal and state.done % step and state.done != state.total:
             return
@@ -276,11 +300,8 @@ def _progress():
             flush=True,
         )
 
-    show.failed, show.skipped = {}, 0
-    return show
 
-
-def merge(args) -> int:
+def merge(args: argparse.Namespace) -> int:
     from occstream.sharding.pack import merge
     from occstream.sharding.summary import after
 
@@ -290,7 +311,7 @@ def merge(args) -> int:
     return 0
 
 
-def attach(args) -> int:
+def attach(args: argparse.Namespace) -> int:
     from occstream.sharding.attach import attach
 
     manifest = attach(args.url, args.labels, args.name)
@@ -302,7 +323,7 @@ def attach(args) -> int:
     return 0
 
 
-def subset(args) -> int:
+def subset(args: argparse.Namespace) -> int:
     from occstream.sharding.manifest import Manifest
 
     manifest = Manifest.load(args.url)
@@ -311,14 +332,14 @@ def subset(args) -> int:
     return 0
 
 
-def inspect(args) -> int:
+def inspect(args: argparse.Namespace) -> int:
     from occstream.sharding.check import inspect
 
     print(inspect(args.url, args.frames, args.group))
     return 0
 
 
-def card(args) -> int:
+def card(args: argparse.Namespace) -> int:
     from occstream.sharding.datacard import data_card, text
     from occstream.sharding.manifest import Manifest
 
@@ -326,7 +347,7 @@ def card(args) -> int:
     return 0
 
 
-def verify(args) -> int:
+def verify(args: argparse.Namespace) -> int:
     from occstream.sharding.check import verify
     from occstream.sharding.datacard import lacking_line
     from occstream.sharding.manifest import Manifest
@@ -346,7 +367,7 @@ def verify(args) -> int:
     return 1 if problems else 0
 
 
-def preview(args) -> int:
+def preview(args: argparse.Namespace) -> int:
     from occstream.evaluation.report import frame_picture
     from occstream.sharding.manifest import Manifest
     from occstream.sharding.stream import ShardReader

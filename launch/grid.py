@@ -58,7 +58,7 @@ class Grid:
         output: the study's folder.
     """
 
-    def __init__(self, output: str):
+    def __init__(self, output: str) -> None:
         self.output = output
         self._trainings: dict[str, Training] = {}  # by cell_id
         self._sizes: dict[bytes, tuple[int, int]] = {}
@@ -149,7 +149,7 @@ class Study:
     rate: float = 0.0
     """Frames per second of one run, for the estimate; 0: as finished runs of the study say."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", self.name):
             raise ValueError(f"name is {self.name!r}: use letters, digits, '-' and '_'")
         if not self.seeds:
@@ -208,7 +208,7 @@ class AxesStudy(Study):
     axes: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """axis -> value -> stage -> settings, for example {lr: {low: {pretrain: {optim: {lr: 1e-4}}}}}."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         names = [s.stage for s in self.stages]
         if not names or not all(names) or len(set(names)) < len(names) or not all(s.recipe for s in self.stages):

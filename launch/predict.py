@@ -105,7 +105,7 @@ class _Job:
         kept: scenes that keep the set's own labels.
     """
 
-    def __init__(self, trained: Trained, base: Manifest, keep: Keep, flips: bool, truth: int, holdout: int):
+    def __init__(self, trained: Trained, base: Manifest, keep: Keep, flips: bool, truth: int, holdout: int) -> None:
         self.trained, self.base, self.keep, self.flips = trained, base, keep, flips
         config = trained.config
         self.task, self.labeled = task_of(config), "labels" in base.groups

@@ -7,8 +7,13 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from occstream.launch.data import at_least, parse_part
+
+if TYPE_CHECKING:
+    from occstream.evaluation.bayes import Confusions
+    from occstream.evaluation.refine import RefineConfig
 
 
 def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -108,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(args: argparse.Namespace, config):
+def _table(args: argparse.Namespace, config: RefineConfig) -> Confusions:
     """The table of confusions, read or measured."""
     from occstream.evaluation.bayes import LAMBDAS, Confusions
     from occstream.evaluation.refine import measure

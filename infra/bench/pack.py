@@ -29,7 +29,7 @@ from occstream.sharding.codec import LIDAR_LEVEL, Coding, encode
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.labelconfig import LabelConfig
 from occstream.sharding.labels import label_scene
-from occstream.sharding.pack import pack
+from occstream.sharding.pack import Progress, pack
 from occstream.sharding.prepare import Images
 from occstream.sharding.schema import OCC3D, Camera, Frame, Labels, LidarSweep, Scene, Taxonomy, swept
 from occstream.sharding.sources import open_source
@@ -193,10 +193,10 @@ def bench_pack(scenes: int = 12, frames: int = 4, workers: int = 2, repeats: int
 class _Start:
     """Progress callback that remembers when the first shard was done."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.first = 0.0
 
-    def __call__(self, state) -> None:
+    def __call__(self, state: Progress) -> None:
         self.first = self.first or state.seconds
 
     def overhead(self, seconds: float, scenes: int, workers: int) -> float:

@@ -49,7 +49,7 @@ def mosaicml(folder: Path, workers: int, skip: int) -> Iterator:
 
     clean_stale_shared_memory()  # of a process before that was stopped
 
-    def loader():
+    def loader() -> StreamingDataLoader:
         data = StreamingDataset(local=str(folder / "mds"), shuffle=True, shuffle_seed=0, batch_size=BATCH)
         collated = lambda samples: collate([sample_of(s) for s in samples])  # noqa: E731  decodes in the workers
         return StreamingDataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=collated)
@@ -60,7 +60,7 @@ def mosaicml(folder: Path, workers: int, skip: int) -> Iterator:
 def litdata(folder: Path, workers: int, skip: int) -> Iterator:
     import litdata as ld
 
-    def loader():
+    def loader() -> ld.StreamingDataLoader:
         data = ld.StreamingDataset(str(folder / "litdata"), shuffle=True, seed=0, drop_last=False)
         collated = lambda samples: collate([sample_of(s) for s in samples])  # noqa: E731  decodes in the workers
         return ld.StreamingDataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=collated)
@@ -100,7 +100,7 @@ def energon(folder: Path, workers: int, skip: int) -> Iterator:
         def batch(self, samples: list[dict]) -> dict:
             return collate(samples)
 
-    def loader():
+    def loader() -> en.SavableDataLoader:
         config = en.WorkerConfig(rank=0, world_size=1, num_workers=workers)
         data = en.get_train_dataset(
             str(folder / "merged"),

@@ -46,7 +46,7 @@ def forward_view() -> np.ndarray:
 class Scorer:
     """Scores labels of some scenes of a data set, as read or refined."""
 
-    def __init__(self, url: str, scenes: list[int]):
+    def __init__(self, url: str, scenes: list[int]) -> None:
         self.base, self.scenes = Manifest.load(url), scenes
         self.truth = {}
         reader = ShardReader(self.base, ("labels",))

@@ -7,16 +7,18 @@ import dataclasses
 import importlib
 import itertools
 import pkgutil
+from collections.abc import Callable, Iterator
 from typing import get_args
 from unittest import mock
 
 import torch
 from checks import Check, Skipped, need, peak, section
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 import occstream.models
 from occstream.launch.doctor import examine, report
-from occstream.models import MODELS, attention, build_model, kernels, lift
+from occstream.models import MODELS, Batch, attention, build_model, kernels, lift
 from occstream.models.b2s import Strategy
 from occstream.models.layers import SyncBatchNorm
 from occstream.pretrain.distributed import World
@@ -27,9 +29,11 @@ from occstream.pretrain.streams import TrainData
 from occstream.pretrain.tasks.registry import task_of
 from tests.models.helpers import SMALL, make_batch, occupancy_loss, two_equal_ranks
 
+Given = Tensor | list[tuple[Tensor, Tensor]]  # by the geometry: points, or pixels and depths of every camera
+
 
 @contextlib.contextmanager
-def _with_kernels(check: Check, wanted: bool):
+def _with_kernels(check: Check, wanted: bool) -> Iterator[None]:
     """Kernels on the GPU, or through Triton's interpreter."""
     if check.dry:
         with mock.patch.object(kernels, "wanted_for", return_value=wanted):
@@ -116,14 +120,14 @@ def geometry(check: Check) -> str:
     return need(good, "\n".join(said))
 
 
-def _places(model: nn.Module, frames, device: torch.device, bf16: bool) -> list[tuple[str, Tensor]]:
+def _places(model: nn.Module, frames: Batch, device: torch.device, bf16: bool) -> list[tuple[str, Tensor]]:
     """What the geometry gave during a forward pass: points in meters, and pixels of points before the camera."""
     found: list[tuple[str, Tensor]] = []
 
-    def watched(name, work):
-        def call(*args):
+    def watched(name: str, work: Callable[..., Given]) -> Callable[..., Given]:
+        def call(*args: object) -> Given:
             out = work(*args)
-            if name == "unproject":
+            if isinstance(out, Tensor):
                 found.append((name, out.float()))
             else:
                 found.extend((name, pixel.float()[depth > 0.5]) for pixel, depth in out)
@@ -200,13 +204,13 @@ class _Focal(torch.autograd.Function):
     """The kernel gives value and slope at once."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, logits: Tensor) -> Tensor:
         value, slope = kernels.negative_focal(logits.detach(), 2.0, None)
         ctx.save_for_backward(slope)
         return value
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> Tensor:
         [slope] = ctx.saved_tensors
         return grad * slope
 

@@ -16,9 +16,21 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from checks import Section
 
 ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 4.0  # that a section may take
+
+
+class Outcome(TypedDict):
+    """Of a section: ok, skipped or FAILED; what it found; how long it took."""
+
+    status: str
+    found: str
+    seconds: float
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         if not torch.cuda.is_available():
             print("error: no CUDA device; infra/gpu_check.sh --dry runs on the CPU", file=sys.stderr)
             return 2
-    found = {}
+    found: dict[str, Outcome] = {}
     for name in chosen:
         began = time.perf_counter()
         print(f"== {name}: {sections[name].expected}", flush=True)
@@ -69,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     return int(any(f["status"] == "FAILED" for f in found.values()))
 
 
-def _sections():
+def _sections() -> dict[str, Section]:
     import numbers_agree  # noqa: F401  registers its sections, as do the next two
     import speed  # noqa: F401
     import training  # noqa: F401
@@ -78,7 +90,7 @@ def _sections():
     return SECTIONS
 
 
-def _here(section, args) -> tuple[str, str]:
+def _here(section: Section, args: argparse.Namespace) -> tuple[str, str]:
     """Runs a section in this process; what it prints goes into a file."""
     from checks import Check, Failed, Skipped
 
@@ -96,13 +108,13 @@ def _here(section, args) -> tuple[str, str]:
             return "FAILED", f"{type(error).__name__}: {said[0][:200] if said else ''} (see {log})"
 
 
-def _one(section, args) -> int:
+def _one(section: Section, args: argparse.Namespace) -> int:
     status, text = _here(section, args)
     (args.out / f"{section.name}.json").write_text(json.dumps([status, text]))
     return 0
 
 
-def _apart(section, args) -> tuple[str, str]:
+def _apart(section: Section, args: argparse.Namespace) -> tuple[str, str]:
     """Runs a section in a process of its own."""
     result = args.out / f"{section.name}.json"
     result.unlink(missing_ok=True)
@@ -121,7 +133,7 @@ def _apart(section, args) -> tuple[str, str]:
     return "FAILED", f"ended with code {process.returncode}: {last[:200]}"
 
 
-def _table(sections, found) -> str:
+def _table(sections: dict[str, Section], found: dict[str, Outcome]) -> str:
     lines = ["", "| section | expected | found | | s |", "|---|---|---|---|---|"]
     for name, f in found.items():
         text = f["found"].replace("\n", "<br>").replace("|", "/")

@@ -7,15 +7,19 @@ import contextlib
 import json
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from checks import Check, need, peak, section
+from torch import nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from occstream.launch.bench_step import bench_step
-from occstream.models import kernels
+from occstream.models import Batch, kernels
+from occstream.pretrain.config import Config
 from occstream.pretrain.meter import best_time
 from occstream.pretrain.networks import accelerate, create_model
 from occstream.pretrain.tasks.registry import task_of
@@ -24,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BATCH = 8
 
 
-def _step(model, frames, config, device: torch.device) -> torch.Tensor:
+def _step(model: nn.Module, frames: Batch, config: Config, device: torch.device) -> torch.Tensor:
     with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
         outputs = model(frames)
     loss, _ = task_of(config).loss(outputs, frames)
@@ -72,11 +76,17 @@ class _Waits(TorchDispatchMode):
         "repeat_interleave.Tensor",
     )
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.lines: collections.Counter[str] = collections.Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         name = str(func).removeprefix("aten.")
         masked = name.startswith("index") and any(
             isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in _flat(args[1:2])
@@ -92,7 +102,7 @@ class _Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _flat(value):
+def _flat(value: Iterable[object]) -> list[object]:
     return [v for item in value for v in (item if isinstance(item, list | tuple) else [item])]
 
 
@@ -139,7 +149,7 @@ def waits(check: Check) -> str:
     return need(total <= 6, f"{total}: " + ", ".join(f"{c} x {line}" for line, c in lines.most_common(8)))
 
 
-def _profiled(model, frames, config, device: torch.device, out: Path) -> None:
+def _profiled(model: nn.Module, frames: Batch, config: Config, device: torch.device, out: Path) -> None:
     """What the CUDA runtime was waited for, by the profiler."""
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds, with_stack=True) as trace:

@@ -3,7 +3,10 @@
 Only uniform numbers, products and sums: their bits depend neither on the CPU nor on the version of NumPy.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -12,6 +15,7 @@ CLASSES = (
     "barrier",
 )  # fmt: skip
 ATTRIBUTES = 8
+Draw = Callable[[int | tuple[int, ...]], np.ndarray]  # uniform numbers of a shape
 
 
 def boxes(seed: int = 0, count: int = 200) -> list[dict[str, dict[str, np.ndarray]]]:
@@ -73,15 +77,15 @@ def points(seed: int = 0, count: int = 200) -> list[dict[str, np.ndarray]]:
     return frames
 
 
-def _labels(draw, n, lowest):
+def _labels(draw: Draw, n: int, lowest: int) -> np.ndarray:
     kinds = lowest + (draw(n) * (17 - lowest)).astype(np.int64)
     kinds[kinds == 14] = 15
     return kinds * 1000 + np.where((kinds >= 1) & (kinds <= 10), 1 + (draw(n) * 6).astype(np.int64), 0)
 
 
-def _sizes(draw, n):
+def _sizes(draw: Draw, n: int) -> np.ndarray:
     return 0.5 + draw((n, 3)) * [5, 2, 2]
 
 
-def _yaws(draw, n):
+def _yaws(draw: Draw, n: int) -> np.ndarray:
     return (draw((n, 1)) * 2 - 1) * math.pi

@@ -3,6 +3,8 @@
 Usage: python infra/metrics_check/ours.py OUT [SEED]
 """
 
+from __future__ import annotations
+
 import json
 import math
 import sys
@@ -27,7 +29,7 @@ from occstream.evaluation.submission import (
 from occstream.sharding.rawfiles import pose_of
 
 
-def score_boxes(scenes) -> dict[str, float]:
+def score_boxes(scenes: list[dict[str, dict[str, np.ndarray]]]) -> dict[str, float]:
     """Of the frames as they are, in their ego frames."""
     metric = DetectionMetric()
     for i, scene in enumerate(scenes):
@@ -35,7 +37,7 @@ def score_boxes(scenes) -> dict[str, float]:
     return metric.result()
 
 
-def score_points(scenes) -> dict[str, dict[str, float]]:
+def score_points(scenes: list[dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
     panoptic, semantic = nuscenes_panoptic(), PointMetric()
     for scene in scenes:
         (classes, instances), (true, true_instances) = (split_labels(scene[k]) for k in ("predicted", "truth"))
@@ -53,7 +55,7 @@ def pose(i: int) -> np.ndarray:
     return pose_of((600 + 3.7 * i, 1600 - 1.3 * i, 0.3), (math.cos(0.1 * i), 0, 0, math.sin(0.1 * i)))
 
 
-def write_boxes(scenes, out: Path) -> None:
+def write_boxes(scenes: list[dict[str, dict[str, np.ndarray]]], out: Path) -> None:
     results, truth, racks = {}, {}, {}
     for i, scene in enumerate(scenes):
         results[token(i)] = global_boxes(token(i), BoxSet(**scene["predicted"]), pose(i))
@@ -80,7 +82,7 @@ def _truth_records(i: int, rows: dict) -> list[dict]:
     return records
 
 
-def write_points(scenes, out: Path) -> None:
+def write_points(scenes: list[dict[str, np.ndarray]], out: Path) -> None:
     write_meta(out, "val", Inputs(lidar=True))
     counts = {}
     for i, scene in enumerate(scenes):

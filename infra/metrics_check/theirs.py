@@ -3,11 +3,14 @@
 Usage: DEVKIT/bin/python infra/metrics_check/theirs.py OUT
 """
 
+from __future__ import annotations
+
 import importlib.metadata
 import json
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nuscenes.eval.common.data_classes import EvalBoxes
@@ -29,10 +32,10 @@ ERRORS = {"trans_err": "mATE", "scale_err": "mASE", "orient_err": "mAOE", "vel_e
 class Tables:
     """What the devkit asks a data set for: the ego's place in a sample, and its bicycle racks."""
 
-    def __init__(self, truth):
+    def __init__(self, truth: dict[str, Any]) -> None:
         self.truth = truth
 
-    def get(self, table, token):
+    def get(self, table: str, token: str) -> dict[str, Any]:
         if table == "sample":
             racks = [f"{token}/{i}" for i in range(len(self.truth["racks"][token]))]
             return {"data": {"LIDAR_TOP": token}, "anns": racks}
@@ -44,7 +47,7 @@ class Tables:
         return {"category_name": "static_object.bicycle_rack", **self.truth["racks"][sample][int(place)]}
 
 
-def detection(out):
+def detection(out: Path) -> dict[str, float]:
     truth, config = json.loads((out / "truth.json").read_text()), config_factory("detection_cvpr_2019")
     predicted, _ = load_prediction(str(out / "detection.json"), config.max_boxes_per_sample, DetectionBox)
     true = EvalBoxes()
@@ -66,7 +69,7 @@ def detection(out):
     return scores
 
 
-def true_box(record):
+def true_box(record: dict[str, Any]) -> DetectionBox:
     return DetectionBox(
         sample_token=record["sample_token"],
         translation=record["translation"],
@@ -79,7 +82,7 @@ def true_box(record):
     )
 
 
-def points(out):
+def points(out: Path) -> dict[str, dict[str, float]]:
     quality, semantic = PanopticEval(len(NAMES), ignore=[0], min_points=15), ConfusionMatrix(len(NAMES), 0)
     for file in sorted(out.glob("truth-*.npz")):
         sweep = file.stem[len("truth-") :]
@@ -101,7 +104,7 @@ def points(out):
     return {"panoptic": plain(scores), "lidarseg": plain(lidarseg)}
 
 
-def main(out):
+def main(out: Path) -> None:
     packages = ("nuscenes-devkit", "numpy", "pyquaternion", "shapely")
     versions = {name: importlib.metadata.version(name) for name in packages}
     scores = {"versions": {"python": platform.python_version(), **versions}, "detection": detection(out), **points(out)}
