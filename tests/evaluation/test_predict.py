@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from occstream.evaluation.evaluate import classify
+from occstream.evaluation.occupancy import classify
 from occstream.evaluation.predict import predict
 from occstream.models import OccOutputs
 from occstream.pretrain.augment import two_best

@@ -14,8 +14,9 @@ import torch
 from occstream.launch import cli, run
 from occstream.launch.bench_step import bench_step
 from occstream.launch.dryrun import dry_run
+from occstream.launch.grid import plan
 from occstream.launch.predict import predict_checkpoint
-from occstream.launch.study import load_study, plan
+from occstream.launch.study import load_study
 from occstream.pretrain import trained, trainer
 from occstream.pretrain.config import load_config
 from occstream.pretrain.distributed import World
@@ -137,7 +138,7 @@ replay: {{url: {data}, holdout: 1}}
 strategies: {{S+B: {{replay: true}}}}
 seeds: [0, 1]
 """)
-    runs = plan(load_study(str(study), ()))
+    runs = plan(load_study(str(study)))
     assert len(runs) == 6
     assert {run.config.task for run in runs} == {name}
     assert {run.config.stage for run in runs} == {"pretrain", "finetune"}
