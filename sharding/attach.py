@@ -43,7 +43,7 @@ class Sidecar:
         labels: str,
         origin: Any,
         convention: str = "",
-    ):
+    ) -> None:
         if not re.fullmatch(r"(labels|pseudo)-[a-z0-9-]{1,40}", group):
             raise ValueError(f"group {group!r}: call it labels-… or pseudo-… with lower-case letters, digits and '-'")
         self.base = base

@@ -55,7 +55,7 @@ class Coding:
     level: int = 19
     lidar_step: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.level <= 22:
             raise ValueError(f"zstd level {self.level} is out of range 1..22")
         if not 0 <= self.lidar_step <= 0.1:

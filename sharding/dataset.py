@@ -82,7 +82,7 @@ class Dataset:
         threads: int,
         transform: Callable[[Frame, int], Any],
         cache: storage.ShardCache | None,
-    ):
+    ) -> None:
         self.manifest, self._groups, self._window, self._batch = manifest, tuple(groups), window, batch
         self._scenes, self._seed, self._ranks, self._threads = scenes, seed, ranks, threads
         self._transform, self._cache = transform, cache

@@ -7,6 +7,8 @@ unless it is asked to.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 
@@ -15,8 +17,13 @@ _QUARTER_2 = 6.077100506303966e-11
 _QUARTER_3 = 2.0222662487111665e-21
 
 
+def _elementwise(scalar: Callable[..., float]) -> np.ufunc:
+    """What is written for numbers, for arrays of any shape."""
+    return numba.vectorize(cache=True)(scalar)
+
+
 @numba.njit(cache=True, nogil=True)
-def cos_sin(angle):
+def cos_sin(angle: float) -> tuple[float, float]:
     """(cosine, sine) of an angle in radians below 1e5, to 2e-16."""
     quarters = np.floor(angle * 0.6366197723675814 + 0.5)
     r = ((angle - quarters * _QUARTER) - quarters * _QUARTER_2) - quarters * _QUARTER_3
@@ -36,20 +43,20 @@ def cos_sin(angle):
     return s, -c
 
 
-@numba.vectorize(cache=True)
-def cos(angle):
+@_elementwise
+def cos(angle: float) -> float:
     """Cosines of angles in radians, any shape."""
     return cos_sin(angle)[0]
 
 
-@numba.vectorize(cache=True)
-def sin(angle):
+@_elementwise
+def sin(angle: float) -> float:
     """Sines of angles in radians, any shape."""
     return cos_sin(angle)[1]
 
 
 @numba.njit(cache=True, nogil=True)
-def angle_of(x, y):
+def angle_of(x: float, y: float) -> float:
     """Angle of a vector from the x axis, radians in -pi..pi; 0 for no vector."""
     length = np.sqrt(x * x + y * y)
     if not length > 0:
@@ -64,14 +71,14 @@ def angle_of(x, y):
     return angle
 
 
-@numba.vectorize(cache=True)
-def angle(x, y):
+@_elementwise
+def angle(x: float, y: float) -> float:
     """Angles of vectors from the x axis, any shape; see ``angle_of``."""
     return angle_of(x, y)
 
 
 @numba.njit(cache=True, nogil=True)
-def decay(x):
+def decay(x: float) -> float:
     """exp(-x) for 0 <= x < 100, to 1e-11 of its value."""
     t = -x / 1024
     value = 1.0
@@ -82,8 +89,8 @@ def decay(x):
     return value
 
 
-@numba.vectorize(cache=True)
-def log(x):
+@_elementwise
+def log(x: float) -> float:
     """Natural logarithms of positive numbers, to 1e-15, any shape."""
     exponent = 0
     while x >= 1.4142135623730951:

@@ -35,7 +35,7 @@ class VoxelGrid:
     voxel: tuple[float, float, float]
     frame: str = "ego"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("lower", "upper", "voxel"):
             value = tuple(float(v) for v in getattr(self, field))
             if len(value) != 3:

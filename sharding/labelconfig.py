@@ -36,7 +36,7 @@ class LabelConfig:
     supported: bool = True
     vehicle: tuple[float, float, float, float, float, float] = (-1.2, -1.2, -0.5, 4.0, 1.2, 2.3)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         lowest = {"min_points": 1, "dilation": 0, "max_range": 0, "box_margin": 0, "ray_frames": 0, "max_rays": 0}
         for name, low in lowest.items():
             if not low <= getattr(self, name) < math.inf:

@@ -7,6 +7,7 @@ they end. The baseline is what a single sweep gives: the nearest one that was ke
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +16,7 @@ from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.labelconfig import LabelConfig
 from occstream.sharding.labels import label_scene, sweep_to_grid, usable_returns
 from occstream.sharding.levelling import level
-from occstream.sharding.schema import LidarSweep, Scene, Taxonomy, labeled, swept
+from occstream.sharding.schema import Frame, LidarSweep, Scene, Taxonomy, labeled, posed, swept
 from occstream.sharding.voxelrays import crossings
 
 SLACK = 1.0  # meters before its end in which a ray may touch what it hits
@@ -145,17 +146,19 @@ def measure(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: LabelConf
     return quality
 
 
-def _from(frame):
+def _from(frame: Frame) -> Callable[[LidarSweep], float]:
     """Distance of a sweep from a frame: in time, or in place where there is no time."""
-    if frame.timestamp is None:
-        return lambda sweep: np.linalg.norm(sweep.ego_to_global[:3, 3] - frame.ego_to_global[:3, 3])
-    return lambda sweep: abs(sweep.timestamp - frame.timestamp)
+    time = frame.timestamp
+    if time is None:
+        place = posed(frame)[:3, 3]
+        return lambda sweep: float(np.linalg.norm(sweep.ego_to_global[:3, 3] - place))
+    return lambda sweep: abs(sweep.timestamp - time)
 
 
 def _score(
-    score: Score, frame, occupied: np.ndarray, observed: np.ndarray | None, grid: VoxelGrid, config: LabelConfig
-):
-    sweep = frame.lidar
+    score: Score, frame: Frame, occupied: np.ndarray, observed: np.ndarray | None, grid: VoxelGrid, config: LabelConfig
+) -> None:
+    sweep = swept(frame)
     pose = sweep_to_grid(frame, sweep, grid)
     ends = usable_returns(sweep, pose, config)[0].astype(np.float64)
     index, inside = grid.to_index(ends)

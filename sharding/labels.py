@@ -244,7 +244,9 @@ def _rays(scene: Scene, number: int, config: LabelConfig) -> Iterator[tuple[Lida
         yield sweep, xyz[near]
 
 
-def _dilate(occupied: np.ndarray, semantic: np.ndarray | None, unseen: np.ndarray, times: int):
+def _dilate(
+    occupied: np.ndarray, semantic: np.ndarray | None, unseen: np.ndarray, times: int
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Grown ``occupied``, and ``semantic`` with the class of a neighbor in the new voxels."""
     for _ in range(times):
         grown = np.asarray(ndimage.binary_dilation(occupied), bool) & (unseen | occupied)
@@ -273,7 +275,7 @@ def _camera_mask(frame: Frame, solid: np.ndarray, wanted: np.ndarray, grid: Voxe
     return seen
 
 
-def box_poses(boxes: Boxes, from_ego: np.ndarray, key: str):
+def box_poses(boxes: Boxes, from_ego: np.ndarray, key: str) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
     """Of all boxes: class names; tracks (a box without one is one of its own); (B, 4, 4) box -> where ``from_ego`` leads;
     (B, 3) half sizes."""
     rows = boxes.boxes.astype(np.float64)

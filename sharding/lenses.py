@@ -89,7 +89,7 @@ class BrownConrady:
     center: tuple[float, float]
     coefficients: tuple[float, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.coefficients) not in (4, 5, 8):
             raise ValueError(
                 f"{len(self.coefficients)} coefficients of distortion: give 4, 5 or 8 (k1 k2 p1 p2 k3 k4 k5 k6)"
@@ -184,7 +184,7 @@ class FTheta:
     max_angle: float
     linear: tuple[float, float, float] = (1.0, 0.0, 0.0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (self.forward or self.backward):
             raise ValueError("an f-theta lens needs one of its polynomials, angle to pixels or pixels to angle")
         if not 0 < self.max_angle < np.pi:
@@ -245,7 +245,7 @@ class KannalaBrandt:
     coefficients: tuple[float, float, float, float]
     max_angle: float = 1.9
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.coefficients) != 4:
             raise ValueError(f"{len(self.coefficients)} coefficients of a fisheye: give 4 (k1 k2 k3 k4)")
         if not 0 < self.max_angle < np.pi:
@@ -353,12 +353,12 @@ def _flat(rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rays[:, :2] / np.where(before, rays[:, 2], 1)[:, None], before
 
 
-def _placed(lens, flat: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _placed(lens: Lens, flat: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     at = flat * lens.focal + lens.center
     return at, seen & _inside(lens, at)
 
 
-def _inside(lens, at: np.ndarray) -> np.ndarray:
+def _inside(lens: Lens, at: np.ndarray) -> np.ndarray:
     """Within the outermost pixels' edges, where the image still has a value to give."""
     return (at >= -0.5).all(1) & (at[:, 0] <= lens.width - 0.5) & (at[:, 1] <= lens.height - 0.5)
 

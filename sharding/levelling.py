@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from typing import TypeVar
 
 import numpy as np
 
 from occstream.sharding.exactmath import cos_sin
 from occstream.sharding.poses import apply, compose, inverse, rotate
-from occstream.sharding.schema import LidarSweep, Scene, posed
+from occstream.sharding.schema import Camera, Frame, LidarSweep, Scene, posed
+
+Part = TypeVar("Part", LidarSweep, Camera)
 
 CELL = 1.0  # meters: edge of the cells of the height maps
 NEAR, FAR = 3.0, 30.0  # meters from the vehicle: where ground is looked for
@@ -34,7 +37,13 @@ def level(scene: Scene) -> Scene:
         fix = compose(_step(ground, earlier, compose(fix, posed(frame))[:3, 3]), fix)
         earlier.append(_ground(frame.lidar, fix) if frame.lidar is not None else {})
 
-        def between(sweep: LidarSweep, last=last, fix=fix, frame=frame, before=before) -> np.ndarray:
+        def between(
+            sweep: LidarSweep,
+            last: np.ndarray = last,
+            fix: np.ndarray = fix,
+            frame: Frame = frame,
+            before: Frame | None = before,
+        ) -> np.ndarray:
             """Sweeps drift from one key-frame's height to the next one's."""
             now, then = frame.timestamp, before.timestamp if before else None
             if now is None or then is None or now == then:
@@ -55,7 +64,7 @@ def level(scene: Scene) -> Scene:
     return dataclasses.replace(scene, frames=frames)
 
 
-def _moved(part, fix: np.ndarray):
+def _moved(part: Part, fix: np.ndarray) -> Part:
     """A sweep or camera with a corrected ego pose."""
     return dataclasses.replace(part, ego_to_global=compose(fix, part.ego_to_global))
 

@@ -40,7 +40,7 @@ class Trajectory:
     times: np.ndarray
     ego_to_global: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         times, poses = np.asarray(self.times, np.int64), np.asarray(self.ego_to_global, np.float64)
         if len(times) < 2 or poses.shape != (len(times), 4, 4):
             raise ValueError(

@@ -76,7 +76,7 @@ class Order:
         draw: int | None = None,
         shards: Sequence[int] | None = None,
         lanes: int = LANES,
-    ):
+    ) -> None:
         self.scenes, self.frames = np.asarray(scenes, np.int64), np.asarray(frames, np.int64)
         if len(self.scenes) != len(self.frames) or self.frames.sum() == 0:
             raise ValueError(f"cannot order {len(self.scenes)} scenes with {int(self.frames.sum())} frames in all")
@@ -129,7 +129,7 @@ class Order:
 class _Epoch:
     """One pass: O(scenes) to set up, O(log scenes) for a sample."""
 
-    def __init__(self, order: Order, number: int):
+    def __init__(self, order: Order, number: int) -> None:
         self.number, self._key = number, (*order._key, number)
         chosen = order._chosen(generator(*order._key, "scenes", number))
         self.scenes, frames = order.scenes[chosen], order.frames[chosen]
@@ -178,7 +178,7 @@ class Quotas:
         ValueError: a weight is below 1, or their sum is beyond a million.
     """
 
-    def __init__(self, weights: Sequence[int], batch: int):
+    def __init__(self, weights: Sequence[int], batch: int) -> None:
         if not weights or min(weights) < 1 or sum(weights) > 10**6:
             raise ValueError(f"weights {list(weights)}: need whole numbers from 1, a million in all at most")
         period = sum(weights) // math.gcd(*weights)

@@ -20,7 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypedDict, Unpack
 
 from occstream.sharding import lease, storage, threads
 from occstream.sharding.codec import FORMAT_VERSION, GROUPS, Coding, canonical_json, encode
@@ -42,6 +42,17 @@ class LabelStep(Protocol):
     version: str
 
     def __call__(self, scene: Scene) -> Scene: ...
+
+
+class Settings(TypedDict, total=False):
+    """What ``pack`` passes on to its ``Job``; see there."""
+
+    groups: tuple[str, ...]
+    grid: VoxelGrid | None
+    label: LabelStep | None
+    images: Images
+    coding: Coding
+    scenes_per_shard: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class Job:
     coding: Coding = field(default_factory=Coding)
     scenes_per_shard: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unknown = [g for g in self.groups if g not in GROUPS]
         if unknown or not self.groups:
             what = f"unknown group {unknown[0]!r}" if unknown else "no groups given"
@@ -184,7 +195,7 @@ def pack(
     max_failures: int = 0,
     recheck: bool = False,
     progress: Callable[[Progress], None] | None = None,
-    **settings,
+    **settings: Unpack[Settings],
 ) -> Manifest | None:
     """Packs all scenes of a source, or one part of them.
 

@@ -28,7 +28,7 @@ class _Kind:
 
     __slots__ = ("dtype",)
 
-    def __init__(self, name: Any, *flags: Any):
+    def __init__(self, name: Any, *flags: Any) -> None:
         if not isinstance(name, str) or not _PLAIN.fullmatch(name):
             raise pickle.UnpicklingError(f"an array of type {str(name)[:40]!r}")
         self.dtype = np.dtype(name)
@@ -49,7 +49,7 @@ class _Array:
 
     __slots__ = ("value",)
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.value: np.ndarray | None = None
 
     def __setstate__(self, state: Any) -> None:
@@ -92,7 +92,7 @@ class _Name:
 
     __slots__ = ("_call",)
 
-    def __init__(self, call: Any):
+    def __init__(self, call: Any) -> None:
         object.__setattr__(self, "_call", call)
 
     def __call__(self, *args: Any) -> Any:

@@ -47,7 +47,7 @@ class Images:
     cameras: tuple[str, ...] = ()
     max_black: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.short_side < 0 or 0 < self.short_side < 16:
             raise ValueError(f"short side {self.short_side} must be 0 (as they are) or at least 16 pixels")
         if not 1 <= self.quality <= 100:
@@ -208,7 +208,7 @@ def _pairs(seen: np.ndarray, axis: int) -> np.ndarray:
     return seen[1:] & seen[:-1] if axis == 0 else seen[:, 1:] & seen[:, :-1]
 
 
-def decoded(jpeg: bytes, **options) -> np.ndarray:
+def decoded(jpeg: bytes, **options: int) -> np.ndarray:
     """(H, W, 3) uint8 RGB. Raises ValueError that says what to do."""
     try:
         return simplejpeg.decode_jpeg(jpeg, "RGB", **options)

@@ -43,7 +43,7 @@ class Received:
         ValueError: in the methods: names file and field.
     """
 
-    def __init__(self, data: Mapping[str, Any], where: str):
+    def __init__(self, data: Mapping[str, Any], where: str) -> None:
         self.data, self.where = data, where
 
     def fail(self, problem: str) -> ValueError:

@@ -29,7 +29,7 @@ class Row:
 
     __slots__ = ("values", "where")
 
-    def __init__(self, where: str, values: Any):
+    def __init__(self, where: str, values: Any) -> None:
         if not isinstance(values, Mapping):
             raise ValueError(f"{where}: is {_short(values)}, not a record of fields")
         self.where, self.values = where, values
@@ -162,7 +162,7 @@ class Table:
         ValueError: it is missing or damaged, or two records have one token.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.records = read_list(path)
         try:

@@ -311,7 +311,7 @@ class Scene:
     frames: Sequence[Frame]
     attributes: dict = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_scene_name(self.name)
 
 

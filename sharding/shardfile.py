@@ -38,7 +38,7 @@ def _usable(record: object) -> bool:
 class ShardWriter:
     """Writes one tar; the bytes depend on the members alone."""
 
-    def __init__(self, path: Path, header: dict):
+    def __init__(self, path: Path, header: dict) -> None:
         self.path, self.index = path, []
         self._file = path.open("w+b")
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115

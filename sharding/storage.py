@@ -204,7 +204,7 @@ def fetch(url: str, path: Path) -> None:
 def size(url: str) -> int | None:
     """Bytes of an object, None if there is none."""
 
-    def look(fs, path: str) -> int:
+    def look(fs: Any, path: str) -> int:
         fs.invalidate_cache()
         return fs.info(path)["size"]
 
@@ -217,7 +217,7 @@ def size(url: str) -> int | None:
 def _entries(url: str) -> list[dict]:
     """What lies directly below a URL, as the store has it now; empty if there is nothing."""
 
-    def look(fs, path: str) -> list[dict]:
+    def look(fs: Any, path: str) -> list[dict]:
         fs.invalidate_cache()
         return fs.ls(path, detail=True)
 
@@ -292,13 +292,13 @@ def publish(source: Path | bytes, url: str) -> None:
             raise
         return
 
-    def send(fs, path: str) -> None:
+    def send(fs: Any, path: str) -> None:
         if isinstance(source, bytes):
             fs.pipe_file(path, source)
         else:
             fs.put_file(str(source), path, chunksize=PART)
 
-    def put(fs, path: str) -> None:
+    def put(fs: Any, path: str) -> None:
         try:
             send(fs, path)
         except FileNotFoundError:
@@ -344,7 +344,7 @@ class ShardCache:
         limit: bytes; the least recently used shards go when a new one needs room.
     """
 
-    def __init__(self, folder: str | Path, limit: int = 64 << 30):
+    def __init__(self, folder: str | Path, limit: int = 64 << 30) -> None:
         self.folder, self.limit = Path(folder), limit
         self.folder.mkdir(parents=True, exist_ok=True)
         self._checked: set[str] = set()

@@ -60,7 +60,7 @@ class ShardReader:
         groups: tuple[str, ...],
         cache: storage.ShardCache | None = None,
         keep_open: int = 128,
-    ):
+    ) -> None:
         self.manifest, self.groups, self.cache = manifest, groups, cache
         self.bytes_read = 0
         self._lock = threading.Lock()
@@ -304,7 +304,7 @@ class Stream:
         deadline: float = 600.0,
         window: tuple[int, ...] = (),
         finish: Callable[[StreamBatch], None] | None = None,
-    ):
+    ) -> None:
         if ring < 2:
             raise ValueError(f"ring is {ring}, needs at least 2: one for the consumer, one to fill")
         if capacity < 1 or threads < 0:
@@ -409,7 +409,7 @@ class Stream:
     def __enter__(self) -> Stream:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -6,11 +6,15 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+At = tuple[int, int, int]  # a voxel, or a whole number on each axis
+Along = tuple[float, float, float]  # a value on each axis
 TINY = 1e-12  # instead of a direction's component of 0: it never reaches its next face
 
 
 @numba.njit(cache=True, nogil=True)
-def _begin(ox, oy, oz, dx, dy, dz, shape, limit):
+def _begin(
+    ox: float, oy: float, oz: float, dx: float, dy: float, dz: float, shape: tuple[int, ...], limit: float
+) -> tuple[bool, int, At, Along, At, Along]:
     """The start of a walk along origin + t * direction, 0 <= t <= limit.
 
     Returns:
@@ -42,7 +46,7 @@ def _begin(ox, oy, oz, dx, dy, dz, shape, limit):
 
 
 @numba.njit(cache=True, nogil=True)
-def _advance(at, turn, step, pace):
+def _advance(at: At, turn: Along, step: At, pace: Along) -> tuple[float, int, At, Along]:
     """(t, axis, at, turn): where the walk leaves a voxel, by which axis, and the next voxel."""
     x, y, z = at
     tx, ty, tz = turn
@@ -54,12 +58,12 @@ def _advance(at, turn, step, pace):
 
 
 @numba.njit(cache=True, nogil=True)
-def _within(at, shape):
+def _within(at: At, shape: tuple[int, ...]) -> bool:
     return 0 <= at[0] < shape[0] and 0 <= at[1] < shape[1] and 0 <= at[2] < shape[2]
 
 
 @numba.njit(cache=True, nogil=True)
-def first_hit(solid, origins, directions):
+def first_hit(solid: np.ndarray, origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First solid voxel on each ray.
 
     Args:
@@ -87,7 +91,7 @@ def first_hit(solid, origins, directions):
 
 
 @numba.njit(cache=True, nogil=True)
-def mark_free(passed, xyz, pose):
+def mark_free(passed: np.ndarray, xyz: np.ndarray, pose: np.ndarray) -> None:
     """Marks the voxels that rays from a sensor to its returns pass before the voxel they end in (which is not marked).
 
     Args:
@@ -111,7 +115,7 @@ def mark_free(passed, xyz, pose):
 
 
 @numba.njit(cache=True, nogil=True)
-def crossings(solid, origin, ends, slack):
+def crossings(solid: np.ndarray, origin: np.ndarray, ends: np.ndarray, slack: float) -> np.ndarray:
     """What rays meet before their ends.
 
     Args:
@@ -138,7 +142,7 @@ def crossings(solid, origin, ends, slack):
 
 
 @numba.njit(cache=True, nogil=True)
-def _look(solid, seen, origin, a, b, c):
+def _look(solid: np.ndarray, seen: np.ndarray, origin: np.ndarray, a: float, b: float, c: float) -> None:
     """Marks the voxels from one point to another, up to the first solid one."""
     shape = solid.shape
     ox, oy, oz = origin[0], origin[1], origin[2]
@@ -152,7 +156,16 @@ def _look(solid, seen, origin, a, b, c):
 
 
 @numba.njit(cache=True, nogil=True)
-def mark_visible(solid, wanted, seen, origin, to_camera, intrinsics, width, height):
+def mark_visible(
+    solid: np.ndarray,
+    wanted: np.ndarray,
+    seen: np.ndarray,
+    origin: np.ndarray,
+    to_camera: np.ndarray,
+    intrinsics: np.ndarray,
+    width: int,
+    height: int,
+) -> None:
     """Marks what a camera sees: on the way to every voxel center in its image, all voxels up to the first solid one.
 
     Args:
@@ -187,7 +200,9 @@ def mark_visible(solid, wanted, seen, origin, to_camera, intrinsics, width, heig
 
 
 @numba.njit(cache=True, nogil=True)
-def place_returns(xyz, to_ego, to_scene, low, high, reach):
+def place_returns(
+    xyz: np.ndarray, to_ego: np.ndarray, to_scene: np.ndarray, low: np.ndarray, high: np.ndarray, reach: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Moves a sweep's returns, and tells which can be used.
 
     Args:
@@ -222,7 +237,15 @@ def place_returns(xyz, to_ego, to_scene, low, high, reach):
 
 
 @numba.njit(cache=True, nogil=True)
-def count_points(xyz, classes, pose, lower, voxel, counts, votes):
+def count_points(
+    xyz: np.ndarray,
+    classes: np.ndarray,
+    pose: np.ndarray,
+    lower: np.ndarray,
+    voxel: np.ndarray,
+    counts: np.ndarray,
+    votes: np.ndarray,
+) -> None:
     """Counts points by voxel, and their classes where ``votes`` has room.
 
     Args:
@@ -251,7 +274,7 @@ def count_points(xyz, classes, pose, lower, voxel, counts, votes):
 
 
 @numba.njit(cache=True, nogil=True)
-def first_box(points, into_box, half):
+def first_box(points: np.ndarray, into_box: np.ndarray, half: np.ndarray) -> np.ndarray:
     """The first box that holds each point.
 
     Args:

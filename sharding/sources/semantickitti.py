@@ -195,7 +195,15 @@ class SemanticKitti:
             )
         return Scene(name, frames, {"sequence": piece.folder, "ego_height": EGO_HEIGHT})
 
-    def _camera(self, folder, scan, calibration, velo_to_cam, pose, time) -> Camera | None:
+    def _camera(
+        self,
+        folder: Path,
+        scan: int,
+        calibration: dict[str, np.ndarray],
+        velo_to_cam: np.ndarray,
+        pose: np.ndarray,
+        time: int,
+    ) -> Camera | None:
         path = folder / "image_2" / f"{scan:06d}.png"
         if not self.cameras or not path.is_file():
             return None

@@ -365,7 +365,7 @@ class Synthetic:
 class _Moment:
     """All solids of a world at one time, binned for ray casting."""
 
-    def __init__(self, world: World, time: float):
+    def __init__(self, world: World, time: float) -> None:
         self.world, self.time = world, time
         ego = world.ego(time)[:2, 3]
         rows, colors, textures, names = [], [], [], []

@@ -18,7 +18,9 @@ GROUND, NOTHING = -2, -1
 
 
 @numba.njit(cache=True, nogil=True)
-def bin_solids(solids, x0, y0, cell, nx, ny):
+def bin_solids(
+    solids: np.ndarray, x0: float, y0: float, cell: float, nx: int, ny: int
+) -> tuple[np.ndarray, np.ndarray]:
     """CSR lists of the solids that touch each cell of the 2-D grid: ``starts`` (nx * ny + 1,), ``items``."""
     count = np.zeros(nx * ny + 1, np.int64)
     bounds = np.zeros((len(solids), 4), np.int64)
@@ -44,7 +46,7 @@ def bin_solids(solids, x0, y0, cell, nx, ny):
 
 
 @numba.njit(cache=True, nogil=True)
-def ground_height(height, x0, y0, cell, x, y):
+def ground_height(height: np.ndarray, x0: float, y0: float, cell: float, x: float, y: float) -> float:
     """Bilinear height at a point; the raster is extended at its border."""
     u, v = (x - x0) / cell - 0.5, (y - y0) / cell - 0.5
     u, v = u if u > 0.0 else 0.0, v if v > 0.0 else 0.0  # NaN becomes 0: it must not become an index
@@ -56,7 +58,9 @@ def ground_height(height, x0, y0, cell, x, y):
 
 
 @numba.njit(cache=True, nogil=True)
-def _intersect(s, ox, oy, oz, dx, dy, dz, limit, out):
+def _intersect(
+    s: np.ndarray, ox: float, oy: float, oz: float, dx: float, dy: float, dz: float, limit: float, out: np.ndarray
+) -> float:
     """Nearest entry of a ray into a solid before ``limit``; writes normal (world) and hit point (own frame) to ``out``."""
     px, py, pz = ox - s[CX], oy - s[CY], oz - s[CZ]
     lx, ly = s[COS] * px + s[SIN] * py, -s[SIN] * px + s[COS] * py
@@ -134,7 +138,10 @@ def _intersect(s, ox, oy, oz, dx, dy, dz, limit, out):
 
 
 @numba.njit(cache=True, nogil=True)
-def cast(origin, directions, solids, starts, items, bins, height, raster, limit):
+def cast(
+    origin: np.ndarray, directions: np.ndarray, solids: np.ndarray, starts: np.ndarray, items: np.ndarray,
+    bins: np.ndarray, height: np.ndarray, raster: np.ndarray, limit: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """Nearest hit of each ray.
 
     Args:
@@ -210,7 +217,7 @@ def cast(origin, directions, solids, starts, items, bins, height, raster, limit)
 
 
 @numba.njit(cache=True, nogil=True)
-def _noise(a, b, c, seed):
+def _noise(a: int, b: int, c: int, seed: int) -> float:
     """Hash of three integers to 0..1."""
     h = (a * 73856093) ^ (b * 19349663) ^ (c * 83492791) ^ (seed * 2654435761)
     h &= 0xFFFFFFFF
@@ -220,7 +227,20 @@ def _noise(a, b, c, seed):
 
 
 @numba.njit(cache=True, nogil=True)
-def shade(directions, distance, what, normal, local, colors, textures, ground, raster, ground_colors, light, seed):
+def shade(
+    directions: np.ndarray,
+    distance: np.ndarray,
+    what: np.ndarray,
+    normal: np.ndarray,
+    local: np.ndarray,
+    colors: np.ndarray,
+    textures: np.ndarray,
+    ground: np.ndarray,
+    raster: np.ndarray,
+    ground_colors: np.ndarray,
+    light: np.ndarray,
+    seed: int,
+) -> np.ndarray:
     """Color of each ray.
 
     Args:
@@ -289,7 +309,7 @@ def shade(directions, distance, what, normal, local, colors, textures, ground, r
 
 
 @numba.njit(cache=True, nogil=True)
-def _inside(s, x, y, z, margin):
+def _inside(s: np.ndarray, x: float, y: float, z: float, margin: float) -> bool:
     """Whether a point lies in a solid grown by ``margin``."""
     px, py, pz = x - s[CX], y - s[CY], z - s[CZ]
     lx, ly = s[COS] * px + s[SIN] * py, -s[SIN] * px + s[COS] * py
@@ -304,7 +324,21 @@ def _inside(s, x, y, z, margin):
 
 
 @numba.njit(cache=True, nogil=True)
-def voxelize(semantic, rank, to_world, to_grid, lower, voxel, solids, classes, priority, height, ground, raster, sub):
+def voxelize(
+    semantic: np.ndarray,
+    rank: np.ndarray,
+    to_world: np.ndarray,
+    to_grid: np.ndarray,
+    lower: np.ndarray,
+    voxel: np.ndarray,
+    solids: np.ndarray,
+    classes: np.ndarray,
+    priority: np.ndarray,
+    height: np.ndarray,
+    ground: np.ndarray,
+    raster: np.ndarray,
+    sub: int,
+) -> None:
     """Exact labels: the class of highest priority among what touches a voxel.
 
     Args:
@@ -321,7 +355,18 @@ def voxelize(semantic, rank, to_world, to_grid, lower, voxel, solids, classes, p
 
 
 @numba.njit(cache=True, nogil=True)
-def _voxelize_solids(semantic, rank, to_world, to_grid, lower, voxel, solids, classes, priority, sub):
+def _voxelize_solids(
+    semantic: np.ndarray,
+    rank: np.ndarray,
+    to_world: np.ndarray,
+    to_grid: np.ndarray,
+    lower: np.ndarray,
+    voxel: np.ndarray,
+    solids: np.ndarray,
+    classes: np.ndarray,
+    priority: np.ndarray,
+    sub: int,
+) -> None:
     nx, ny, nz = semantic.shape
     spacing = voxel / sub
     point = np.zeros(3)
@@ -378,7 +423,19 @@ def _voxelize_solids(semantic, rank, to_world, to_grid, lower, voxel, solids, cl
 
 
 @numba.njit(cache=True, nogil=True)
-def _voxelize_ground(semantic, rank, to_world, to_grid, lower, voxel, priority, height, ground, raster, sub):
+def _voxelize_ground(
+    semantic: np.ndarray,
+    rank: np.ndarray,
+    to_world: np.ndarray,
+    to_grid: np.ndarray,
+    lower: np.ndarray,
+    voxel: np.ndarray,
+    priority: np.ndarray,
+    height: np.ndarray,
+    ground: np.ndarray,
+    raster: np.ndarray,
+    sub: int,
+) -> None:
     nx, ny, nz = semantic.shape
     spacing = voxel / sub
     for i in range(nx):

@@ -115,7 +115,7 @@ class World:
 class Road:
     """Center line as points every half meter, from s = -90 m."""
 
-    def __init__(self, rng: np.random.Generator, length: float):
+    def __init__(self, rng: np.random.Generator, length: float) -> None:
         self.step, self.start = 0.5, -90.0
         s = np.arange(self.start, length + 90.0, self.step)
         bend = rng.choice([0.0, 0.006, 0.018], p=[0.3, 0.4, 0.3])
