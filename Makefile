@@ -28,7 +28,8 @@ lint: types
 # The folders are linked as the package that they are installed as: the checker cannot follow the editable install.
 types: dev
 	mkdir -p build/types/occstream
-	for folder in sharding models evaluation pretrain launch; do ln -sfn ../../../$$folder build/types/occstream/$$folder; done
+	for name in sharding models evaluation pretrain launch; do ln -sfn ../../../$$name build/types/occstream/$$name; done
+	ln -sfn ../../../occstream/__init__.py build/types/occstream/__init__.py
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: dev

@@ -205,10 +205,12 @@ class Manifest:
             if group in found.groups:
                 continue
             other = self.with_sidecar(group)
-            if (self.grid and not self.grid.same_voxels(other.grid)) or self.taxonomy != other.taxonomy:
+            grid = other.grid
+            fits = self.grid is None or (grid is not None and self.grid.same_voxels(grid))
+            if not fits or self.taxonomy != other.taxonomy:
                 raise ValueError(
-                    f"{self.url}: labels {group} are on grid {other.grid.name!r} with taxonomy {other.taxonomy!r}, the set's own "
-                    "are not; they cannot be read together"
+                    f"{self.url}: labels {group} are on grid {grid.name if grid else None} with taxonomy {other.taxonomy!r}, "
+                    "the set's own are not; they cannot be read together"
                 )
             more = tuple(s for s in other.shards if s.group == group)
             found = replace(found, groups=(*found.groups, group), shards=(*found.shards, *more))
