@@ -363,7 +363,10 @@ class Stream:
             if not self._filling:
                 raise StopIteration
             slot = self._lent = self._filling.popleft()
-        return slot.batch or self._made(slot)
+        # The slot keeps the batch, and with it arrays that are not the ring's, until it is given back: a copy to a device may
+        # still read them.
+        slot.batch = slot.batch or self._made(slot)
+        return slot.batch
 
     def ready(self) -> bool:
         """Whether the next batch is there, so that asking for it does not wait."""

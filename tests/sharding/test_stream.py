@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 from itertools import islice, pairwise
 
 import numpy as np
@@ -495,3 +496,16 @@ def test_rows_that_do_not_fit_are_named(tmp_path, change, said):
         pytest.raises(ValueError, match=said),
     ):
         next(stream)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_ragged_rows_live_as_long_as_the_rings_buffers(tmp_path, threads):
+    """A copy to a device may read them until the next batch is asked for, whether or not somebody holds the batch."""
+    manifest = pack(ToySource((6,)), str(tmp_path), grid=GRID)
+    plan = evaluation_batches([0], [6], 2, 0, 1)
+    with Stream(ShardReader(manifest, ("labels",)), plan, RAGGED, ragged_fill, 2, threads, ring=2) as stream:
+        held = weakref.ref(next(stream).arrays["points.xyz"])
+        assert held() is not None
+        for _ in range(2):
+            next(stream)
+        assert held() is None
