@@ -165,6 +165,11 @@ class Batch:
             part, _, name = name.rpartition(".")
             found.setdefault(part, {})[name] = tensor
         scene_aug = found.pop("")["scene_aug"]
+        for part, fields in found.items():
+            known = [f.name for f in dataclasses.fields(PARTS[part])] if part in PARTS else []
+            if wrong := [name for name in fields if name not in known]:
+                there = f"{part} has {', '.join(known)}" if known else f"parts are {', '.join(PARTS)}"
+                raise ValueError(f"a batch has no field {part}.{wrong[0]}; {there}")
         parts = {name: PARTS[name](**fields) for name, fields in found.items()}
         labeled = any(f.metadata["axis"] == "labeled" for part in parts.values() for f, _ in part.present())
         return cls(scene_aug, len(scene_aug) if labeled else 0, list(keys), **parts)

@@ -94,3 +94,15 @@ def test_names_make_a_batch_and_a_copy_shares_nothing():
 def test_every_tensor_of_a_part_declares_its_axis():
     fields = [f for part in PARTS.values() for f in dataclasses.fields(part)]
     assert {f.metadata["axis"] for f in fields} == {"frame", "labeled", "row", "labeled row"}
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("points.xyx", "no field points.xyx; points has xyz, counts, features"),
+        ("radar.xyz", "no field radar.xyz; parts are"),
+    ],
+)
+def test_fields_that_no_part_has_are_named(field, said):
+    with pytest.raises(ValueError, match=said):
+        Batch.of({"scene_aug": torch.eye(3)[None], field: torch.zeros(1, 3)})
