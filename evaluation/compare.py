@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run as MlflowRun
     from mlflow.tracking import MlflowClient
 
 HEADLINE = "occstream.headline"
@@ -60,6 +61,21 @@ class Row:
     values: dict[str, list[float]] = field(default_factory=dict)
 
 
+def all_runs(client: MlflowClient, experiment: str) -> list[MlflowRun]:
+    """Every run of an experiment, oldest first. Raises ValueError that lists the experiments if there is none by this name."""
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        names = ", ".join(e.name for e in client.search_experiments() if e.name != "Default") or "none"
+        raise ValueError(f"MLflow has no experiment {experiment!r}; it has: {names}")
+    runs, token = [], None
+    while True:
+        page = client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
 def collect(client: MlflowClient, experiment: str) -> list[Run]:
     """Finished runs of an experiment, oldest first; of several with equal tags the newest counts.
 
@@ -69,17 +85,7 @@ def collect(client: MlflowClient, experiment: str) -> list[Run]:
     Raises:
         ValueError: no such experiment, or no finished run in it.
     """
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        names = ", ".join(e.name for e in client.search_experiments() if e.name != "Default") or "none"
-        raise ValueError(f"MLflow has no experiment {experiment!r}; it has: {names}")
-    runs, token = [], None
-    while True:
-        page = client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
-        runs += [r for r in page if r.info.status == "FINISHED"]
-        token = page.token
-        if not token:
-            break
+    runs = [r for r in all_runs(client, experiment) if r.info.status == "FINISHED"]
     newest: dict[tuple, Run] = {}
     for r in runs:
         tags = {k: v for k, v in r.data.tags.items() if not k.startswith("mlflow.")}

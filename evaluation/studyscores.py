@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from occstream.evaluation.compare import all_runs
+
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
@@ -93,17 +95,7 @@ class StudyScores:
 
 def read_study(client: MlflowClient, experiment: str) -> StudyScores | None:
     """A study from MLflow; None if the experiment's runs have no axes of a study. Raises ValueError without experiment."""
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        names = ", ".join(e.name for e in client.search_experiments() if e.name != "Default") or "none"
-        raise ValueError(f"MLflow has no experiment {experiment!r}; it has: {names}")
-    runs, token = [], None
-    while True:
-        page = client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
-        runs += page
-        token = page.token
-        if not token:
-            break
+    runs = all_runs(client, experiment)
     study = StudyScores(experiment)
     binary = {
         r.info.run_name: r.data.metrics.get("eval/binary_iou")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from occstream.evaluation.compare import Row, Run, compare, gain, mean_and_spread, rows_by
+from occstream.evaluation.compare import Row, Run, compare, gain, headline_of, headline_tag, mean_and_spread, rows_by
 from occstream.evaluation.report import height_colors, overlay, prediction_picture, render
 from occstream.launch import cli
 from occstream.models import OccOutputs
@@ -94,3 +94,10 @@ def test_compare_reads_finished_runs_from_mlflow(tmp_path, capsys):
     assert cli.main(["compare", "--uri", uri, "--experiment", "studdy"]) == 2
     assert "it has: study" in capsys.readouterr().err
     assert json.loads((tmp_path / "replay-0" / "tracking.json").read_text())["run_id"]
+
+
+def test_tasks_with_other_scores_are_not_compared():
+    ours, theirs = ({**headline_tag({f"eval/{name}": name})} for name in ("miou", "map"))
+    assert headline_of([Run("a", ours, {}), Run("b", {}, {})]) == {"eval/miou": "miou"}
+    with pytest.raises(ValueError, match="runs of different tasks cannot be compared"):
+        headline_of([Run("a", ours, {}), Run("b", theirs, {})])
