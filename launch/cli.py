@@ -338,16 +338,7 @@ def _predict(args: argparse.Namespace) -> int:
             f"{args.name}: {found.frames} frames in {found.seconds:.0f} s, {found.voxels / found.frames:,.0f} voxels and "
             f"{found.bytes / found.frames / 1e3:.1f} kB per frame"
         )
-    if found.skipped:
-        print(f"{found.skipped} shards already existed")
-    if found.manifest is None:
-        print(f"part {args.part} is done; the part that finishes last publishes {args.name}")
-    else:
-        print(
-            f"published {args.name} at {args.url}; train with data.labels={args.name}, fingerprint "
-            f"{found.manifest.fingerprint}"
-        )
-    return 0
+    return data.say_published(args, found.skipped, found.manifest)
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -245,6 +245,24 @@ def _run_job(
     return 0
 
 
+def say_published(args: argparse.Namespace, skipped: int, manifest: Manifest | None) -> int:
+    """Says what has become of a group of labels, ``args.name`` of ``args.url``. Returns 0.
+
+    Args:
+        skipped: shards that were there.
+        manifest: with the group; None while other parts are missing.
+    """
+    if skipped:
+        print(f"{skipped} shards already existed")
+    if manifest is None:
+        print(f"part {args.part} is done; the part that finishes last publishes {args.name}")
+    else:
+        print(
+            f"published {args.name} at {args.url}; train with data.labels={args.name}, fingerprint {manifest.fingerprint}"
+        )
+    return 0
+
+
 def parse_part(text: str) -> tuple[int, int]:
     """ "3/8" -> (3, 8). Raises ValueError."""
     try:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from occstream.launch.data import at_least, parse_part
+from occstream.launch.data import at_least, parse_part, say_published
 
 if TYPE_CHECKING:
     from occstream.evaluation.bayes import Confusions
@@ -101,16 +101,7 @@ def run(args: argparse.Namespace) -> int:
             f"voting, {each[2]} writing; {found.changed / found.frames:,.0f} voxels changed and "
             f"{found.bytes / found.frames / 1e3:.1f} kB per frame"
         )
-    if found.skipped:
-        print(f"{found.skipped} shards already existed")
-    if found.manifest is None:
-        print(f"part {args.part} is done; the part that finishes last publishes {args.name}")
-    else:
-        print(
-            f"published {args.name} at {args.url}; train with data.labels={args.name}, fingerprint "
-            f"{found.manifest.fingerprint}"
-        )
-    return 0
+    return say_published(args, found.skipped, found.manifest)
 
 
 def _table(args: argparse.Namespace, config: RefineConfig) -> Confusions:
