@@ -21,12 +21,13 @@ from occstream.pretrain import trained, trainer
 from occstream.pretrain.config import load_config
 from occstream.pretrain.distributed import World
 from occstream.pretrain.streams import TrainData
-from occstream.pretrain.tasks.registry import PACKAGED, get_task, import_modules, task_of
+from occstream.pretrain.tasks.registry import PACKAGED, get_task, import_modules, task_names, task_of
 from occstream.pretrain.terms import combine, joint_counts
 from occstream.sharding.check import verify
 from occstream.sharding.grid import get_grid
+from occstream.sharding.manifest import Manifest
 from occstream.sharding.pack import pack
-from occstream.sharding.sources import open_source
+from occstream.sharding.sources import open_source, source_options
 from occstream.sharding.stream import ShardReader
 from tests.pretrain.inprocess import world  # noqa: F401  a fixture
 from tests.pretrain.small import HERE, RECIPE, losses, run_jobs
@@ -106,10 +107,15 @@ def test_a_checkpoint_is_evaluated_and_predicts(runs, data):
     assert alone.metrics() == pytest.approx(fine.evaluation.metrics(), nan_ok=True)
     done = predict_checkpoint(folder / "fine", data, f"pseudo-{name}")
     assert done.frames == 15
-    assert not [line for line in verify(data) if "pseudo" in str(line)]
-    own = done.manifest.with_label_sets([])
-    frame = ShardReader(own, (f"pseudo-{name}",)).frame(0, 1)
-    assert set(frame.label_sets) == {f"pseudo-{name}"}
+    assert verify(data, group=f"pseudo-{name}") == []
+    alone = ShardReader(done.manifest, (f"pseudo-{name}",)).frame(0, 1).labels
+    frame = ShardReader(Manifest.load(data).with_label_sets([f"pseudo-{name}"]), ("labels", f"pseudo-{name}")).frame(
+        0, 1
+    )
+    assert set(frame.label_sets) == {"labels", f"pseudo-{name}"}
+    assert frame.labels is frame.label_sets["labels"]
+    assert (frame.label_sets[f"pseudo-{name}"].semantic == alone.semantic).all()
+    assert (frame.labels.semantic != alone.semantic).any()
 
 
 def test_dry_run_and_bench_know_it(runs, data, capsys):
@@ -217,6 +223,33 @@ def test_a_task_outside_the_repository_works_from_the_command_line(data, tmp_pat
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4]
     assert cli.main(["evaluate", "--import", str(theirs), str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run/checkpoints/step-00000004/state.json").read_text())["config"]["task"] == "theirs"
+
+
+def test_installed_packages_bring_tasks_and_sources(tmp_path, monkeypatch, capsys):
+    """By entry points, as pip writes them."""
+    about = tmp_path / "theirs-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[occstream.tasks]\nbrought = their_package:Brought\n[occstream.sources]\nbrought = their_package:open_source\n"
+    )
+    text = Path(TOY).read_text().replace("@register\n", "").replace("class Toy(", "class Brought(")
+    text = text.replace('name = "toy"', 'name = "brought"')
+    text += """
+
+def open_source(scenes: int = 1):
+    from occstream.sharding.sources import open_source as known
+
+    return known("synthetic", {"scenes": scenes, "frames": 2, "image_size": (32, 88), "grid": "tiny"})
+"""
+    (tmp_path / "their_package.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert get_task("brought").stages.keys() == {"pretrain", "finetune"}
+    assert "brought" in task_names()
+    assert list(source_options("brought")) == ["scenes"]
+    assert len(open_source("brought", {"scenes": 3}).scene_names()) == 3
+    with pytest.raises(ValueError, match="source 'brought' has no option 'scnes'; did you mean 'scenes'"):
+        open_source("brought", {"scnes": 3})
 
 
 def test_recipes_round_trip():
