@@ -82,9 +82,10 @@ def imported(names: Sequence[str]) -> int:
 def _run(stage: str, recipe: str, overrides: Sequence[str]) -> int:
     from occstream.pretrain.config import load_config
 
-    config = load_config(
-        recipe, overrides, **({"stage": stage} if stage else {})
-    )  # a wrong recipe fails before anything heavy starts
+    # A wrong recipe fails before anything heavy starts.
+    config = load_config(recipe, overrides, **({"stage": stage} if stage else {}))
+    if not stage and int(os.environ.get("RANK", 0)) == 0:
+        print(f"task {config.task}, stage {config.stage}", flush=True)
 
     import torch.distributed as dist
 

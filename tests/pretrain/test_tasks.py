@@ -17,7 +17,7 @@ from occstream.launch.dryrun import dry_run
 from occstream.launch.grid import plan
 from occstream.launch.predict import predict_checkpoint
 from occstream.launch.study import load_study
-from occstream.pretrain import trained, trainer
+from occstream.pretrain import distributed, trained, trainer
 from occstream.pretrain.config import load_config
 from occstream.pretrain.distributed import World
 from occstream.pretrain.streams import TrainData
@@ -198,6 +198,16 @@ def test_wrong_uses_are_one_line_each(words, said, capsys):
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("words", "stage"), [((), "pretrain"), (("stage=finetune",), "finetune")])
+def test_the_stage_that_a_recipe_runs_is_printed(words, stage, monkeypatch, capsys):
+    def stop(*_):
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(distributed, "init_distributed", stop)
+    assert command(RECIPES["toy"], *words) == 2
+    assert capsys.readouterr().out == f"task toy, stage {stage}\n"
 
 
 def test_a_missing_group_is_named(tmp_path):
