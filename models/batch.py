@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,7 +61,8 @@ class Part:
 
     def _rows(self, frames: slice) -> slice:
         """Rows of frames; the host waits for their numbers."""
-        ends = [0, *self.counts.cumsum(0).tolist()]
+        counts: Tensor = vars(self)["counts"]  # every part with rows has them
+        ends = [0, *counts.cumsum(0).tolist()]
         first, last, _ = frames.indices(len(ends) - 1)
         return slice(ends[first], ends[max(first, last)])
 
@@ -107,6 +108,12 @@ class Occupancy(Part):
     second: Tensor | None = along("labeled", "voxels", default=None)
     confidence: Tensor | None = along("labeled", "voxels", default=None)
 
+    def classes(self) -> Tensor:
+        """``semantic`` of a batch that must have it. Raises ValueError."""
+        if self.semantic is None:
+            raise ValueError("the batch has no semantic labels")
+        return self.semantic
+
 
 @dataclass
 class Points(Part):
@@ -134,6 +141,9 @@ class PointLabels(Part):
 
     classes: Tensor = along("labeled row")
     counts: Tensor = along("labeled")
+
+
+AnyPart = TypeVar("AnyPart", bound=Part)
 
 
 @dataclass
@@ -172,7 +182,7 @@ class Batch:
                 raise ValueError(f"a batch has no field {part}.{wrong[0]}; {there}")
         parts = {name: PARTS[name](**fields) for name, fields in found.items()}
         labeled = any(f.metadata["axis"] == "labeled" for part in parts.values() for f, _ in part.present())
-        return cls(scene_aug, len(scene_aug) if labeled else 0, list(keys), **parts)
+        return dataclasses.replace(cls(scene_aug, len(scene_aug) if labeled else 0, list(keys)), **parts)
 
     @property
     def size(self) -> int:
@@ -194,6 +204,14 @@ class Batch:
         for name in PARTS:
             if (part := getattr(self, name)) is not None:
                 yield name, part
+
+    def part(self, kind: type[AnyPart]) -> AnyPart:
+        """The part of a batch that must have it. Raises ValueError."""
+        name = next(name for name, known in PARTS.items() if known is kind)
+        part: AnyPart | None = getattr(self, name)
+        if part is None:
+            raise ValueError(f"the batch has no {name}")
+        return part
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on a device."""
@@ -309,10 +327,10 @@ def concat(labeled: Batch, other: Batch | None) -> Batch:
 def _cat(f: dataclasses.Field, a: Tensor, b: Tensor | None) -> Tensor:
     if f.metadata["axis"].startswith("labeled"):
         return a
-    shapes = [tuple(t.shape[1:]) if t is not None else None for t in (a, b)]
-    if shapes[0] != shapes[1]:
+    if b is None or a.shape[1:] != b.shape[1:]:
+        other = None if b is None else tuple(b.shape[1:])
         raise ValueError(
-            f"cannot replay: {f.name} of the semantic stream are {shapes[0]}, of the binary stream {shapes[1]}; "
+            f"cannot replay: {f.name} of the semantic stream are {tuple(a.shape[1:])}, of the binary stream {other}; "
             "both recipes need the same cameras, image size and grid"
         )
     return torch.cat([a, b])

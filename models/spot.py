@@ -111,6 +111,9 @@ def column_classes(labels: Tensor, priority: Tensor) -> Tensor:
 class MapToLabels(nn.Module):
     """Brings the encoder's map to the label box: cut out where cells agree, else interpolated at their centers."""
 
+    along_x: Tensor
+    along_y: Tensor
+
     def __init__(self, points: VoxelGrid, coarse: VoxelGrid) -> None:
         super().__init__()
         along_x, along_y = (interpolation(points, coarse, axis) for axis in (0, 1))
@@ -145,7 +148,9 @@ class OccupancyDecoder(nn.Module):
         layers: voxels of a column, or 1.
     """
 
-    def __init__(self, inputs: int, channels: tuple[int, int, int], halvings: int, classes: int, layers: int) -> None:
+    def __init__(
+        self, inputs: int, channels: tuple[int, int, int], halvings: int, *, classes: int, layers: int
+    ) -> None:
         super().__init__()
         self.classes, self.layers = classes, layers
         steps: list[nn.Module] = []
@@ -193,16 +198,16 @@ class Spot(nn.Module):
             len(config.in_features),
             points.shape,
             self.backend,
-            config.width,
-            config.bev_channels,
-            config.bev_layers,
-            config.bev_up,
+            width=config.width,
+            bev_channels=config.bev_channels,
+            bev_layers=config.bev_layers,
+            bev_up=config.bev_up,
         )
         doublings = halvings(points, labels)
         self.to_labels = MapToLabels(points, labels.coarsen((2**doublings, 2**doublings, 1)))
         layers = labels.shape[2] if config.target == "volume" else 1
         self.decoder = OccupancyDecoder(
-            self.encoder.outputs, config.decoder_channels, doublings, num_classes + 1, layers
+            self.encoder.outputs, config.decoder_channels, doublings, classes=num_classes + 1, layers=layers
         )
 
     def forward(self, features: Tensor, indices: Tensor, batch_size: int) -> Tensor:

@@ -44,7 +44,7 @@ def encoded_shape(shape: Triple) -> Triple:
     return found
 
 
-def _unit(conv: nn.Module) -> SparseSequential:
+def _unit(conv: SubMConv3d | SparseConv3d) -> SparseSequential:
     return SparseSequential(conv, SparseBatchNorm(conv.outputs, **_NORM), nn.ReLU())
 
 
@@ -84,6 +84,9 @@ class _VoxelBackBone(nn.Module):
         backend: from ``sparse.choose_backend``.
         width: channels of the first stage; 16 is the published network.
     """
+
+    conv_input: SparseSequential
+    conv_out: SparseSequential
 
     def __init__(self, in_features: int, shape: Triple, backend: Backend = "torch", width: int = 16) -> None:
         super().__init__()
@@ -221,6 +224,7 @@ class LidarEncoder(nn.Module):
         in_features: int,
         shape: Triple,
         backend: Backend = "torch",
+        *,
         width: int = 16,
         bev_channels: tuple[int, int] = (128, 256),
         bev_layers: tuple[int, int] = (5, 5),

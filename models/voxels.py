@@ -40,7 +40,8 @@ def voxelize(points: Tensor, sweep: Tensor, grid: VoxelGrid) -> Voxels:
     inside = ((scaled >= 0) & (scaled < row(wide, grid.shape)) & wide.isfinite().all(1, keepdim=True)).all(1)
     kept = inside.nonzero().squeeze(1)
     x, y, z = scaled[kept].floor().long().unbind(1)
-    shape = grid.shape[::-1]
+    width, depth, height = grid.shape
+    shape = (height, depth, width)
     keys, order = torch.sort(order_keys(torch.stack([sweep[kept].long(), z, y, x], 1), shape), stable=True)
     found, voxel, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
     rows = points.new_full((len(points),), -1, dtype=torch.int64)

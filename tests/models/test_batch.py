@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from occstream.models.batch import PARTS, Batch, PointLabels, Points, concat
+from occstream.models.batch import PARTS, Batch, Occupancy, PointLabels, Points, concat
 from tests.models.helpers import make_batch
 
 
@@ -106,3 +106,13 @@ def test_every_tensor_of_a_part_declares_its_axis():
 def test_fields_that_no_part_has_are_named(field, said):
     with pytest.raises(ValueError, match=said):
         Batch.of({"scene_aug": torch.eye(3)[None], field: torch.zeros(1, 3)})
+
+
+def test_a_part_that_the_task_did_not_ask_for_is_named():
+    batch = ragged([3, 1], 2)
+    assert batch.part(Points) is batch.points
+    with pytest.raises(ValueError, match="the batch has no occupancy"):
+        batch.part(Occupancy)
+    volumes = torch.zeros(1, 2, 2, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="the batch has no semantic labels"):
+        Occupancy(volumes, volumes).classes()

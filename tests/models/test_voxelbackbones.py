@@ -35,7 +35,7 @@ def block(name):
 
 def small_encoder(variant="plain", backend="torch", seed=0, inputs=4):
     torch.manual_seed(seed)
-    return LidarEncoder(variant, inputs, SMALL, backend, 4, (16, 32), (1, 1), 16)
+    return LidarEncoder(variant, inputs, SMALL, backend, width=4, bev_channels=(16, 32), bev_layers=(1, 1), bev_up=16)
 
 
 def sweep(count=600, batch=2, shape=SMALL, seed=0):
