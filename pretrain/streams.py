@@ -320,7 +320,7 @@ class EvalData:
         self.notes += [*self.scoring.notes, *facts.notes]
 
         def batches() -> Iterator[Batch]:
-            plan = evaluation_batches(scenes, counts, ev.batch, world.rank, world.size)
+            plan = evaluation_batches(scenes, counts, ev.batch, rank=world.rank, world=world.size)
             with open_stream(manifest, plan, sample, ev.batch, config, world) as stream:
                 yield from device_batches(without_replaced(stream, manifest, sample), world.device)
 
@@ -365,7 +365,8 @@ def _order(manifest: Manifest, scenes: list[int], seed: int, draw: int | None, l
     entries = [manifest.scenes[i] for i in scenes]
     shards = [e.shard for e in entries]
     frames = [e.frames for e in entries]
-    return Order(by_scenes([e.name for e in entries], frames), scenes, frames, seed, draw, shards, lanes)
+    identity = by_scenes([e.name for e in entries], frames)
+    return Order(identity, scenes, frames, seed, draw=draw, shards=shards, lanes=lanes)
 
 
 def _position(state: object, name: str) -> dict[str, int]:

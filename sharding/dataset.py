@@ -98,15 +98,15 @@ class Dataset:
         frames = [entry.frames for entry in entries]
         rank, world = self._ranks
         if self._seed is None:
-            plan, most = evaluation_batches(self._scenes, frames, self._batch, rank, world), self._batch
+            plan, most = evaluation_batches(self._scenes, frames, self._batch, rank=rank, world=world), self._batch
         else:
             key = by_scenes([entry.name for entry in entries], frames)
             shards = [entry.shard for entry in entries]
-            order = Order(key, self._scenes, frames, self._seed, None, shards, self._batch)
+            order = Order(key, self._scenes, frames, self._seed, shards=shards, lanes=self._batch)
             plan, most = training_batches(order, self._batch, rank, world, **self._state), -(-self._batch // world)
         reader = ShardReader(self.manifest, self._groups, self._cache)
         work = lambda frame, epoch, views: self._transform(frame, epoch)  # noqa: E731
-        with Stream(reader, plan, {}, work, most, self._threads, window=self._window) as stream:
+        with Stream(reader, plan, {}, work, capacity=most, threads=self._threads, window=self._window) as stream:
             for got in stream:
                 self._state = got.state
                 yield got.returned

@@ -73,6 +73,7 @@ class Order:
         scenes: Sequence[int],
         frames: Sequence[int],
         seed: int,
+        *,
         draw: int | None = None,
         shards: Sequence[int] | None = None,
         lanes: int = LANES,
@@ -214,6 +215,7 @@ def training_batches(
     batch: int | Callable[[int], int],
     rank: int,
     world: int,
+    *,
     epoch: int = 0,
     offset: int = 0,
     batches: int = 0,
@@ -238,7 +240,7 @@ def training_batches(
         yield samples, {"epoch": epoch, "offset": offset, "batches": batches}
 
 
-def evaluation_batches(scenes: Sequence[int], frames: Sequence[int], batch: int, rank: int, world: int) -> Plan:
+def evaluation_batches(scenes: Sequence[int], frames: Sequence[int], batch: int, *, rank: int, world: int) -> Plan:
     """Every frame exactly once over all ranks, in scene order; the last batch of a rank may be short, a rank may have
     none: nothing is padded."""
     everything = [Sample(0, s, f) for s, n in zip(scenes, frames) for f in range(n)]

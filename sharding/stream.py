@@ -116,7 +116,9 @@ class ShardReader:
 
     def prefetch(self, number: int) -> None:
         """Brings the shards of a number into the cache; nothing without one. Errors are left to whoever needs them."""
-        for group in self.groups if self.cache else ():
+        if self.cache is None:
+            return
+        for group in self.groups:
             entry = self.manifest.shard(group, number)
             with contextlib.suppress(OSError, ValueError):
                 self.cache.fetch(storage.join(self.manifest.url, entry.path), entry.size, entry.sha256)
@@ -192,8 +194,6 @@ class ShardReader:
 
     def _open_file(self, group: str, number: int, url: str) -> int | None:
         entry = self.manifest.shard(group, number)
-        if not storage.is_local(url) and not self.cache:
-            return None
         if storage.is_local(url):
             try:
                 file = os.open(storage.local_path(url), os.O_RDONLY)
@@ -201,6 +201,8 @@ class ShardReader:
                 raise FileNotFoundError(
                     f"{url}: shard is missing; pack it again or repair the data set's folder"
                 ) from None
+        elif self.cache is None:
+            return None
         else:
             file = self.cache.open(url, entry.size, entry.sha256)
         size = os.fstat(file).st_size
@@ -294,6 +296,7 @@ class Stream:
         batches: Iterator[tuple[list[Sample], dict[str, int]]],
         fields: Mapping[str, Field],
         fill: Fill,
+        *,
         capacity: int,
         threads: int = 2,
         ring: int = 3,
@@ -395,10 +398,10 @@ class Stream:
     def _complete(self) -> None:
         while True:
             with self._change:
-                self._change.wait_for(lambda: self._closed or self._error or self._read())
-                if self._closed or self._error:
+                while (slot := self._read()) is None and not self._closed and not self._error:
+                    self._change.wait()
+                if slot is None or self._closed or self._error:
                     return
-                slot = self._read()
             batch = self._made(slot)
             with self._change:
                 slot.batch = batch

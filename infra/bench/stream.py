@@ -39,9 +39,8 @@ def ours(folder: Path, workers: int, skip: int) -> Iterator:
     manifest = Manifest.load(str(folder / "ours"))
     order = _order(manifest)
     batches = itertools.islice(training_batches(order, BATCH, 0, 1, offset=skip), (manifest.num_frames - skip) // BATCH)
-    with Stream(
-        ShardReader(manifest, GROUPS), batches, FIELDS, lambda frame, epoch, views: fill(frame, views), BATCH, workers
-    ) as stream:
+    work = lambda frame, epoch, views: fill(frame, views)  # noqa: E731
+    with Stream(ShardReader(manifest, GROUPS), batches, FIELDS, work, capacity=BATCH, threads=workers) as stream:
         for got in stream:
             yield got.arrays
 
@@ -50,7 +49,7 @@ def _order(manifest: Manifest) -> Order:
     shards = [s.shard for s in manifest.scenes]
     frames = [s.frames for s in manifest.scenes]
     identity = by_scenes([s.name for s in manifest.scenes], frames)
-    return Order(identity, range(len(shards)), frames, 0, None, shards, BATCH)
+    return Order(identity, range(len(shards)), frames, 0, shards=shards, lanes=BATCH)
 
 
 def memory(folder: Path, workers: int, skip: int) -> Iterator:
@@ -133,7 +132,8 @@ def flat(folder: Path, epochs: int = 5) -> dict:
     count, levels = manifest.num_frames // BATCH, []
     batches = training_batches(_order(manifest), BATCH, 0, 1)
     reader = ShardReader(manifest, GROUPS)
-    with Stream(reader, batches, FIELDS, lambda frame, epoch, views: fill(frame, views), BATCH, 2) as stream:
+    work = lambda frame, epoch, views: fill(frame, views)  # noqa: E731
+    with Stream(reader, batches, FIELDS, work, capacity=BATCH, threads=2) as stream:
         for _ in range(epochs):
             for _ in range(count):
                 next(stream)

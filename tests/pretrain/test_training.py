@@ -96,9 +96,8 @@ def test_a_checkpoint_of_the_old_rule_goes_on_in_its_order(data, tmp_path, capsy
         scenes,
         [e.frames for e in entries],
         0,
-        None,
-        [e.shard for e in entries],
-        4,
+        shards=[e.shard for e in entries],
+        lanes=4,
     )
     frames = [frame_key(manifest.scenes[s.scene].name, s.frame) for s in itertools.islice(order.samples(0, 4), 8)]
     assert keys(run)[4:] == frames

@@ -32,7 +32,7 @@ def frames_of(manifest, cache, groups=("labels",), skip=None, count=20, lost=0, 
     that nobody gets to know of."""
     scenes = range(len(manifest.scenes))
     shards = [s.shard for s in manifest.scenes]
-    order = Order("f", scenes, [s.frames for s in manifest.scenes], 3, None, shards, 8)
+    order = Order("f", scenes, [s.frames for s in manifest.scenes], 3, shards=shards, lanes=8)
 
     def fill(frame, epoch, views):
         views["time"][...] = frame.timestamp
@@ -40,7 +40,7 @@ def frames_of(manifest, cache, groups=("labels",), skip=None, count=20, lost=0, 
     batches = training_batches(order, 8, rank, world, **(skip or {}))
     reader = ShardReader(manifest, groups, cache)
     keys, state = [], skip
-    with Stream(reader, batches, {"time": Field((), "int64")}, fill, 8, threads, **more) as stream:
+    with Stream(reader, batches, {"time": Field((), "int64")}, fill, capacity=8, threads=threads, **more) as stream:
         for got in itertools.islice(stream, count):
             keys.append(got.keys)
             state = got.state
@@ -204,11 +204,12 @@ def test_only_the_groups_asked_for_are_fetched(s3, through, tmp_path):
 def test_shards_are_fetched_ahead_of_need(s3, through, tmp_path):
     """The first batch is enough for the whole epoch to come in; afterwards nothing waits for the store."""
     manifest = pack(ToySource(COUNTS), f"{s3}/ahead", grid=GRID)
-    order = Order("f", range(7), COUNTS, 3, None, range(7), 4)
+    order = Order("f", range(7), COUNTS, 3, shards=range(7), lanes=4)
     with through(Faults()) as faults:
         reader = ShardReader(manifest, ("labels",), ShardCache(tmp_path / "c"))
         batches = training_batches(order, 4, 0, 1)
-        with Stream(reader, batches, {"x": Field((), "int64")}, lambda *_: None, 4, 1, lookahead=8) as stream:
+        fields = {"x": Field((), "int64")}
+        with Stream(reader, batches, fields, lambda *_: None, capacity=4, threads=1, lookahead=8) as stream:
             next(stream)
             for _ in range(100):
                 if len(list((tmp_path / "c").glob("*.tar"))) == 7:

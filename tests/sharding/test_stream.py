@@ -35,7 +35,7 @@ FRAMES = st.lists(st.integers(1, 30), min_size=1, max_size=30)
 
 
 def make_order(frames, seed=0, draw=None, identity="f"):
-    return Order(identity, range(100, 100 + len(frames)), frames, seed, draw)
+    return Order(identity, range(100, 100 + len(frames)), frames, seed, draw=draw)
 
 
 @given(frames=FRAMES, seed=st.integers(0, 99), epoch=st.integers(0, 3))
@@ -147,7 +147,7 @@ def test_resuming_again_and_again_on_other_world_sizes_loses_and_repeats_nothing
 
     def fresh():
         shards = [i // per_shard for i in range(len(frames))]
-        return Order("f", range(len(frames)), frames, 5, None, shards, lanes)
+        return Order("f", range(len(frames)), frames, 5, shards=shards, lanes=lanes)
 
     state, got = {"epoch": 0, "offset": 0, "batches": 0}, []
     for world, count in zip(worlds, takes):
@@ -166,7 +166,7 @@ def test_every_node_fetches_only_its_share(nodes):
     """Shards fetched in an epoch, summed over the nodes, are hardly more than there are; their scenes stay together."""
     scenes, per_shard, batch = 8000, 10, 256
     shards = np.arange(scenes) // per_shard
-    order = Order("f", np.arange(scenes), np.full(scenes, 40), 3, None, shards, batch)
+    order = Order("f", np.arange(scenes), np.full(scenes, 40), 3, shards=shards, lanes=batch)
     plan = order.epoch(1)
     fetched = 0
     for node in range(nodes):
@@ -217,7 +217,7 @@ def test_shares_cover_exactly(total, world):
 def test_evaluation_sees_every_frame_once(frames, world, batch):
     seen = []
     for rank in range(world):
-        for samples, _ in evaluation_batches(range(len(frames)), frames, batch, rank, world):
+        for samples, _ in evaluation_batches(range(len(frames)), frames, batch, rank=rank, world=world):
             assert 1 <= len(samples) <= batch
             seen += samples
     assert sorted((s.scene, s.frame) for s in seen) == [(i, f) for i, n in enumerate(frames) for f in range(n)]
@@ -239,7 +239,9 @@ def fill(frame, epoch, views):
 def make_stream(data, fill=fill, batch=4, rank=0, world=1, threads=3, ring=3, state=None, **more):
     order = Order(data.fingerprint, range(4), [s.frames for s in data.scenes], seed=1)
     batches = training_batches(order, batch, rank, world, **(state or {}))
-    return Stream(ShardReader(data, ("labels",)), batches, FIELDS, fill, batch, threads, ring, **more)
+    return Stream(
+        ShardReader(data, ("labels",)), batches, FIELDS, fill, capacity=batch, threads=threads, ring=ring, **more
+    )
 
 
 def test_content_matches_the_order_with_any_number_of_threads(data):
@@ -343,7 +345,9 @@ def test_an_error_of_the_plan_reaches_the_consumer_at_once(data, threads, after)
         yield from islice(training_batches(order, 2, 0, 1), after)
         raise KeyError("a plan that cannot be made")
 
-    with Stream(ShardReader(data, ("labels",)), plan(), FIELDS, fill, 2, threads, deadline=60) as stream:
+    with Stream(
+        ShardReader(data, ("labels",)), plan(), FIELDS, fill, capacity=2, threads=threads, deadline=60
+    ) as stream:
         with pytest.raises(KeyError, match="cannot be made"):
             list(islice(stream, after + 1))
         with pytest.raises(KeyError, match="cannot be made"):  # not the end of the data either
@@ -357,9 +361,9 @@ def test_an_error_of_a_thread_that_fetches_ahead_reaches_the_consumer(data, tmp_
     monkeypatch.setattr(ShardReader, "prefetch", broken)
     monkeypatch.setattr(ShardReader, "frame", lambda *_: time.sleep(0.2))
     reader = ShardReader(data, ("labels",), ShardCache(tmp_path, 2**30))
-    plan = evaluation_batches(range(4), [s.frames for s in data.scenes], 4, 0, 1)
+    plan = evaluation_batches(range(4), [s.frames for s in data.scenes], 4, rank=0, world=1)
     with (
-        Stream(reader, plan, FIELDS, fill, 4, deadline=60) as stream,
+        Stream(reader, plan, FIELDS, fill, capacity=4, deadline=60) as stream,
         pytest.raises(KeyError, match="a client library"),
     ):
         next(stream)
@@ -435,8 +439,8 @@ def test_a_batch_that_does_not_come_is_an_error_that_names_its_shard(data, monke
 
 def test_a_finite_plan_ends(data):
     counts = [s.frames for s in data.scenes]
-    plan = evaluation_batches(range(4), counts, 4, 0, 1)
-    with Stream(ShardReader(data, ("labels",)), plan, FIELDS, fill, 4) as stream:
+    plan = evaluation_batches(range(4), counts, 4, rank=0, world=1)
+    with Stream(ShardReader(data, ("labels",)), plan, FIELDS, fill, capacity=4) as stream:
         assert [len(b.keys) for b in stream] == [4, 4, 4, 2]
         assert next(stream, None) is None
 
@@ -459,9 +463,9 @@ RAGGED = {
 @pytest.mark.parametrize("threads", [0, 1, 3])
 def test_ragged_rows_are_laid_end_to_end_with_their_counts(tmp_path, threads):
     manifest = pack(ToySource((4, 5)), str(tmp_path), grid=GRID)
-    reader, plan = ShardReader(manifest, ("labels",)), evaluation_batches([0, 1], [4, 5], 2, 0, 1)
+    reader, plan = ShardReader(manifest, ("labels",)), evaluation_batches([0, 1], [4, 5], 2, rank=0, world=1)
     seen = []
-    with Stream(reader, plan, RAGGED, ragged_fill, 2, threads) as stream:
+    with Stream(reader, plan, RAGGED, ragged_fill, capacity=2, threads=threads) as stream:
         for got in stream:
             counts = got.arrays["points.counts"]
             assert counts.tolist() == [sample.frame for sample in got.samples]
@@ -490,9 +494,9 @@ def test_rows_that_do_not_fit_are_named(tmp_path, change, said):
         ragged_fill(frame, epoch, views)
         change(views)
 
-    plan = evaluation_batches([0], [2], 2, 0, 1)
+    plan = evaluation_batches([0], [2], 2, rank=0, world=1)
     with (
-        Stream(ShardReader(manifest, ("labels",)), plan, RAGGED, fill, 2, 0) as stream,
+        Stream(ShardReader(manifest, ("labels",)), plan, RAGGED, fill, capacity=2, threads=0) as stream,
         pytest.raises(ValueError, match=said),
     ):
         next(stream)
@@ -502,8 +506,10 @@ def test_rows_that_do_not_fit_are_named(tmp_path, change, said):
 def test_ragged_rows_live_as_long_as_the_rings_buffers(tmp_path, threads):
     """A copy to a device may read them until the next batch is asked for, whether or not somebody holds the batch."""
     manifest = pack(ToySource((6,)), str(tmp_path), grid=GRID)
-    plan = evaluation_batches([0], [6], 2, 0, 1)
-    with Stream(ShardReader(manifest, ("labels",)), plan, RAGGED, ragged_fill, 2, threads, ring=2) as stream:
+    plan = evaluation_batches([0], [6], 2, rank=0, world=1)
+    with Stream(
+        ShardReader(manifest, ("labels",)), plan, RAGGED, ragged_fill, capacity=2, threads=threads, ring=2
+    ) as stream:
         held = weakref.ref(next(stream).arrays["points.xyz"])
         assert held() is not None
         for _ in range(2):
