@@ -15,7 +15,7 @@ import simplejpeg
 
 from occstream.sharding.exactmath import cos_sin
 from occstream.sharding.poses import apply, compose, inverse, rotate
-from occstream.sharding.schema import IGNORE, Camera, Frame, Labels
+from occstream.sharding.schema import IGNORE, Camera, Frame, Labels, LidarSweep
 
 cv2.setNumThreads(1)  # the stream's threads are the parallelism; OpenCV's own would fight them
 
@@ -155,8 +155,15 @@ def two_best(labels: Labels) -> tuple[np.ndarray, np.ndarray]:
     return second, confidence
 
 
+def needed_sweep(frame: Frame) -> LidarSweep:
+    """The key sweep of a frame. Raises ValueError if it has none."""
+    if frame.lidar is None:
+        raise ValueError(f"frame {frame.key} has no LiDAR sweep, which this recipe needs; pack the lidar group")
+    return frame.lidar
+
+
 def depth_map(
-    frame: Frame, camera: Camera, affine: np.ndarray, image_size: tuple[int, int], cell: int, out: np.ndarray
+    frame: Frame, camera: Camera, affine: np.ndarray, image_size: tuple[int, int], *, cell: int, out: np.ndarray
 ) -> None:
     """Writes the distance along the camera's axis of the nearest LiDAR point in each cell of an augmented image.
 
@@ -167,7 +174,7 @@ def depth_map(
         cell: pixels.
         out: (ceil(H / cell), ceil(W / cell)) float32, meters; 0 where no point falls.
     """
-    sweep = frame.lidar
+    sweep = needed_sweep(frame)
     to_camera = compose(
         inverse(compose(camera.ego_to_global, camera.sensor_to_ego)), sweep.ego_to_global, sweep.sensor_to_ego
     )

@@ -14,6 +14,7 @@ from occstream.pretrain.augment import (
     flip_matrix,
     flip_voxels,
     image_affine,
+    needed_sweep,
     scene_flips,
     two_best,
     warp_jpeg,
@@ -57,6 +58,7 @@ class FrameFiller:
         cameras: tuple[str, ...],
         grid: VoxelGrid,
         taxonomy: Taxonomy,
+        *,
         seed: int,
         train: bool,
         mask: Literal["auto", "none", "lidar", "camera"] = "auto",
@@ -113,7 +115,9 @@ class FrameFiller:
     def fields(self) -> dict[str, Field]:
         """Arrays of one sample."""
         v, (h, w) = len(self.cameras) * (1 + self.history), self.config.image_size
-        shapes = {"cameras.images": ((v, 3, h, w), "uint8")} if self.decode else {}
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+        if self.decode:
+            shapes["cameras.images"] = ((v, 3, h, w), "uint8")
         shapes |= {
             "cameras.intrinsics": ((v, 3, 3), "float32"),
             "cameras.camera_to_ego": ((v, 4, 4), "float32"),
@@ -145,36 +149,22 @@ class FrameFiller:
         rng = generator(self.seed, epoch, frame.key) if vary else None
         to_grid = np.eye(4)
         if self.needs_lidar:
-            if frame.lidar is None:
-                raise ValueError(f"frame {frame.key} has no LiDAR sweep, which this recipe needs; pack the lidar group")
+            sweep = needed_sweep(frame)
             if self.grid.frame == "lidar":
-                to_grid = inverse(frame.lidar.sensor_to_ego)
+                to_grid = inverse(sweep.sensor_to_ego)
         times = [frame]
         for offset in self.window:
             times.append(frame.window.get(offset, times[-1]))  # before a scene's beginning its first frame stands still
         shown = [(taken, name) for taken in times for name in self.cameras]
         affines: dict[tuple[str, int, int], np.ndarray] = {}  # frames before are augmented as their camera is now
         for i, (taken, name) in enumerate(shown):
-            camera = taken.cameras.get(name)
-            if camera is None:
-                if not taken.cameras:
-                    raise ValueError(
-                        f"frame {taken.key}: has no cameras; train on other scenes (data.scene_names), and pack those with "
-                        "cameras into a set of their own (scenes=[…]) to predict"
-                    )
-                have = ", ".join(taken.cameras)
-                raise IncompleteSample(
-                    f"frame {taken.key}: camera {name} is missing (has {have}); data.cameras chooses others"
-                )
+            camera = _camera(taken, name)
             view = (name, camera.width, camera.height)
             if view not in affines:
                 affines[view] = image_affine(rng, view[1:], self.config)
             affine = affines[view]
             try:
-                if self.decode:
-                    warp_jpeg(camera.jpeg, (camera.width, camera.height), affine, views["cameras.images"][i])
-                else:
-                    check_jpeg(camera)
+                self._image(camera, affine, views, i)
             except ValueError as error:
                 raise CorruptSample(f"frame {taken.key}, {name}: broken JPEG ({error}); pack its scene again") from None
             views["cameras.intrinsics"][i] = camera.intrinsics
@@ -183,7 +173,8 @@ class FrameFiller:
             views["cameras.post_rot"][i, :2, :2] = affine[:, :2]
             views["cameras.post_tran"][i] = (*affine[:, 2], 0)
             if self.depth_cell:
-                depth_map(taken, camera, affine, self.config.image_size, self.depth_cell, views["cameras.depth"][i])
+                out = views["cameras.depth"][i]
+                depth_map(taken, camera, affine, self.config.image_size, cell=self.depth_cell, out=out)
         flips = scene_flips(rng, self.config)
         views["scene_aug"][...] = flip_matrix(flips)
         if self.labels:
@@ -191,6 +182,13 @@ class FrameFiller:
         else:
             views["occupancy.binary"][...], views["occupancy.binary_valid"][...] = False, True
         return [] if self.decode else [(f"frame {taken.key}, {name}", taken.cameras[name]) for taken, name in shown]
+
+    def _image(self, camera: Camera, affine: np.ndarray, views: dict[str, np.ndarray], i: int) -> None:
+        """Writes the i-th image of a sample, or checks that it can be decoded later. Raises ValueError: it is damaged."""
+        if self.decode:
+            warp_jpeg(camera.jpeg, (camera.width, camera.height), affine, views["cameras.images"][i])
+        else:
+            check_jpeg(camera)
 
     def _labels(self, frame: Frame, flips: tuple[bool, bool], views: dict[str, np.ndarray]) -> None:
         labels = frame.labels
@@ -205,16 +203,14 @@ class FrameFiller:
             views["occupancy.binary_valid"][...] = True
         else:
             views["occupancy.binary_valid"][...] = flip_voxels(valid, flips)
-        if (self.semantic or self.binary_from == "semantic") and labels.semantic is None:
-            raise ValueError(f"frame {frame.key} has no semantic labels; fine-tune on data that has them")
         if self.binary_from == "semantic":
-            known = flip_voxels(labels.semantic, flips)
+            known = flip_voxels(_classes(frame, labels), flips)
             views["occupancy.binary"][...] = (known != self.taxonomy.free_id) & (known != IGNORE)
             views["occupancy.binary_valid"][...] &= known != IGNORE
         else:
             views["occupancy.binary"][...] = flip_voxels(labels.binary, flips)
         if self.semantic:
-            views["occupancy.semantic"][...] = flip_voxels(labels.semantic, flips)
+            views["occupancy.semantic"][...] = flip_voxels(_classes(frame, labels), flips)
             if valid is not None:
                 views["occupancy.semantic"][~views["occupancy.binary_valid"]] = IGNORE
         if self.soft:
@@ -231,3 +227,22 @@ class FrameFiller:
                 f"frame {frame.key} has no {self.mask} mask; set mask=auto (what the labels know) or pack labels that have it"
             )
         return valid
+
+
+def _camera(frame: Frame, name: str) -> Camera:
+    camera = frame.cameras.get(name)
+    if camera is not None:
+        return camera
+    if not frame.cameras:
+        raise ValueError(
+            f"frame {frame.key}: has no cameras; train on other scenes (data.scene_names), and pack those with "
+            "cameras into a set of their own (scenes=[…]) to predict"
+        )
+    have = ", ".join(frame.cameras)
+    raise IncompleteSample(f"frame {frame.key}: camera {name} is missing (has {have}); data.cameras chooses others")
+
+
+def _classes(frame: Frame, labels: Labels) -> np.ndarray:
+    if labels.semantic is None:
+        raise ValueError(f"frame {frame.key} has no semantic labels; fine-tune on data that has them")
+    return labels.semantic

@@ -129,5 +129,5 @@ class Drawer:
             self._seen.add(scene)
             path = self.folder / f"{key}-step-{self.step:08d}.png"
             title = f"{key}, {self.config.stage} step {self.step}"
-            if self.task.draw(path, batch, outputs, index, self.sensors, title):
+            if self.task.draw(path, batch, outputs, index=index, sensors=self.sensors, title=title):
                 self.done.append(path)

@@ -170,7 +170,7 @@ class B2STask(Task):
         return occupancy_scoring(self.config, manifest, unknown)
 
     def draw(
-        self, path: Path, batch: Batch, outputs: OccOutputs, index: int, sensors: Sequence[str], title: str
+        self, path: Path, batch: Batch, outputs: OccOutputs, *, index: int, sensors: Sequence[str], title: str
     ) -> bool:
         prediction_picture(
             path,

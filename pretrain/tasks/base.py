@@ -214,7 +214,7 @@ class Task(ABC):
             unknown: the number that ``facts`` gave for it, or None.
         """
 
-    def draw(self, path: Path, batch: Batch, outputs: Any, index: int, sensors: Sequence[str], title: str) -> bool:
+    def draw(self, path: Path, batch: Batch, outputs: Any, *, index: int, sensors: Sequence[str], title: str) -> bool:
         """Draws a frame of a batch and what is predicted of it; False: this task draws nothing."""
         return False
 

@@ -84,7 +84,7 @@ def views_of(filler):
 
 def filler_for(frame, **settings):
     options = {"mask": "camera", **settings}
-    return FrameFiller(CONFIG, tuple(frame.cameras), get_grid("tiny"), OCC3D, 0, **{"train": True, **options})
+    return FrameFiller(CONFIG, tuple(frame.cameras), get_grid("tiny"), OCC3D, seed=0, **{"train": True, **options})
 
 
 def test_filler_masks_labels_and_is_the_same_every_time(frame):
@@ -109,12 +109,12 @@ def test_binary_target_from_semantic_labels(frame):
 
 
 def test_missing_parts_are_named(frame):
-    filler = FrameFiller(CONFIG, ("CAM_TOP",), get_grid("tiny"), OCC3D, 0, True)
+    filler = FrameFiller(CONFIG, ("CAM_TOP",), get_grid("tiny"), OCC3D, seed=0, train=True)
     with pytest.raises(IncompleteSample, match="camera CAM_TOP is missing"):  # replaced by the stream
         filler(frame, 0, views_of(filler))
     lopsided = VoxelGrid("lopsided", (0, -8, -1), (16, 8, 3), (1, 1, 1))
     with pytest.raises(ValueError, match=r"set augment\.flip_x=false"):
-        FrameFiller(CONFIG, ("CAM_FRONT",), lopsided, OCC3D, 0, True)
+        FrameFiller(CONFIG, ("CAM_FRONT",), lopsided, OCC3D, seed=0, train=True)
     assert cv2.getNumThreads() == 1
 
 
@@ -123,7 +123,7 @@ def test_depth_maps_hold_the_nearest_point_where_the_image_shows_it():
     source = open_source("synthetic", {"scenes": 1, "frames": 2, "image_size": [64, 176], "grid": "tiny"})
     frame = source.load(source.scene_names()[0]).frames[1]
     cameras = tuple(frame.cameras)
-    filler = FrameFiller(CONFIG, cameras, get_grid("tiny"), OCC3D, 3, True, depth_cell=8)
+    filler = FrameFiller(CONFIG, cameras, get_grid("tiny"), OCC3D, seed=3, train=True, depth_cell=8)
     assert filler.needs_lidar
     arrays = {n: np.zeros((1, *shape), dtype) for n, (shape, dtype, _) in filler.fields().items()}
     assert arrays["cameras.depth"].shape == (1, len(cameras), 8, 22)
@@ -141,13 +141,22 @@ def test_depth_maps_hold_the_nearest_point_where_the_image_shows_it():
         assert close.float().mean() > 0.9, "pixels at the border of two cells may differ by rounding"
 
 
+def test_a_frame_before_without_a_sweep_is_named():
+    source = open_source("synthetic", {"scenes": 1, "frames": 2, "image_size": [64, 176], "grid": "tiny"})
+    before, frame = source.load(source.scene_names()[0]).frames
+    frame.window[-1] = dataclasses.replace(before, lidar=None)
+    filler = filler_for(frame, depth_cell=8, history=1, mask="auto")
+    with pytest.raises(ValueError, match=rf"frame {before.key} has no LiDAR sweep, which .*; pack the lidar group"):
+        filler(frame, 0, views_of(filler))
+
+
 def test_labels_in_the_frame_of_the_lidar_move_the_cameras_there():
     source = open_source("synthetic", {"scenes": 1, "frames": 1, "image_size": [64, 176], "grid": "tiny"})
     frame = source.load(source.scene_names()[0]).frames[0]
     found = []
     for where in ("ego", "lidar"):
         grid = dataclasses.replace(get_grid("tiny"), frame=where)
-        filler = FrameFiller(CONFIG, tuple(frame.cameras), grid, OCC3D, 3, False, semantic=False)
+        filler = FrameFiller(CONFIG, tuple(frame.cameras), grid, OCC3D, seed=3, train=False, semantic=False)
         assert filler.needs_lidar == (where == "lidar")
         arrays = {n: np.zeros(shape, dtype) for n, (shape, dtype, _) in filler.fields().items()}
         filler(frame, 0, arrays)

@@ -130,7 +130,13 @@ def test_the_binary_target_can_be_that_of_the_semantic_labels(data):
     for word, want in (("semantic", frame.labels.semantic != 17), ("labels", frame.labels.binary)):
         c = config(f"data.binary_from={word}")
         filler = FrameFiller(
-            c.augment, tuple(frame.cameras), manifest.grid, c.classes, 0, False, "auto", True, c.data.binary_from
+            c.augment,
+            tuple(frame.cameras),
+            manifest.grid,
+            c.classes,
+            seed=0,
+            train=False,
+            binary_from=c.data.binary_from,
         )
         views = {name: np.zeros(shape, dtype) for name, (shape, dtype, _) in filler.fields().items()}
         filler(frame, 0, views)

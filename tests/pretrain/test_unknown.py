@@ -47,7 +47,7 @@ UNKNOWN = {
 def filled(frame, grid, taxonomy, **settings) -> dict[str, np.ndarray]:
     """The arrays of a sample without images (so the frame of the grid does not matter)."""
     grid = dataclasses.replace(grid, frame="ego")
-    filler = FrameFiller(AugmentConfig(image_size=(32, 32)), (), grid, taxonomy, 0, False, **settings)
+    filler = FrameFiller(AugmentConfig(image_size=(32, 32)), (), grid, taxonomy, seed=0, train=False, **settings)
     views = {name: np.zeros(shape, kind) for name, (shape, kind, _) in filler.fields().items()}
     filler(frame, 0, views)
     return views
