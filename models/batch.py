@@ -7,6 +7,7 @@ columns, ``X Y Z`` voxels, ``N`` points of all frames, ``C`` channels, ``K`` cla
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 Axis = Literal["frame", "labeled", "row", "labeled row"]
-Mirror = Literal["", "voxels", "vector"]
+Mirror = Literal["", "voxels", "vector", "boxes"]
 
 
 def along(axis: Axis, mirror: Mirror = "", **default: Any) -> Any:
@@ -25,7 +26,8 @@ def along(axis: Axis, mirror: Mirror = "", **default: Any) -> Any:
         axis: what its first dimension counts: frames (B), labeled frames (S), or rows, as many of each frame (each labeled
             frame) as the part's ``counts`` say, frame after frame.
         mirror: what mirroring the scene does to it: nothing; reverses the dimensions after the first two, which are x and y
-            (voxels); or changes the signs of the last dimension's x and y (vector).
+            (voxels); changes the signs of the last dimension's x and y (vector); or does that to centers x, y and turns the
+            yaw in the last place (boxes).
         default: ``default=None`` for what may be absent.
     """
     return field(metadata={"axis": axis, "mirror": mirror}, **default)
@@ -58,6 +60,13 @@ class Part:
             return value[self._rows(wanted) if axis.endswith("row") else wanted]
 
         return self.each(cut)
+
+    def owners(self) -> Tensor:
+        """(rows,) int64: of a ragged part, the place of each row's frame among all (or the labeled) ones. Frames without rows
+        own none."""
+        [rows] = {len(value) for f, value in self.present() if f.metadata["axis"].endswith("row")}
+        frames = torch.arange(len(self.counts), device=self.counts.device)
+        return frames.repeat_interleave(self.counts.long(), output_size=rows)
 
     def _rows(self, frames: slice) -> slice:
         """Rows of frames; the host waits for their numbers."""
@@ -147,6 +156,26 @@ AnyPart = TypeVar("AnyPart", bound=Part)
 
 
 @dataclass
+class Boxes(Part):
+    """True boxes of labeled frames, augmented, frame after frame; frames may have none.
+
+    Attributes:
+        boxes: (n, 7) float32: center x, y, z; length, width, height; yaw, counter-clockwise from x. Meters and radians, in the
+            frame of the labels.
+        classes: (n,) uint8 ids in the classes of ``evaluation.detection.rules_of``, 255 = not scored.
+        velocity: (n, 2) float32 m/s along x and y of that frame; NaN where unknown.
+        points: (n,) int32 number of LiDAR points inside.
+        counts: (S,) int64 boxes of each labeled frame.
+    """
+
+    boxes: Tensor = along("labeled row", "boxes")
+    classes: Tensor = along("labeled row")
+    velocity: Tensor = along("labeled row", "vector")
+    points: Tensor = along("labeled row")
+    counts: Tensor = along("labeled")
+
+
+@dataclass
 class Batch:
     """One training or evaluation batch. The first ``labeled`` frames carry semantic labels (S), the rest are replayed or
     pre-training frames without (B).
@@ -156,7 +185,7 @@ class Batch:
         labeled: S.
         scene_aug: (B, 3, 3) float32: scene augmentation, x' = scene_aug x in the ego frame. Labels and points are already
             augmented.
-        cameras, occupancy, points, point_labels: parts; None: the task does not read it.
+        cameras, occupancy, points, point_labels, boxes: parts; None: the task does not read it.
     """
 
     scene_aug: Tensor
@@ -166,6 +195,7 @@ class Batch:
     occupancy: Occupancy | None = None
     points: Points | None = None
     point_labels: PointLabels | None = None
+    boxes: Boxes | None = None
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], keys: Sequence[str] = ()) -> Batch:
@@ -260,6 +290,9 @@ class Batch:
             mirror: Mirror = f.metadata["mirror"]
             if mirror == "voxels":
                 return value.flip(dims)
+            if mirror == "boxes":
+                yaw = _mirrored_yaw(value[:, -1:], x, y)
+                return torch.cat([value[:, :3] * scale, value[:, 3:-1], yaw], 1)
             return value * scale[: value.shape[-1]] if mirror == "vector" else value
 
         turned = {name: part.each(turn) for name, part in self.parts()}
@@ -270,8 +303,15 @@ class Batch:
         return dataclasses.replace(self, scene_aug=move(self.scene_aug), **moved)
 
 
+def _mirrored_yaw(yaw: Tensor, x: bool, y: bool) -> Tensor:
+    """Headings in the mirrored scene. Those within -pi..pi stay there."""
+    if x:
+        yaw = math.pi * torch.ones_like(yaw).copysign(yaw) - yaw
+    return -yaw if y else yaw
+
+
 PARTS: dict[str, type[Part]] = {
-    "cameras": Cameras, "occupancy": Occupancy, "points": Points, "point_labels": PointLabels,
+    "cameras": Cameras, "occupancy": Occupancy, "points": Points, "point_labels": PointLabels, "boxes": Boxes,
 }  # fmt: skip
 """Parts of a batch by name."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from occstream.models.batch import PARTS, Batch, Occupancy, PointLabels, Points, concat
+from occstream.models.batch import PARTS, Batch, Boxes, Occupancy, PointLabels, Points, concat
 from tests.models.helpers import make_batch
 
 
@@ -16,12 +17,22 @@ def ragged(counts: list[int], labeled: int, seed: int = 0) -> Batch:
     g = torch.Generator().manual_seed(seed)
     total, known = sum(counts), sum(counts[:labeled])
     classes = torch.randint(0, 9, (known,), generator=g, dtype=torch.uint8)
+    numbers = torch.arange(labeled) % 3  # of boxes; the first frame has none
+    n = int(numbers.sum())
+    boxes = Boxes(
+        torch.cat([torch.randn(n, 6, generator=g), (torch.rand(n, 1, generator=g) * 2 - 1) * math.pi], 1),
+        torch.randint(0, 9, (n,), generator=g, dtype=torch.uint8),
+        torch.randn(n, 2, generator=g),
+        torch.arange(n, dtype=torch.int32),
+        numbers,
+    )
     return Batch(
         scene_aug=torch.eye(3).repeat(len(counts), 1, 1),
         labeled=labeled,
         keys=[f"f{seed}-{i}" for i in range(len(counts))],
         points=Points(torch.randn(total, 3, generator=g), torch.tensor(counts), torch.rand(total, 2, generator=g)),
-        point_labels=PointLabels(classes, torch.tensor(counts[:labeled])),
+        point_labels=PointLabels(classes, torch.tensor(counts[:labeled], dtype=torch.int64)),
+        boxes=boxes,
     )
 
 
@@ -46,6 +57,20 @@ def test_ragged_rows_follow_their_frames(first, last):
     assert torch.equal(part.points.xyz, batch.points.xyz[ends[first] : ends[last]])
     assert torch.equal(part.point_labels.classes, batch.point_labels.classes[ends[min(first, 3)] : ends[min(last, 3)]])
     assert len(part.point_labels.counts) == part.labeled
+    ends = [0, 0, 1, 3, 3]  # 0, 1 and 2 boxes
+    assert torch.equal(part.boxes.boxes, batch.boxes.boxes[ends[first] : ends[last]])
+    assert torch.equal(part.boxes.points, batch.boxes.points[ends[first] : ends[last]])
+    assert torch.equal(part.boxes.owners(), batch.boxes.owners()[ends[first] : ends[last]] - first)
+
+
+def test_rows_know_their_frame_also_where_none_has_any():
+    batch = ragged([3, 0, 5, 2], labeled=3)
+    assert batch.points.owners().tolist() == [0] * 3 + [2] * 5 + [3] * 2
+    assert batch.boxes.owners().tolist() == [1, 2, 2]
+    for empty in (ragged([0, 0], labeled=1), ragged([1, 1], labeled=1).unlabeled()):
+        assert empty.boxes.boxes.shape == (0, 7)
+        assert (len(empty.boxes.owners()), len(empty.boxes.counts)) == (0, empty.labeled)
+        assert empty.mirrored(True, True).boxes.boxes.shape == (0, 7)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +102,27 @@ def test_mirroring_twice_is_nothing_and_once_turns_points_and_voxels():
     assert turned.scene_aug[0].diag().tolist() == [-1, 1, 1]
     assert_equal(turned.mirrored(True, False), batch)
     assert_equal(batch.mirrored(True, True), batch.mirrored(False, True).mirrored(True, False))
+
+
+def corners(boxes: torch.Tensor) -> torch.Tensor:
+    """(n, 4, 2) of the base, from the front left on."""
+    signs = torch.tensor([[1.0, 1], [-1, 1], [-1, -1], [1, -1]]) / 2
+    along = torch.stack([boxes[:, 6].cos(), boxes[:, 6].sin()], 1)[:, None] * boxes[:, None, 3:4] * signs[:, :1]
+    across = torch.stack([-boxes[:, 6].sin(), boxes[:, 6].cos()], 1)[:, None] * boxes[:, None, 4:5] * signs[:, 1:]
+    return boxes[:, None, :2] + along + across
+
+
+@pytest.mark.parametrize(("x", "y"), [(True, False), (False, True), (True, True)])
+def test_mirrored_boxes_are_the_boxes_of_the_mirrored_scene(x, y):
+    batch = ragged([1] * 30, labeled=30)
+    boxes, turned = batch.boxes, batch.mirrored(x, y).boxes
+    signs = torch.tensor([-1.0 if x else 1.0, -1.0 if y else 1.0])
+    order = [3, 2, 1, 0] if x != y else [0, 1, 2, 3]  # left becomes right, front stays front
+    torch.testing.assert_close(corners(turned.boxes), corners(boxes.boxes)[:, order] * signs, rtol=0, atol=2e-6)
+    assert torch.equal(turned.boxes[:, 2:6], boxes.boxes[:, 2:6])
+    assert torch.equal(turned.velocity, boxes.velocity * signs)
+    assert turned.boxes[:, 6].abs().max() <= math.pi + 1e-6
+    torch.testing.assert_close(batch.mirrored(x, y).mirrored(x, y).boxes.boxes, boxes.boxes, rtol=0, atol=1e-6)
 
 
 def test_names_make_a_batch_and_a_copy_shares_nothing():
