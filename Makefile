@@ -10,8 +10,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/occstream demo
 
+# Byte code is kept also where the environment forbids it: dozens of processes would compile every module again.
+test: export PYTHONDONTWRITEBYTECODE =
 test: dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Once more what calls compiled kernels, with every index checked; its cache is not that of unchecked kernels.
 bounds: dev

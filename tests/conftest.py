@@ -29,6 +29,22 @@ import pytest
 
 KINDS = ("unit", "process", "slow")
 
+# Begun first, longest first: whole files go to the cores, and a long one that begins last leaves the others idle.
+LONGEST = (
+    "tests/pretrain/test_distributed.py",
+    "tests/sharding/test_object_storage.py",
+    "tests/launch/test_sweep.py",
+    "tests/sharding/test_cache.py",
+    "tests/pretrain/test_guards.py",
+    "tests/launch/test_runs.py",
+    "tests/infra/test_gpu_check.py",
+    "tests/pretrain/test_tasks.py",
+    "tests/sharding/test_synthetic.py",
+    "tests/sharding/test_job.py",
+    "tests/sharding/test_sources.py",
+    "tests/models/test_kernels.py",
+)
+
 
 def kinds_of(item: pytest.Item) -> list[str]:
     """The kinds that a test is marked with, one if all is well."""
@@ -44,6 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("unit")
         if len(kinds_of(item)) > 1:
             raise pytest.UsageError(f"{item.nodeid} is marked {' and '.join(kinds_of(item))}: one kind for each test")
+    place = {file: n for n, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
 
 
 @pytest.hookimpl(wrapper=True)
