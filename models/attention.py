@@ -120,7 +120,7 @@ class ImageAttention(nn.Module):
     Only pairs of a token and an image that sees it are computed; the result is averaged over the cameras that do.
     """
 
-    def __init__(self, channels: int, features: int, heads: int = 8, points: int = 8, dropout: float = 0.1) -> None:
+    def __init__(self, channels: int, features: int, heads: int = 8, points: int = 8, *, dropout: float = 0.1) -> None:
         super().__init__()
         self.sampling = _Sampling(channels, heads, points, 2)
         self.value, self.output = nn.Conv2d(features, channels, 1), nn.Linear(channels, channels)

@@ -7,7 +7,8 @@ from torch.autograd.function import FunctionCtx
 
 
 class Context(FunctionCtx):
-    """First argument of ``forward`` and ``backward``. Torch's own stubs know one saved tensor and one input alone.
+    """First argument of ``forward`` and ``backward``, to which torch passes all by position (hence ``noqa: PLR0917``). Its
+    own stubs know one saved tensor and one input alone.
 
     Attributes:
         saved_tensors: what ``save_for_backward`` got.

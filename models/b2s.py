@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from occstream.models.backbones import ImageEncoder
-from occstream.models.batch import Batch, OccOutputs, pool_binary
+from occstream.models.batch import Batch, Cameras, OccOutputs, Occupancy, pool_binary
 from occstream.models.layers import SyncBatchNorm, VolumeEncoder, checkpointed, conv_bn, row
 from occstream.models.lift import LiftSplat
 from occstream.models.registry import register
@@ -161,12 +161,18 @@ class LiftVolume(nn.Module):
         super().__init__()
         self.shape, self.checkpointing = compact.shape, c.checkpointing
         self.splat = LiftSplat(
-            c.feature_channels, c.lift_channels, c.depth, grid, image_size, c.depth_blocks, c.depth_aspp
+            c.feature_channels,
+            c.lift_channels,
+            c.depth,
+            grid,
+            image_size=image_size,
+            blocks=c.depth_blocks,
+            aspp=c.depth_aspp,
         )
-        block = VolumeEncoder(c.lift_channels, (c.lift_channels,), (1,), (1,), c.lift_channels)
+        block = VolumeEncoder(c.lift_channels, (c.lift_channels,), (1,), (1,), outputs=c.lift_channels)
         self.raw = block if c.volume_block else None
         self.encoder = VolumeEncoder(
-            c.lift_channels, c.encoder_channels, c.encoder_blocks, c.encoder_strides, c.encoder_out
+            c.lift_channels, c.encoder_channels, c.encoder_blocks, c.encoder_strides, outputs=c.encoder_out
         )
         self.compact = nn.Conv3d(c.encoder_out, c.compact_channels, 1)
 
@@ -223,7 +229,7 @@ class FullHead(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, hidden: int, shape: tuple[int, int, int], factor: int, outputs: dict[str, int], rows: int
+        self, inputs: int, hidden: int, shape: tuple[int, int, int], factor: int, *, outputs: dict[str, int], rows: int
     ) -> None:
         super().__init__()
         self.shape, self.factor, self.rows = shape, factor, rows or shape[0]
@@ -276,8 +282,8 @@ class SparsePart(nn.Module):
             c.semantic_channels,
             binary.shape,
             c.binary_factor,
-            {"semantic": num_classes},
-            c.head_rows,
+            outputs={"semantic": num_classes},
+            rows=c.head_rows,
         )
 
     def select(self, scores: Tensor, by: Selection = "predicted") -> list[Tensor]:
@@ -337,13 +343,16 @@ class SparsePart(nn.Module):
 
     def scores(self, logits: Tensor | None, batch: Batch) -> tuple[Tensor, Selection]:
         """(S, N): how much each voxel is to be refined; and who says so."""
-        predicted = logits.detach().float().sigmoid().flatten(1) if logits is not None else None
-        selection = "gt" if logits is None else self.c.selection
-        if selection == "predicted" or (selection == "union" and not self.training):
-            return predicted, "predicted"
-        truth, _ = pool_binary(batch.occupancy.binary, batch.occupancy.binary_valid, self.shape)
+        selection: Selection = "gt"
+        predicted = None
+        if logits is not None:
+            selection, predicted = self.c.selection, logits.detach().float().sigmoid().flatten(1)
+            if selection == "predicted" or (selection == "union" and not self.training):
+                return predicted, "predicted"
+        labels = batch.part(Occupancy)
+        truth, _ = pool_binary(labels.binary, labels.binary_valid, self.shape)
         truth = truth.flatten(1).float() * 2
-        return (truth if selection == "gt" else torch.maximum(predicted, truth)), selection
+        return (truth if predicted is None or selection == "gt" else torch.maximum(predicted, truth)), selection
 
 
 class B2S(nn.Module):
@@ -361,14 +370,18 @@ class B2S(nn.Module):
         ValueError: the grid does not divide, or offboard is to be pre-trained.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self,
         c: B2SConfig,
         grid: VoxelGrid,
         num_classes: int,
         image_size: tuple[int, int],
+        *,
         semantic: bool,
-        family: type[nn.Module],
+        family: type[LiftVolume | QueryVolume],
     ) -> None:
         super().__init__()
         if any(n % c.compact_factor for n in grid.shape[:2]):
@@ -383,7 +396,12 @@ class B2S(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(c.pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(c.pixel_std).view(3, 1, 1), persistent=False)
         self.images = ImageEncoder(
-            c.backbone, c.backbone_width, c.feature_channels, c.feature_stride, c.backbone_weights, c.checkpointing
+            c.backbone,
+            c.backbone_width,
+            c.feature_channels,
+            c.feature_stride,
+            weights=c.backbone_weights,
+            checkpointing=c.checkpointing,
         )
         self.views = CameraEmbedding(c.cameras, c.feature_channels) if family is QueryVolume else None
         self.lift = family(c, grid, compact, image_size)
@@ -399,8 +417,8 @@ class B2S(nn.Module):
         self.semantic = SparsePart(c, binary, num_classes, image_size) if sparse and semantic else None
         outputs = {"binary": 1} if not semantic or c.strategy == "multi" else {}
         outputs |= {"semantic": num_classes} if semantic else {}
-        full = (c.binary_channels, c.semantic_channels, binary.shape, c.binary_factor, outputs, c.head_rows)
-        self.full = None if sparse else FullHead(*full)
+        full = (c.binary_channels, c.semantic_channels, binary.shape, c.binary_factor)
+        self.full = None if sparse else FullHead(*full, outputs=outputs, rows=c.head_rows)
 
     @property
     def predicts_binary(self) -> bool:
@@ -418,8 +436,9 @@ class B2S(nn.Module):
 
     def forward(self, batch: Batch) -> OccOutputs:
         """Predicts from images (B, V, 3, H, W) what the strategy has heads for; see ``OccOutputs`` for the shapes."""
-        b, v = batch.cameras.images.shape[:2]
-        pixels = (batch.cameras.images.flatten(0, 1).float() - self.pixel_mean) / self.pixel_std
+        images = batch.part(Cameras).images
+        b, v = images.shape[:2]
+        pixels = (images.flatten(0, 1).float() - self.pixel_mean) / self.pixel_std
         features = self.images(pixels.contiguous(memory_format=torch.channels_last)).unflatten(0, (b, v))
         if self.views is not None:
             features = self.views(features)
@@ -432,9 +451,10 @@ class B2S(nn.Module):
         logits = None
         if self.binary_head is not None:
             logits = self.binary_head(binary).squeeze(1).float()
-        elif self.predicts_binary:
+        elif self.full is not None and "binary" in self.full.heads:
             logits = self.full(binary.flatten(2).mT, "binary").squeeze(1)
-        outputs = OccOutputs(logits, depth=depth, depth_bins=None if depth is None else self.lift.splat.depths)
+        bins = self.lift.splat.depths if isinstance(self.lift, LiftVolume) else None
+        outputs = OccOutputs(logits, depth=depth, depth_bins=bins)
         if not self.semantic_stage:
             return outputs
         # B frames stop here. A rank without S frames runs the semantic part on one frame, cut off from the graph, so
@@ -445,6 +465,7 @@ class B2S(nn.Module):
         if self.full is not None:
             outputs.semantic_logits = self.full(whole.flatten(2).mT, "semantic")
             return outputs
+        assert self.semantic is not None, "a strategy without a head on the full grid has a sparse part"
         parts = (
             logits[frames].detach() if logits is not None else None,
             features[frames] if s else features[frames].detach(),
@@ -459,7 +480,7 @@ def b2s_ls(
     config: B2SConfig, *, grid: VoxelGrid, num_classes: int, image_size: tuple[int, int], semantic: bool
 ) -> nn.Module:
     """LS-based B2S (Sec. 3.2, Fig. 3 a)."""
-    return B2S(config, grid, num_classes, image_size, semantic, LiftVolume)
+    return B2S(config, grid, num_classes, image_size, semantic=semantic, family=LiftVolume)
 
 
 @register(B2SConfig)
@@ -467,4 +488,4 @@ def b2s_bevformer(
     config: B2SConfig, *, grid: VoxelGrid, num_classes: int, image_size: tuple[int, int], semantic: bool
 ) -> nn.Module:
     """BEVFormer-based B2S (Sec. 3.2, Fig. 3 b)."""
-    return B2S(config, grid, num_classes, image_size, semantic, QueryVolume)
+    return B2S(config, grid, num_classes, image_size, semantic=semantic, family=QueryVolume)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,7 @@ class ImageEncoder(nn.Module):
         width: int = 64,
         channels: int = 256,
         stride: int = 16,
+        *,
         weights: str = "",
         checkpointing: bool = False,
     ) -> None:
@@ -57,18 +59,19 @@ class ImageEncoder(nn.Module):
         kind, depths = _DEPTHS[name]
         expand = 4 if kind == "bottleneck" else 1
         first = STRIDES.index(stride) + 1
+        widths = [width * expand * 2**i for i in range(4)]
         config = ResNetConfig(
             embedding_size=width,
-            hidden_sizes=[width * expand * 2**i for i in range(4)],
+            hidden_sizes=widths,
             depths=list(depths),
             layer_type=kind,
-            out_features=[f"stage{i}" for i in range(first, 5)],
+            out_features=[f"stage{i}" for i in range(first, 5)],  # pyright: ignore[reportCallIssue] (a property there)
         )
         self.body = use_sync_batch_norm(ResNetBackbone(config))
         if weights:
             _load(self.body, weights)
         self.checkpointing = checkpointing
-        self.lateral = nn.ModuleList(nn.Conv2d(config.hidden_sizes[i - 1], channels, 1) for i in range(first, 5))
+        self.lateral = nn.ModuleList(nn.Conv2d(widths[i - 1], channels, 1) for i in range(first, 5))
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -91,12 +94,11 @@ def _load(body: nn.Module, weights: str) -> None:
         path = _from_hub(weights)
     if not path.is_file():
         raise ValueError(f"backbone weights {weights!r}: no such file, and not a Hub ID such as microsoft/resnet-50")
-    values = (
+    loaded: dict[str, Any] = (
         load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     )
-    values = values.get("state_dict", values)
     own = body.state_dict()
-    values = _by_our_names(values, own)
+    values = _by_our_names(loaded.get("state_dict", loaded), own)
     missing = [k for k in own if k not in values or values[k].shape != own[k].shape]
     if missing:
         raise ValueError(

@@ -97,6 +97,7 @@ def to_openpcdet(
     variant: Variant,
     trained: Sequence[str],
     wanted: Sequence[str],
+    *,
     scales: Mapping[str, float] | None = None,
 ) -> State:
     """Encoder's state dict (keys ``backbone_3d.…``, ``backbone_2d.…``) -> the consumer's; see ``match_features``.
@@ -165,6 +166,7 @@ def to_mmdet3d(
     variant: Variant,
     trained: Sequence[str],
     wanted: Sequence[str],
+    *,
     scales: Mapping[str, float] | None = None,
     prefix: str = "pts_",
     conv_for_no_stride: bool | None = None,
@@ -176,7 +178,7 @@ def to_mmdet3d(
         conv_for_no_stride: the setting ``use_conv_for_no_stride`` of its neck; None: as its CenterPoint has it for res, and
             its SECOND for plain.
     """
-    ours = to_openpcdet(state, variant, trained, wanted, scales)
+    ours = to_openpcdet(state, variant, trained, wanted, scales=scales)
     for bias, mean in _biases(ours).items():
         # y = conv + bias, normalized by mean + bias, is conv normalized by mean.
         ours[mean] = ours[mean] - ours.pop(bias)
@@ -195,6 +197,7 @@ def from_mmdet3d(
     state: Mapping[str, Tensor],
     variant: Variant,
     in_features: int,
+    *,
     prefix: str = "pts_",
     conv_for_no_stride: bool | None = None,
 ) -> State:

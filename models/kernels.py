@@ -63,7 +63,9 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context, depth: Tensor, context: Tensor, voxel: Tensor, size: int) -> Tensor:
+    def forward(  # noqa: PLR0917
+        ctx: Context, depth: Tensor, context: Tensor, voxel: Tensor, size: int
+    ) -> Tensor:
         k = _kernels()
         _, bins, cells = voxel.shape
         channels = context.shape[1]
@@ -113,7 +115,9 @@ def pool(depth: Tensor, context: Tensor, voxel: Tensor, size: int) -> Tensor:
 
 class _Sample(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context, values: Tensor, locations: Tensor, weights: Tensor, owner: Tensor) -> Tensor:
+    def forward(  # noqa: PLR0917
+        ctx: Context, values: Tensor, locations: Tensor, weights: Tensor, owner: Tensor
+    ) -> Tensor:
         out = torch.empty(*weights.shape[:2], values.shape[-1], device=values.device, dtype=_wide(values))
         _launch(values, owner, locations, weights, out=out)
         ctx.save_for_backward(values, locations, weights, owner)
@@ -134,6 +138,7 @@ def _launch(
     owner: Tensor,
     locations: Tensor,
     weights: Tensor,
+    *,
     out: Tensor | None = None,
     grad: Tensor | None = None,
     back: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None),

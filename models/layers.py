@@ -45,6 +45,10 @@ class SyncBatchNorm(nn.Module):
     that is computed again under ``checkpointed`` uses the statistics of the first: it asks no other rank and counts nothing.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
         self.eps, self.momentum = eps, momentum
@@ -75,9 +79,11 @@ class SyncBatchNorm(nn.Module):
 
 
 def use_sync_batch_norm(module: nn.Module) -> nn.Module:
-    """Replaces every torch batch norm below ``module`` by ours, values kept."""
+    """Replaces every torch batch norm below ``module`` by ours, values kept. Raises ValueError for one without momentum."""
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            if child.momentum is None:
+                raise ValueError(f"batch norm {name!r} averages all batches alike: ours needs a momentum")
             ours = SyncBatchNorm(child.num_features, child.eps, child.momentum)
             ours.load_state_dict(child.state_dict())
             setattr(module, name, ours)
@@ -86,7 +92,9 @@ def use_sync_batch_norm(module: nn.Module) -> nn.Module:
     return module
 
 
-def conv_bn(dims: int, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+def conv_bn(
+    dims: int, inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, dilation: int = 1
+) -> nn.Sequential:
     """Convolution, batch norm, ReLU in 2 or 3 dimensions, size kept at stride 1."""
     conv = nn.Conv2d if dims == 2 else nn.Conv3d
     padding = dilation * (kernel // 2)
@@ -103,7 +111,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, dims: int, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
         conv = nn.Conv2d if dims == 2 else nn.Conv3d
-        self.first = conv_bn(dims, inputs, outputs, 3, stride)
+        self.first = conv_bn(dims, inputs, outputs, stride=stride)
         self.second = nn.Sequential(conv(outputs, outputs, 3, 1, 1, bias=False), SyncBatchNorm(outputs))
         self.shortcut = nn.Identity()
         if stride != 1 or inputs != outputs:
@@ -124,7 +132,7 @@ class VolumeEncoder(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, channels: Sequence[int], blocks: Sequence[int], strides: Sequence[int], outputs: int
+        self, inputs: int, channels: Sequence[int], blocks: Sequence[int], strides: Sequence[int], *, outputs: int
     ) -> None:
         super().__init__()
         self.levels = nn.ModuleList()
@@ -153,9 +161,10 @@ class AxialEmbedding(nn.Module):
         super().__init__()
         plane = channels * 3 // 8
         widths = (plane, plane, channels - 2 * plane)
-        self.axes = nn.ModuleList(nn.Embedding(n, width) for n, width in zip(shape, widths))
-        for table in self.axes:
+        tables = [nn.Embedding(n, width) for n, width in zip(shape, widths)]
+        for table in tables:
             nn.init.normal_(table.weight, std=0.02)
+        self.axes = nn.ModuleList(tables)
 
     def forward(self, index: Tensor) -> Tensor:
         """(…, 3) integer voxel index -> (…, channels)."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from occstream.models import kernels
 from occstream.models.autograd import Context
-from occstream.models.batch import Batch
+from occstream.models.batch import Batch, Cameras
 from occstream.models.layers import ResidualBlock, SyncBatchNorm, conv_bn, full_precision, row
 from occstream.sharding.grid import VoxelGrid
 
@@ -38,20 +38,14 @@ def unproject(points: Tensor, batch: Batch) -> Tensor:
     Returns:
         (B, V, …, 3) meters, fp32.
     """
-    _fp32(
-        points,
-        batch.cameras.post_tran,
-        batch.cameras.post_rot,
-        batch.scene_aug,
-        batch.cameras.camera_to_ego,
-        batch.cameras.intrinsics,
-    )
+    cameras = batch.part(Cameras)
+    _fp32(points, batch.scene_aug, *_geometry(cameras))
     with full_precision(points.device):
-        p = points.reshape(-1, 3) - batch.cameras.post_tran.unsqueeze(2)
-        p = p @ inverse(batch.cameras.post_rot).mT
+        p = points.reshape(-1, 3) - cameras.post_tran.unsqueeze(2)
+        p = p @ inverse(cameras.post_rot).mT
         rays = torch.cat([p[..., :2] * p[..., 2:], p[..., 2:]], -1)
-        aug, to_ego = batch.scene_aug.unsqueeze(1), batch.cameras.camera_to_ego
-        matrix = aug @ to_ego[..., :3, :3] @ inverse(batch.cameras.intrinsics)
+        aug, to_ego = batch.scene_aug.unsqueeze(1), cameras.camera_to_ego
+        matrix = aug @ to_ego[..., :3, :3] @ inverse(cameras.intrinsics)
         found = rays @ matrix.mT + (aug @ to_ego[..., :3, 3:]).mT
     return found.view(*found.shape[:2], *points.shape)
 
@@ -66,24 +60,19 @@ def project(points: Iterable[Tensor], batch: Batch) -> list[tuple[Tensor, Tensor
         For each frame pixels (V, N, 2) of (u, v), and depth (V, N), meters along the camera's axis: pixels mean something
         only where it is positive.
     """
-    _fp32(
-        batch.cameras.post_tran,
-        batch.cameras.post_rot,
-        batch.scene_aug,
-        batch.cameras.camera_to_ego,
-        batch.cameras.intrinsics,
-    )
+    cameras = batch.part(Cameras)
+    _fp32(batch.scene_aug, *_geometry(cameras))
     found = []
     with full_precision(batch.scene_aug.device):
-        undo, turn = inverse(batch.scene_aug).mT, inverse(batch.cameras.camera_to_ego[..., :3, :3]).mT
-        origin = batch.cameras.camera_to_ego[..., :3, 3].unsqueeze(2)
+        undo, turn = inverse(batch.scene_aug).mT, inverse(cameras.camera_to_ego[..., :3, :3]).mT
+        origin = cameras.camera_to_ego[..., :3, 3].unsqueeze(2)
         for i, mine in enumerate(points):
             _fp32(mine)
             camera = (mine @ undo[i] - origin[i]) @ turn[i]
-            image = camera @ batch.cameras.intrinsics[i].mT
+            image = camera @ cameras.intrinsics[i].mT
             depth = image[..., 2]
             pixel = torch.cat([image[..., :2] / depth.clamp_min(1e-5).unsqueeze(-1), depth.unsqueeze(-1)], -1)
-            pixel = pixel @ batch.cameras.post_rot[i].mT + batch.cameras.post_tran[i].unsqueeze(1)
+            pixel = pixel @ cameras.post_rot[i].mT + cameras.post_tran[i].unsqueeze(1)
             found.append((pixel[..., :2], depth))
     return found
 
@@ -97,6 +86,10 @@ def inverse(matrix: Tensor) -> Tensor:
     return (torch.stack(columns, -1) / determinant[..., None, None]).to(matrix.dtype)
 
 
+def _geometry(cameras: Cameras) -> tuple[Tensor, ...]:
+    return cameras.post_tran, cameras.post_rot, cameras.camera_to_ego, cameras.intrinsics
+
+
 def _fp32(*tensors: Tensor) -> None:
     """Geometry in less than fp32 is a programming error: meters would be off by voxels, pixels by several."""
     for tensor in tensors:
@@ -107,7 +100,9 @@ class _Pool(torch.autograd.Function):
     """out[voxel[p]] += weight[p] * context[pixel[p]] without keeping the products."""
 
     @staticmethod
-    def forward(ctx: Context, weight: Tensor, context: Tensor, pixel: Tensor, voxel: Tensor, size: int) -> Tensor:
+    def forward(  # noqa: PLR0917
+        ctx: Context, weight: Tensor, context: Tensor, pixel: Tensor, voxel: Tensor, size: int
+    ) -> Tensor:
         out = context.new_zeros(size, context.shape[1])
         for part in _chunks(len(pixel)):
             out.index_add_(0, voxel[part], context[pixel[part]] * weight[part].unsqueeze(1))
@@ -163,14 +158,15 @@ def voxel_pool(depth: Tensor, context: Tensor, points: Tensor, grid: VoxelGrid) 
 
 def camera_vector(batch: Batch) -> Tensor:
     """(B, V, 27) numbers that tell the depth net how the camera sits (as BEVDepth)."""
-    k, rot, tran = batch.cameras.intrinsics, batch.cameras.post_rot, batch.cameras.post_tran
+    cameras = batch.part(Cameras)
+    k, rot, tran = cameras.intrinsics, cameras.post_rot, cameras.post_tran
     aug = batch.scene_aug.unsqueeze(1).expand(-1, k.shape[1], 3, 3)
     parts = [
         k[..., 0, 0], k[..., 1, 1], k[..., 0, 2], k[..., 1, 2],
         rot[..., 0, 0], rot[..., 0, 1], tran[..., 0], rot[..., 1, 0], rot[..., 1, 1], tran[..., 1],
         aug[..., 0, 0], aug[..., 0, 1], aug[..., 1, 0], aug[..., 1, 1], aug[..., 2, 2],
     ]  # fmt: skip
-    return torch.cat([torch.stack(parts, -1), batch.cameras.camera_to_ego[..., :3, :].flatten(-2)], -1).float()
+    return torch.cat([torch.stack(parts, -1), cameras.camera_to_ego[..., :3, :].flatten(-2)], -1).float()
 
 
 class _Gate(nn.Module):
@@ -190,7 +186,7 @@ class _Aspp(nn.Module):
 
     def __init__(self, channels: int, mid: int) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(conv_bn(2, channels, mid, 1 if d == 1 else 3, 1, d) for d in (1, 6, 12, 18))
+        self.branches = nn.ModuleList(conv_bn(2, channels, mid, 1 if d == 1 else 3, dilation=d) for d in (1, 6, 12, 18))
         # One value per image and channel: batch norm works over the batch alone here.
         self.overall = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn(2, channels, mid, 1))
         self.merge = nn.Sequential(*conv_bn(2, 5 * mid, channels, 1), nn.Dropout(0.5))
@@ -211,7 +207,7 @@ class DepthNet(nn.Module):
         aspp: with the pyramid (96 channels a branch).
     """
 
-    def __init__(self, channels: int, context: int, bins: int, blocks: int = 3, aspp: bool = True) -> None:
+    def __init__(self, channels: int, context: int, bins: int, blocks: int = 3, *, aspp: bool = True) -> None:
         super().__init__()
         self.reduce = conv_bn(2, channels, channels)
         self.standardise = SyncBatchNorm(27)
@@ -243,12 +239,15 @@ class LiftSplat(nn.Module):
         blocks, aspp: see ``DepthNet``.
     """
 
+    depths: Tensor
+
     def __init__(
         self,
         channels: int,
         context: int,
         depth: tuple[float, float, float],
         grid: VoxelGrid,
+        *,
         image_size: tuple[int, int],
         blocks: int,
         aspp: bool,
@@ -258,7 +257,7 @@ class LiftSplat(nn.Module):
         self.register_buffer("depths", torch.arange(*depth), persistent=False)
         if len(self.depths) < 2:
             raise ValueError(f"depth {depth}: first, end and step give fewer than two bins")
-        self.net = DepthNet(channels, context, len(self.depths), blocks, aspp)
+        self.net = DepthNet(channels, context, len(self.depths), blocks, aspp=aspp)
 
     def forward(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features (B, V, C, h, w) -> volume (B, context, X, Y, Z), depth (B, V, D, h, w) summing to 1 over D; fp32."""

@@ -20,7 +20,7 @@ import importlib.util
 import itertools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +33,7 @@ from occstream.models.autograd import Context
 from occstream.models.layers import SyncBatchNorm, full_precision, row, world_size
 
 Triple = tuple[int, int, int]
+Setting = tuple[Triple, Triple, Triple]  # kernel, stride, padding
 Pairs = tuple[tuple[Tensor, Tensor] | None, ...]  # see ``Rulebook``
 Backend = Literal["torch", "spconv"]
 
@@ -96,7 +97,7 @@ class SparseTensor:
                 f"voxel (batch, z, y, x) = {first} is given more than once; {int(twice.sum())} rows too many: "
                 f"average the points of each voxel first (voxelize)"
             )
-        return cls(features[order], wide[order].int().contiguous(), tuple(shape), batch_size)
+        return cls(features[order], wide[order].int().contiguous(), _triple(shape), batch_size)
 
     def replace(self, features: Tensor) -> SparseTensor:
         """The same voxels with other features (N, C')."""
@@ -139,22 +140,22 @@ class Rulebook:
         setting: kernel, stride and padding; stride 0 for submanifold.
     """
 
-    pairs: tuple[tuple[Tensor, Tensor] | None, ...]
+    pairs: Pairs
     inputs: Tensor
     outputs: Tensor
     input_shape: Triple
     output_shape: Triple
-    setting: tuple[Triple, Triple, Triple]
+    setting: Setting
     input_ascending: bool = True
 
 
-def submanifold_pairs(indices: Tensor, shape: Triple, kernel: Triple) -> tuple[tuple[Tensor, Tensor] | None, ...]:
+def submanifold_pairs(indices: Tensor, shape: Triple, kernel: Triple) -> Pairs:
     """Pairs of each kernel offset for ascending (N, 4) indices and odd kernel sizes; see ``Rulebook``.
 
     Neighbors along x follow each other in the order of keys: one search finds a line of the kernel. Offsets beyond the
     center mirror those before it.
     """
-    mz, my, mx = margin = tuple(k // 2 for k in kernel)
+    mz, my, mx = margin = _triple(k // 2 for k in kernel)
     keys = order_keys(indices.long(), shape, margin)
     line = shape[2] + 2 * mx
     plane = (shape[1] + 2 * my) * line
@@ -179,14 +180,13 @@ def submanifold_pairs(indices: Tensor, shape: Triple, kernel: Triple) -> tuple[t
 
 def strided_shape(shape: Triple, kernel: Triple, stride: Triple, padding: Triple) -> Triple:
     """(Z, Y, X) after a strided convolution."""
-    return tuple((n + 2 * p - k) // s + 1 for n, k, s, p in zip(shape, kernel, stride, padding))
+    return _triple((n + 2 * p - k) // s + 1 for n, k, s, p in zip(shape, kernel, stride, padding))
 
 
-def strided_pairs(
-    indices: Tensor, shape: Triple, kernel: Triple, stride: Triple, padding: Triple
-) -> tuple[tuple[tuple[Tensor, Tensor], ...], Tensor]:
+def strided_pairs(indices: Tensor, shape: Triple, setting: Setting) -> tuple[tuple[tuple[Tensor, Tensor], ...], Tensor]:
     """Pairs of each kernel offset and the output voxels (M, 4) int32, ascending: all that an input voxel reaches."""
-    wide, out = indices.long(), strided_shape(shape, kernel, stride, padding)
+    (kernel, stride, padding), out = setting, strided_shape(shape, *setting)
+    wide = indices.long()
     reached = []  # per axis and offset: input rows that reach an output along it, and its coordinate there
     for axis in range(3):
         moved = wide[:, axis + 1, None] + padding[axis] - torch.arange(kernel[axis], device=wide.device)
@@ -243,7 +243,7 @@ class _Convolve(torch.autograd.Function):
     """Features (N, C), weight (out, kz, ky, kx, in) -> (rows, out) by the pairs of a rulebook, in the dtype of the features."""
 
     @staticmethod
-    def forward(ctx: _Context, features: Tensor, weight: Tensor, pairs: Pairs, rows: int) -> Tensor:
+    def forward(ctx: _Context, features: Tensor, weight: Tensor, pairs: Pairs, rows: int) -> Tensor:  # noqa: PLR0917
         ctx.save_for_backward(features, weight)
         ctx.pairs = pairs
         maps = weight.flatten(1, 3).permute(1, 2, 0).contiguous()  # (K, in, out)
@@ -318,7 +318,7 @@ def _spconv() -> ModuleType:
 
 
 @functools.cache
-def _spconv_layer(kind: str, inputs: int, outputs: int, setting: tuple, key: str | None, cuda: bool) -> nn.Module:
+def _spconv_layer(kind: str, inputs: int, outputs: int, setting: Setting, *, key: str | None, cuda: bool) -> nn.Module:
     """A layer of spconv to which the weight is lent at each call; what it drew for its own leaves random numbers as they were."""
     library = _spconv()
     kernel, stride, padding = map(list, setting)
@@ -337,8 +337,9 @@ def _spconv_layer(kind: str, inputs: int, outputs: int, setting: tuple, key: str
     return layer
 
 
-def _triple(value: int | Triple) -> Triple:
-    return (value,) * 3 if isinstance(value, int) else tuple(value)
+def _triple(value: int | Iterable[int]) -> Triple:
+    z, y, x = (value,) * 3 if isinstance(value, int) else value
+    return z, y, x
 
 
 class SparseModule(nn.Module):
@@ -363,6 +364,7 @@ class _SparseConv(SparseModule):
         outputs: int,
         kernel: int | Triple = 3,
         stride: int | Triple = 1,
+        *,
         padding: int | Triple = 0,
         bias: bool = False,
         indice_key: str | None = None,
@@ -378,7 +380,7 @@ class _SparseConv(SparseModule):
             nn.init.uniform_(parameter, -bound, bound)
 
     @property
-    def setting(self) -> tuple[Triple, Triple, Triple]:
+    def setting(self) -> Setting:
         return self.kernel, self.stride, self.padding
 
     def extra_repr(self) -> str:
@@ -407,9 +409,9 @@ class _SparseConv(SparseModule):
     def _by_spconv(self, x: SparseTensor, weight: Tensor) -> SparseTensor:
         self._before_spconv(x)
         library, cuda = _spconv(), x.features.is_cuda
-        layer = _spconv_layer(self.kind, self.inputs, self.outputs, self.setting, self.indice_key, cuda)
+        layer = _spconv_layer(self.kind, self.inputs, self.outputs, self.setting, key=self.indice_key, cuda=cuda)
         layer.train(self.training)
-        layer._parameters["weight"] = weight
+        layer._parameters["weight"] = weight  # pyright: ignore[reportArgumentType] (lent, so not a parameter)
         native = library.SparseConvTensor(x.features.contiguous(), x.indices, list(x.shape), x.batch_size)
         native.indice_dict = x.native
         try:
@@ -423,6 +425,9 @@ class _SparseConv(SparseModule):
         finally:
             layer._parameters["weight"] = None
         return self._native_result(x, out)
+
+    def _named(self, x: SparseTensor) -> Rulebook | None:
+        return x.rulebooks.get(self.indice_key) if self.indice_key is not None else None
 
     def _must_ascend(self, x: SparseTensor) -> None:
         if not x.ascending and len(x.features):
@@ -455,6 +460,7 @@ class SubMConv3d(_SparseConv):
         inputs: int,
         outputs: int,
         kernel: int | Triple = 3,
+        *,
         bias: bool = False,
         indice_key: str | None = None,
         backend: Backend = "torch",
@@ -462,11 +468,12 @@ class SubMConv3d(_SparseConv):
         kernel = _triple(kernel)
         if any(k % 2 == 0 for k in kernel):
             raise ValueError(f"kernel of a submanifold convolution is {kernel}, must be odd")
-        super().__init__(inputs, outputs, kernel, 1, tuple(k // 2 for k in kernel), bias, indice_key, backend)
+        options = {"padding": _triple(k // 2 for k in kernel), "bias": bias}
+        super().__init__(inputs, outputs, kernel, **options, indice_key=indice_key, backend=backend)
 
     def _kept(self, x: SparseTensor) -> Rulebook | None:
         """The rulebook of this name, if it is one of these voxels and this kernel."""
-        book = x.rulebooks.get(self.indice_key) if self.indice_key is not None else None
+        book = self._named(x)
         if book is not None and (book.setting != self._own or book.inputs is not x.indices):
             raise ValueError(_USED.format(self.indice_key))
         return book
@@ -478,7 +485,7 @@ class SubMConv3d(_SparseConv):
         return book
 
     @property
-    def _own(self) -> tuple[Triple, Triple, Triple]:
+    def _own(self) -> Setting:
         return self.kernel, (0, 0, 0), self.padding
 
     def _book(self, x: SparseTensor) -> Rulebook:
@@ -504,13 +511,13 @@ class SparseConv3d(_SparseConv):
     kind = "SparseConv3d"
 
     def _must_be_new(self, x: SparseTensor) -> None:
-        if self.indice_key in x.rulebooks:
+        if self._named(x) is not None:
             raise ValueError(_USED.format(self.indice_key))
 
     def _book(self, x: SparseTensor) -> Rulebook:
         self._must_be_new(x)
         self._must_ascend(x)
-        pairs, outputs = strided_pairs(x.indices, x.shape, *self.setting)
+        pairs, outputs = strided_pairs(x.indices, x.shape, self.setting)
         return Rulebook(pairs, x.indices, outputs, x.shape, strided_shape(x.shape, *self.setting), self.setting)
 
     def _result(self, x: SparseTensor, features: Tensor, book: Rulebook) -> SparseTensor:
@@ -536,13 +543,14 @@ class SparseInverseConv3d(_SparseConv):
         outputs: int,
         kernel: int | Triple,
         indice_key: str,
+        *,
         bias: bool = False,
         backend: Backend = "torch",
     ) -> None:
-        super().__init__(inputs, outputs, kernel, 1, 0, bias, indice_key, backend)
+        super().__init__(inputs, outputs, kernel, bias=bias, indice_key=indice_key, backend=backend)
 
     def _strided(self, x: SparseTensor) -> Rulebook:
-        book = x.rulebooks.get(self.indice_key)
+        book = self._named(x)
         if book is None or book.setting[0] != self.kernel or book.outputs is not x.indices:
             raise ValueError(
                 f"inverse convolution {self.indice_key!r} of kernel {self.kernel} needs the output voxels of a strided "
@@ -552,7 +560,7 @@ class SparseInverseConv3d(_SparseConv):
 
     def _book(self, x: SparseTensor) -> Rulebook:
         book = self._strided(x)
-        swapped = tuple((target, source) for source, target in book.pairs)
+        swapped = tuple(None if pair is None else (pair[1], pair[0]) for pair in book.pairs)
         return Rulebook(swapped, book.outputs, book.inputs, book.output_shape, book.input_shape, book.setting)
 
     def _before_spconv(self, x: SparseTensor) -> None:
@@ -560,13 +568,8 @@ class SparseInverseConv3d(_SparseConv):
 
     def _native_result(self, x: SparseTensor, out: Any) -> SparseTensor:
         book = self._strided(x)
-        return dataclasses.replace(
-            x,
-            features=out.features,
-            indices=book.inputs,
-            shape=book.input_shape,
-            ascending=book.input_ascending,
-        )
+        voxels = {"indices": book.inputs, "shape": book.input_shape, "ascending": book.input_ascending}
+        return dataclasses.replace(x, features=out.features, **voxels)
 
 
 class SparseBatchNorm(SyncBatchNorm):

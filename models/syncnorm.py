@@ -201,7 +201,7 @@ def sync_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tens
     steps, recall = steps_for(x), _current()
     x = _dense(x)
     if recall is not None and recall.at is not None:
-        found = tuple(t.clone() for t in recall.kept[recall.at])
+        mean, invstd, unbiased, counts = (t.clone() for t in recall.kept[recall.at])
         recall.at += 1
     else:
         mean, invstd = steps.stats(x, eps)
@@ -211,10 +211,10 @@ def sync_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tens
         means, invstds = rows[:, :width].contiguous(), rows[:, width:-1].contiguous()
         _, unbiased = moments = torch.zeros_like(mean), torch.zeros_like(mean)
         mean, invstd = joins_for(x)(x, means, invstds, *moments, 1.0, eps, counts)
-        found = (mean, invstd, unbiased, counts.to(torch.int32))
+        counts = counts.to(torch.int32)
         if recall is not None:
-            recall.kept.append(tuple(t.detach().clone() for t in found))
-    return steps.elementwise(x, weight, bias, *found[:2], eps), *found
+            recall.kept.append(tuple(t.detach().clone() for t in (mean, invstd, unbiased, counts)))
+    return steps.elementwise(x, weight, bias, mean, invstd, eps), mean, invstd, unbiased, counts
 
 
 @sync_norm.register_fake

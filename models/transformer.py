@@ -4,7 +4,7 @@ that are taken for occupied (sparse). Shape legend: see ``batch``."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,30 @@ from occstream.models.layers import AxialEmbedding, checkpointed, row
 from occstream.models.lift import project
 from occstream.sharding.grid import VoxelGrid
 
-if TYPE_CHECKING:
-    from occstream.models.b2s import B2SConfig
+
+class TransformerConfig(Protocol):
+    """What these modules read of a model's settings; ``B2SConfig`` says what each means."""
+
+    attention_channels: int
+    compact_channels: int
+    feature_channels: int
+    feature_stride: int
+    ffn_channels: int
+    heads: int
+    self_points: int
+    cross_points: int
+    dropout: float
+    checkpointing: bool
 
 
 class TransformerLayer(nn.Module):
     """Self-attention to a volume, image cross-attention, feed-forward; post-norm (as BEVFormer)."""
 
-    def __init__(self, c: B2SConfig) -> None:
+    def __init__(self, c: TransformerConfig) -> None:
         super().__init__()
         width = c.attention_channels
         self.volume = VolumeAttention(width, c.heads, c.self_points, c.dropout)
-        self.images = ImageAttention(width, c.feature_channels, c.heads, c.cross_points, c.dropout)
+        self.images = ImageAttention(width, c.feature_channels, c.heads, c.cross_points, dropout=c.dropout)
         self.ffn = nn.Sequential(
             nn.Linear(width, c.ffn_channels),
             nn.ReLU(),
@@ -79,6 +91,8 @@ class VoxelTokens(nn.Module):
         stride: pixels between image features; where the image does not divide by it, the last ones reach beyond its end.
     """
 
+    centers: Tensor
+
     def __init__(self, grid: VoxelGrid, channels: int, image_size: tuple[int, int], stride: int = 1) -> None:
         super().__init__()
         self.shape, self.image_size = grid.shape, image_size
@@ -124,7 +138,7 @@ class DenseTransformer(nn.Module):
         layers: how many.
     """
 
-    def __init__(self, c: B2SConfig, grid: VoxelGrid, image_size: tuple[int, int], layers: int) -> None:
+    def __init__(self, c: TransformerConfig, grid: VoxelGrid, image_size: tuple[int, int], layers: int) -> None:
         super().__init__()
         self.checkpointing = c.checkpointing
         self.tokens = VoxelTokens(grid, c.attention_channels, image_size, c.feature_stride)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from occstream.models.layers import SyncBatchNorm
 from occstream.models.sparse import (
     Backend,
+    Setting,
     SparseBatchNorm,
     SparseConv3d,
     SparseModule,
@@ -46,6 +47,11 @@ def encoded_shape(shape: Triple) -> Triple:
 
 def _unit(conv: SubMConv3d | SparseConv3d) -> SparseSequential:
     return SparseSequential(conv, SparseBatchNorm(conv.outputs, **_NORM), nn.ReLU())
+
+
+def _down(inputs: int, outputs: int, setting: Setting, *, key: str, backend: Backend) -> SparseSequential:
+    kernel, stride, padding = setting
+    return _unit(SparseConv3d(inputs, outputs, kernel, stride, padding=padding, indice_key=key, backend=backend))
 
 
 class SparseBasicBlock(SparseModule):
@@ -127,10 +133,10 @@ class VoxelBackBone8x(_VoxelBackBone):
         def same(inputs: int, outputs: int, stage: int) -> SparseSequential:
             return _unit(SubMConv3d(inputs, outputs, indice_key=f"subm{stage}", backend=backend))
 
-        def down(inputs: int, outputs: int, setting: tuple, key: str) -> SparseSequential:
-            return _unit(SparseConv3d(inputs, outputs, *setting, indice_key=key, backend=backend))
+        def down(inputs: int, outputs: int, setting: Setting, key: str) -> SparseSequential:
+            return _down(inputs, outputs, setting, key=key, backend=backend)
 
-        def stage(inputs: int, outputs: int, setting: tuple, number: int) -> SparseSequential:
+        def stage(inputs: int, outputs: int, setting: Setting, number: int) -> SparseSequential:
             layers = [down(inputs, outputs, setting, f"spconv{number}")]
             return SparseSequential(*layers, same(outputs, outputs, number), same(outputs, outputs, number))
 
@@ -149,10 +155,10 @@ class VoxelResBackBone8x(_VoxelBackBone):
         def blocks(channels: int, stage: int) -> list[SparseBasicBlock]:
             return [SparseBasicBlock(channels, f"subm{stage}", backend) for _ in range(2)]
 
-        def down(inputs: int, outputs: int, setting: tuple, key: str) -> SparseSequential:
-            return _unit(SparseConv3d(inputs, outputs, *setting, indice_key=key, backend=backend))
+        def down(inputs: int, outputs: int, setting: Setting, key: str) -> SparseSequential:
+            return _down(inputs, outputs, setting, key=key, backend=backend)
 
-        def stage(inputs: int, setting: tuple, number: int) -> SparseSequential:
+        def stage(inputs: int, setting: Setting, number: int) -> SparseSequential:
             first = down(inputs, 2 * inputs, setting, f"spconv{number}")
             return SparseSequential(first, *blocks(2 * inputs, number))
 

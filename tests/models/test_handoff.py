@@ -134,7 +134,7 @@ def test_features_are_reordered_and_scaled():
     features, indices, batch = sweep()
     expected = net(features, indices, batch).bev
     order = ("x", "y", "intensity", "z")
-    net.load_state_dict(handoff.to_openpcdet(net.state_dict(), "plain", FEATURES, order, {"intensity": 255.0}))
+    net.load_state_dict(handoff.to_openpcdet(net.state_dict(), "plain", FEATURES, order, scales={"intensity": 255.0}))
     theirs = features[:, [0, 1, 3, 2]] * torch.tensor([1, 1, 255, 1])
     torch.testing.assert_close(net(theirs, indices, batch).bev, expected, rtol=0, atol=1e-6)
 
@@ -149,7 +149,7 @@ def test_a_trained_feature_is_not_lost():
     with pytest.raises(ValueError, match="named once each"):
         handoff.to_openpcdet(state, "plain", FEATURES, ("x", "y", "z", "x"))
     with pytest.raises(ValueError, match="scale of reflectivity"):
-        handoff.to_openpcdet(state, "plain", FEATURES, FEATURES, {"reflectivity": 2.0})
+        handoff.to_openpcdet(state, "plain", FEATURES, FEATURES, scales={"reflectivity": 2.0})
 
 
 def test_a_wrong_variant_width_or_grid_is_a_sentence():

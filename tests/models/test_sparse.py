@@ -92,7 +92,7 @@ def test_submanifold_is_the_dense_convolution_at_the_active_voxels(kernel, backe
 def test_strided_is_the_dense_convolution(kernel, stride, padding, backend):
     x = SparseTensor.of(*scattered(), SHAPE, 2)
     torch.manual_seed(0)
-    layer = SparseConv3d(5, 6, kernel, stride, padding, backend=backend)
+    layer = SparseConv3d(5, 6, kernel, stride, padding=padding, backend=backend)
     mask = (F.conv3d(active(x), torch.ones(1, 1, *kernel), None, stride, padding) > 0).float()
     check(layer, x, lambda d: F.conv3d(d, dense_weight(layer), None, stride, padding), mask)
 
@@ -102,7 +102,7 @@ def test_strided_is_the_dense_convolution(kernel, stride, padding, backend):
 def test_inverse_goes_back_to_the_voxels_it_came_from(kernel, stride, padding, backend):
     x = SparseTensor.of(*scattered(), SHAPE, 2)
     torch.manual_seed(0)
-    down = SparseConv3d(5, 4, kernel, stride, padding, indice_key="down", backend=backend)
+    down = SparseConv3d(5, 4, kernel, stride, padding=padding, indice_key="down", backend=backend)
     between = SubMConv3d(4, 4, 3, indice_key="between", backend=backend)
     up = SparseInverseConv3d(4, 3, kernel, "down", bias=True, backend=backend)
     low = between(down(x))
@@ -133,7 +133,7 @@ def test_any_grid_kernel_and_stride(shape, batch, count, kernel, stride, seed):
     # In float64: torch's dense convolution in float32 reads beyond thin grids at some strides (2.13, CPU).
     x = SparseTensor.of(*scattered(count, 2, shape, batch, seed, torch.float64), shape, batch)
     padding = tuple(k // 2 for k in kernel)
-    layer = SparseConv3d(2, 3, kernel, stride, padding).double()
+    layer = SparseConv3d(2, 3, kernel, stride, padding=padding).double()
     mask = (F.conv3d(active(x), torch.ones(1, 1, *kernel).double(), None, stride, padding) > 0).double()
     check(layer, x, lambda d: F.conv3d(d, dense_weight(layer), None, stride, padding), mask)
     odd = tuple(2 * (k // 2) + 1 for k in kernel)
@@ -147,7 +147,7 @@ def test_gradients_in_float64():
     net = SparseSequential(
         SubMConv3d(2, 2, (1, 3, 3), bias=True, indice_key="a"),
         nn.Tanh(),
-        SparseConv3d(2, 2, (3, 1, 3), 2, (1, 0, 1), indice_key="b"),
+        SparseConv3d(2, 2, (3, 1, 3), 2, padding=(1, 0, 1), indice_key="b"),
         SparseInverseConv3d(2, 1, (3, 1, 3), "b"),
     ).double()
     names = [name for name, _ in net.named_parameters()]
@@ -167,7 +167,7 @@ def network(backend):
         SparseBatchNorm(8),
         nn.ReLU(),
         SubMConv3d(8, 8, bias=True, indice_key="s1", **options),
-        SparseConv3d(8, 8, 3, 2, 1, indice_key="d", **options),
+        SparseConv3d(8, 8, 3, 2, padding=1, indice_key="d", **options),
         SubMConv3d(8, 8, indice_key="s2", **options),
         SparseInverseConv3d(8, 4, 3, "d", **options),
         SubMConv3d(4, 4, indice_key="s1", **options),
@@ -243,7 +243,7 @@ def test_layers_of_two_back_ends_are_not_mixed(backend):
     x = SubMConv3d(5, 5, indice_key="a", backend="spconv")(x)
     with pytest.raises(ValueError, match="one back end"):
         SubMConv3d(5, 5, indice_key="a")(x)
-    x = SparseConv3d(5, 5, 3, 2, 1, indice_key="b", backend="spconv")(x)
+    x = SparseConv3d(5, 5, 3, 2, padding=1, indice_key="b", backend="spconv")(x)
     with pytest.raises(ValueError, match="one back end"):
         SubMConv3d(5, 5, indice_key="c")(x)
 
@@ -267,7 +267,7 @@ def test_nothing_and_a_single_voxel(count, training, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_voxel_that_reaches_no_output_leaves_nothing(backend):
     x = SparseTensor.of(torch.ones(1, 3), torch.tensor([[0, 11, 4, 4]]), (12, 9, 9), 1)
-    down = SparseConv3d(3, 4, 3, 2, (0, 1, 1), indice_key="down", backend=backend)
+    down = SparseConv3d(3, 4, 3, 2, padding=(0, 1, 1), indice_key="down", backend=backend)
     between = SubMConv3d(4, 4, indice_key="between", backend=backend)
     up = SparseInverseConv3d(4, 2, 3, "down", backend=backend)
     low = between(down(x))
@@ -318,7 +318,9 @@ def test_a_rulebook_is_built_once_and_nothing_gathered_is_kept(monkeypatch):
     x = SparseTensor.of(*scattered(1000), SHAPE, 2)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        out = SparseSequential(*[SubMConv3d(5, 5, indice_key="a") for _ in range(3)], SparseConv3d(5, 5, 3, 2, 1))(x)
+        out = SparseSequential(
+            *[SubMConv3d(5, 5, indice_key="a") for _ in range(3)], SparseConv3d(5, 5, 3, 2, padding=1)
+        )(x)
     assert built == ["submanifold_pairs", "strided_pairs"]
     assert sorted(kept) == sorted(4 * [torch.Size([1000, 5]), torch.Size([5, 3, 3, 3, 5])])
     out.features.sum().backward()
@@ -351,7 +353,7 @@ def test_keys_of_other_kernels_or_voxels_are_refused(backend):
     x = SubMConv3d(5, 5, indice_key="a", backend=backend)(x)
     with pytest.raises(ValueError, match="'a' is used by layers of different kernels or voxels"):
         SubMConv3d(5, 5, (3, 1, 1), indice_key="a", backend=backend)(x)
-    low = SparseConv3d(5, 5, 3, 2, 1, indice_key="b", backend=backend)(x)
+    low = SparseConv3d(5, 5, 3, 2, padding=1, indice_key="b", backend=backend)(x)
     with pytest.raises(ValueError, match="different kernels or voxels"):
         SubMConv3d(5, 5, indice_key="a", backend=backend)(low)
     with pytest.raises(ValueError, match="needs the output voxels"):
