@@ -130,7 +130,15 @@ def attach_corrupted(
     numbers = {scene.name: number for number, scene in enumerate(base.scenes)}
     view = "own" if in_view is None else int(np.count_nonzero(in_view))
     origin = {"noise": {k: getattr(config, k) for k in config.__dataclass_fields__}, "view": view}
-    sidecar = Sidecar(base, name, base.grid, base.taxonomy, base.classes, "exact labels with errors", origin)
+    sidecar = Sidecar(
+        base,
+        name,
+        grid=base.grid,
+        taxonomy=base.taxonomy,
+        classes=base.classes,
+        labels="exact labels with errors",
+        origin=origin,
+    )
 
     def fill(writer: ShardWriter, scenes: list[SceneEntry]) -> None:
         for scene in scenes:

@@ -260,7 +260,16 @@ def _sidecar(
     }
     said = f"votes of {config.votes.sensor}" if config.rule == "votes" else f"bayes {table.digest}"
     about = f"{said} over {config.window} key-frames to each side, movers {config.movers}, of {group} {labels.fingerprint[:16]}"
-    return Sidecar(base, name, labels.grid, labels.taxonomy, labels.classes, about, origin, labels.convention)
+    return Sidecar(
+        base,
+        name,
+        grid=labels.grid,
+        taxonomy=labels.taxonomy,
+        classes=labels.classes,
+        labels=about,
+        origin=origin,
+        convention=labels.convention,
+    )
 
 
 def _write(writer: ShardWriter, source: Source, semantic: np.ndarray, refiner: SceneRefiner) -> None:

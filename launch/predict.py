@@ -137,7 +137,16 @@ class _Job:
         about = f"{self.keep} of {self.task.title} {trained.digest}"
         about += f", truth for {len(self.kept)} scenes" if self.kept else ""
         classes = config.classes.classes
-        return Sidecar(base, name, config.voxel_grid, config.taxonomy, classes, about, origin, base.convention)
+        return Sidecar(
+            base,
+            name,
+            grid=config.voxel_grid,
+            taxonomy=config.taxonomy,
+            classes=classes,
+            labels=about,
+            origin=origin,
+            convention=base.convention,
+        )
 
     def write(self, writer: ShardWriter, scenes: list[SceneEntry]) -> None:
         """Writes the labels of a shard's scenes."""

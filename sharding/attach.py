@@ -37,6 +37,7 @@ class Sidecar:
         self,
         base: Manifest,
         group: str,
+        *,
         grid: VoxelGrid,
         taxonomy: str,
         classes: tuple[str, ...],
@@ -78,7 +79,7 @@ class Sidecar:
             "format": FORMAT_VERSION,
             "group": joined.label_group,
             "source": joined.source,
-            "grid": joined.grid.to_dict(),
+            "grid": joined.label_grid.to_dict(),
             "taxonomy": joined.taxonomy,
             "classes": list(joined.classes),
             "labels": joined.labels,
@@ -89,17 +90,25 @@ class Sidecar:
             path, frames = writer.close()
             found = [{"name": s.name, "frames": s.frames, "attributes": s.attributes} for s in scenes]
             return publish_shard(
-                self._target(number), path, joined.label_group, self.digest, found, {}, frames, replace=True
+                self._target(number),
+                path,
+                group=joined.label_group,
+                digest=self.digest,
+                scenes=found,
+                failed={},
+                frames=frames,
+                replace=True,
             )
 
     def publish(self) -> Manifest | None:
         """Writes the manifest once all tars are there; None (and nothing written) before."""
-        records = {number: self.published(number) for number in sorted(self.scenes)}
-        if not all(records.values()):
-            return None
-        group = self.joined.label_group
-        entries = tuple(ShardEntry(group, n, r["size"], r["sha256"]) for n, r in records.items())
-        dataclasses.replace(self.joined, shards=entries).publish_sidecar(self.base.fingerprint)
+        group, entries = self.joined.label_group, []
+        for number in sorted(self.scenes):
+            record = self.published(number)
+            if record is None:
+                return None
+            entries.append(ShardEntry(group, number, record["size"], record["sha256"]))
+        dataclasses.replace(self.joined, shards=tuple(entries)).publish_sidecar(self.base.fingerprint)
         return self.base.with_sidecar(group)
 
     def _target(self, number: int) -> str:
@@ -121,11 +130,18 @@ def attach(url: str, labels_url: str, group: str) -> Manifest:
         ValueError: the name cannot be used, or the labels lack a scene or frames.
     """
     base, other = Manifest.load(url), Manifest.load(labels_url)
-    sidecar = Sidecar(
-        base, group, other.grid, other.taxonomy, other.classes, other.labels, other.fingerprint, other.convention
-    )
     if "labels" not in other.groups:
         raise ValueError(f"{labels_url}: has no group 'labels', only {', '.join(other.groups)}")
+    sidecar = Sidecar(
+        base,
+        group,
+        grid=other.label_grid,
+        taxonomy=other.taxonomy,
+        classes=other.classes,
+        labels=other.labels,
+        origin=other.fingerprint,
+        convention=other.convention,
+    )
     numbers = {scene.name: number for number, scene in enumerate(other.scenes)}
     for scene in base.scenes:
         if scene.name not in numbers:

@@ -18,7 +18,7 @@ from occstream.sharding.codec import FORMAT_VERSION, CorruptSample, decode
 from occstream.sharding.contract import is_rigid
 from occstream.sharding.manifest import Manifest, SceneEntry, ShardEntry
 from occstream.sharding.received import load_json
-from occstream.sharding.schema import IGNORE, Camera, Frame, frame_key, get_taxonomy
+from occstream.sharding.schema import IGNORE, Camera, Frame, Labels, LidarSweep, frame_key, get_taxonomy
 from occstream.sharding.shardfile import HEADER
 from occstream.sharding.stream import ShardReader, tar_members
 
@@ -126,80 +126,101 @@ def _check_number(manifest: Manifest, number: int, scenes: list[SceneEntry]) -> 
 
 def _ranges(manifest: Manifest, entry: ShardEntry, data: bytes, where: str) -> tuple[dict[str, bytes], list[str]]:
     """Bytes of each frame by key, as the tar itself has them, and what is wrong with tar, header or index."""
-    problems, order, keys = [], [], []
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:  # never decompressed
-            members = tar.getmembers()
-            first = members[0] if members and members[0].name == HEADER and members[0].isreg() else None
-            header = load_json(tar.extractfile(first).read(), HEADER, "pack it again") if first else None
+        header, members = _open_tar(data)
     except (tarfile.TarError, ValueError, OSError, OverflowError) as error:
         return {}, [f"{where}: not a readable tar ({error})"]
     if header is None:
         return {}, [f"{where}: has no header member"]
-    expected = {"format": FORMAT_VERSION, "group": entry.group, "source": manifest.source}
+    problems = [f"{where}: {problem}" for problem in _check_header(manifest, entry, header)]
+    doubles = [name for name, n in Counter(m.name for m in members).items() if n > 1]
+    problems += [f"{where}: member {name} appears twice" for name in doubles]
+    places: dict[str, tuple[int, int]] = {}
+    last = ""
+    for member in members[1:]:
+        key = member.name.split(".", 1)[0]
+        if key != last and key in places:
+            problems.append(f"{where}: frame {key} appears twice")
+        start, _ = places.get(key, (member.offset, 0))
+        places[key] = start, member.offset_data + -(-member.size // 512) * 512
+        last = key
+    problems += _check_index(where[:-4] + ".json", places)
+    return {key: data[start:end] for key, (start, end) in places.items()}, problems
+
+
+def _open_tar(data: bytes) -> tuple[dict | None, list[tarfile.TarInfo]]:
+    """Header, if the first member is one, and all members. Raises what ``tarfile`` and ``load_json`` do."""
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:  # never decompressed
+        members = tar.getmembers()
+        first = tar.extractfile(members[0]) if members and members[0].name == HEADER and members[0].isreg() else None
+        return load_json(first.read(), HEADER, "pack it again") if first else None, members
+
+
+def _check_header(manifest: Manifest, entry: ShardEntry, header: dict) -> Iterator[str]:
+    expected: dict[str, object] = {"format": FORMAT_VERSION, "group": entry.group, "source": manifest.source}
     if entry.group == manifest.label_group:
-        expected |= {"grid": manifest.grid.to_dict(), "labels": manifest.labels}
+        expected |= {"grid": manifest.label_grid.to_dict(), "labels": manifest.labels}
     if manifest.label_group in ("labels", entry.group):  # a sidecar's classes are its own
         expected |= {"taxonomy": manifest.taxonomy, "classes": list(manifest.classes)}
     for name, value in expected.items():
         if header.get(name) != value:
-            problems.append(f"{where}: its header says {name} {header.get(name)!r}, the manifest {value!r}")
-    doubles = [name for name, n in Counter(m.name for m in members).items() if n > 1]
-    problems += [f"{where}: member {name} appears twice" for name in doubles]
-    starts: dict[str, list[int]] = {}
-    for member in members[1:]:
-        key = member.name.split(".", 1)[0]
-        if not order or order[-1] != key:
-            if key in starts:
-                problems.append(f"{where}: frame {key} appears twice")
-            order.append(key)
-        end = member.offset_data + -(-member.size // 512) * 512
-        starts.setdefault(key, [member.offset, end])[1] = end
-    keys = {key: data[start:end] for key, (start, end) in starts.items()}
+            yield f"its header says {name} {header.get(name)!r}, the manifest {value!r}"
+
+
+def _check_index(where: str, places: dict[str, tuple[int, int]]) -> Iterator[str]:
+    """Whether a tar's index has its frames where they are: start and end by key."""
     try:
-        record = json.loads(storage.read_bytes(where[:-4] + ".json"))
+        record = json.loads(storage.read_bytes(where))
         index = {key: (offset, length) for key, offset, length in record["frames"]}
         if len(index) != len(record["frames"]):
-            problems.append(f"{where[:-4]}.json: lists a frame twice")
-        if index != {key: (start, end - start) for key, (start, end) in starts.items()}:
-            problems.append(f"{where[:-4]}.json: its index does not fit the tar")
+            yield f"{where}: lists a frame twice"
+        if index != {key: (start, end - start) for key, (start, end) in places.items()}:
+            yield f"{where}: its index does not fit the tar"
     except FileNotFoundError:
-        problems.append(f"{where[:-4]}.json: index is missing")
+        yield f"{where}: index is missing"
     except (KeyError, ValueError, TypeError, RecursionError) as error:
-        problems.append(f"{where[:-4]}.json: damaged ({type(error).__name__}: {error})")
-    return keys, problems
+        yield f"{where}: damaged ({type(error).__name__}: {error})"
 
 
 def _check_frame(frame: Frame, manifest: Manifest) -> Iterator[str]:
-    taxonomy = get_taxonomy(manifest.taxonomy)
     for name, camera in frame.cameras.items():
-        try:
-            image = simplejpeg.decode_jpeg(camera.jpeg, "GRAY", strict=True)
-            if image.shape[:2] != (camera.height, camera.width):
-                size = f"{image.shape[1]}x{image.shape[0]}"
-                yield f"{name}: image has {size} pixels, its metadata says {camera.width}x{camera.height}"
-        except ValueError as error:
-            yield f"{name}: image cannot be decoded ({error})"
-        yield from (f"{name}: {problem}" for problem in _check_camera(camera))
+        yield from (f"{name}: {problem}" for problem in (*_check_image(camera), *_check_camera(camera)))
     poses = [("ego_to_global", frame.ego_to_global)]
     if frame.lidar is not None:
         poses += [
             ("LiDAR sensor_to_ego", frame.lidar.sensor_to_ego),
             ("LiDAR ego_to_global", frame.lidar.ego_to_global),
         ]
-        if not np.isfinite(frame.lidar.xyz).all():
-            yield "LiDAR: points are not finite"
-        for name in ("intensity", "ring", "time_lag", "classes", "moving"):
-            value = getattr(frame.lidar, name)
-            if value is not None and len(value) != len(frame.lidar.xyz):
-                yield f"LiDAR: {len(value)} values of {name} for {len(frame.lidar.xyz)} points"
-        if frame.lidar.classes is not None and manifest.label_group == "labels":
-            yield from _check_classes("LiDAR classes", frame.lidar.classes, taxonomy.num_classes - 1)
+        yield from _check_points(frame.lidar, manifest)
     yield from (f"{name} is not a rigid pose" for name, pose in poses if pose is not None and not is_rigid(pose))
-    labels = frame.labels
-    if labels is None:
+    if frame.labels is not None:
+        yield from _check_labels(frame.labels, manifest)
+
+
+def _check_image(camera: Camera) -> Iterator[str]:
+    try:
+        image = simplejpeg.decode_jpeg(camera.jpeg, "GRAY", strict=True)
+    except ValueError as error:
+        yield f"image cannot be decoded ({error})"
         return
-    shape = manifest.grid.shape
+    if image.shape[:2] != (camera.height, camera.width):
+        size = f"{image.shape[1]}x{image.shape[0]}"
+        yield f"image has {size} pixels, its metadata says {camera.width}x{camera.height}"
+
+
+def _check_points(sweep: LidarSweep, manifest: Manifest) -> Iterator[str]:
+    if not np.isfinite(sweep.xyz).all():
+        yield "LiDAR: points are not finite"
+    for name in ("intensity", "ring", "time_lag", "classes", "moving"):
+        value = getattr(sweep, name)
+        if value is not None and len(value) != len(sweep.xyz):
+            yield f"LiDAR: {len(value)} values of {name} for {len(sweep.xyz)} points"
+    if sweep.classes is not None and manifest.label_group == "labels":
+        yield from _check_classes("LiDAR classes", sweep.classes, get_taxonomy(manifest.taxonomy).num_classes - 1)
+
+
+def _check_labels(labels: Labels, manifest: Manifest) -> Iterator[str]:
+    taxonomy, shape = get_taxonomy(manifest.taxonomy), manifest.label_grid.shape
     for name in ("binary", "semantic", "mask_lidar", "mask_camera"):
         value = getattr(labels, name)
         if value is not None and value.shape != shape:

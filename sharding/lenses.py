@@ -29,8 +29,11 @@ class Lens(Protocol):
         width, height: pixels of the image.
     """
 
-    width: int
-    height: int
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
 
     def rays(self, pixels: np.ndarray) -> np.ndarray:
         """(N, 3) unit rays of pixels."""
@@ -193,8 +196,13 @@ class FTheta:
     @property
     def focal(self) -> tuple[float, float]:
         """Pixels per radian at the optical axis."""
-        slope = self.forward[1] if self.forward else 1 / self.backward[1]
+        slope = self._powers[1] if self.forward else 1 / self._powers[1]
         return slope * self.linear[0], slope
+
+    @property
+    def _powers(self) -> tuple[float, ...]:
+        """Of the polynomial that is the model: from angle to distance where ``forward`` is given."""
+        return self.forward or self.backward or ()
 
     def rays(self, pixels: np.ndarray) -> np.ndarray:
         """(N, 3) unit rays of pixels. NaN where the lens leads no ray to a pixel."""
@@ -203,9 +211,7 @@ class FTheta:
         x, y = (off[:, 0] - d * off[:, 1]) / (c - d * e), (c * off[:, 1] - e * off[:, 0]) / (c - d * e)
         far = np.sqrt(x * x + y * y)
         theta = (
-            _solve(self.forward, far, far / self.focal[1], self.max_angle)
-            if self.forward
-            else _poly(self.backward, far)
+            _solve(self._powers, far, far / self.focal[1], self.max_angle) if self.forward else _poly(self._powers, far)
         )
         return _from_angle(x, y, far, np.where(theta <= self.max_angle, theta, np.nan))
 
@@ -215,10 +221,10 @@ class FTheta:
         seen = theta <= self.max_angle
         theta = np.minimum(theta, self.max_angle)
         if self.forward:
-            far = _poly(self.forward, theta)
+            far = _poly(self._powers, theta)
         else:
             limit = float(np.hypot(self.width, self.height)) * 2
-            far = _solve(self.backward, theta, theta * self.focal[1], limit)
+            far = _solve(self._powers, theta, theta * self.focal[1], limit)
         with np.errstate(divide="ignore", invalid="ignore"):
             x, y = np.where(rho > 0, x / rho, 0) * far, np.where(rho > 0, y / rho, 0) * far
         c, d, e = self.linear

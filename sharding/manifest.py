@@ -112,6 +112,13 @@ class Manifest:
             **({"label_group": self.label_group} if self.label_group != "labels" else {}),
         }
 
+    @property
+    def label_grid(self) -> VoxelGrid:
+        """``grid``, where there are labels. Raises ValueError if there are none."""
+        if self.grid is None:
+            raise ValueError(f"{self.url}: has no labels, and so no grid; make labels with occstream label")
+        return self.grid
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Names the data everywhere (checkpoints, MLflow): 32 hex digits, a function of the content alone."""

@@ -221,12 +221,15 @@ def pack(
     job = Job(source, url, **settings)
     plan = job.plan()
     with lease.only_writer(url, "pack", part):
-        return _pack(job, plan, workers, part, max_failures, recheck, progress)
+        return _pack(
+            job, plan, workers=workers, part=part, max_failures=max_failures, recheck=recheck, progress=progress
+        )
 
 
 def _pack(
     job: Job,
     plan: list[list[str]],
+    *,
     workers: int,
     part: tuple[int, int],
     max_failures: int,
@@ -237,7 +240,7 @@ def _pack(
     mine = range(part[0] - 1, len(plan), part[1])
     state, began = Progress(len(mine)), time.perf_counter()
     shards: dict[int, dict] = {}
-    for number, made in _build_all(job, plan, mine, workers, recheck):
+    for number, made in _build_all(job, plan, mine, workers=workers, recheck=recheck):
         shards[number] = made
         state.done += 1
         state.skipped += made["skipped"]
@@ -348,18 +351,35 @@ def _publish(url: str, outcomes: list[dict]) -> Manifest:
     return manifest
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """A shard number to build.
+
+    Attributes:
+        names: its scenes.
+        published: bytes of its tars that are there, by group.
+        recheck: whether their content is read before they are taken for done.
+    """
+
+    number: int
+    names: Sequence[str]
+    published: dict[str, int]
+    recheck: bool
+
+
 def _build_all(
-    job: Job, plan: list[list[str]], mine: Sequence[int], workers: int, recheck: bool
+    job: Job, plan: list[list[str]], mine: Sequence[int], *, workers: int, recheck: bool
 ) -> Iterator[tuple[int, dict]]:
     """Builds shards; yields number and what was made, in any order. Few are under way at a time, so memory is bounded."""
     there = {group: storage.listing(storage.join(job.url, group)) for group in job.groups}
 
-    def published(number: int) -> dict[str, int]:
-        return {g: there[g][n] for g in job.groups if (n := Path(shard_path(g, number)).name) in there[g]}
+    def wanted(number: int) -> _Wanted:
+        published = {g: there[g][n] for g in job.groups if (n := Path(shard_path(g, number)).name) in there[g]}
+        return _Wanted(number, plan[number], published, recheck)
 
     if workers == 1:
         for number in mine:
-            yield number, _build(job, number, plan[number], published(number), recheck)
+            yield number, _build(job, wanted(number))
         return
     # Not fork: the parent may hold threads (fsspec's event loop, numba).
     context = multiprocessing.get_context("spawn")
@@ -369,7 +389,7 @@ def _build_all(
         try:
             while True:
                 while len(running) < 2 * workers and (number := next(waiting, None)) is not None:
-                    running[pool.submit(_build_adopted, number, plan[number], published(number), recheck)] = number
+                    running[pool.submit(_build_adopted, wanted(number))] = number
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -399,14 +419,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _build_adopted(number: int, names: Sequence[str], published: dict[str, int], recheck: bool) -> dict:
-    return _build(_adopted, number, names, published, recheck)
+def _build_adopted(wanted: _Wanted) -> dict:
+    return _build(_adopted, wanted)
 
 
-def _build(job: Job, number: int, names: Sequence[str], published: dict[str, int], recheck: bool) -> dict:
+def _build(job: Job, wanted: _Wanted) -> dict:
     """Makes (or finds) the tars of one shard number; returns its scenes, failures, sizes and hashes by group."""
     try:
-        return _build_shard(job, number, names, published, recheck)
+        return _build_shard(job, wanted)
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
@@ -418,45 +438,59 @@ def _build(job: Job, number: int, names: Sequence[str], published: dict[str, int
         ) from None
 
 
-def _build_shard(job: Job, number: int, names: Sequence[str], published: dict[str, int], recheck: bool) -> dict:
-    digest = job.digest(names)
-    urls = {group: storage.join(job.url, shard_path(group, number)) for group in job.groups}
-    records = [read_record(urls[group]) if group in published else None for group in job.groups]
-    whole = [r and r["digest"] == digest and published[r["group"]] == r["size"] and not r["failed"] for r in records]
-    if all(whole) and recheck:
-        found = [hashlib.sha256(storage.read_bytes(urls[r["group"]])).hexdigest() for r in records]
-        whole = [have == r["sha256"] for have, r in zip(found, records)]
-    if all(whole):
-        return _summary(records, skipped=True)
-    if any(records):
+def _build_shard(job: Job, wanted: _Wanted) -> dict:
+    digest = job.digest(wanted.names)
+    urls = {group: storage.join(job.url, shard_path(group, wanted.number)) for group in job.groups}
+    records = {group: record for group in wanted.published if (record := read_record(urls[group]))}
+    if len(records) == len(urls) and all(_is_whole(records[g], url, digest, wanted) for g, url in urls.items()):
+        return _summary(list(records.values()), skipped=True)
+    if records:
         # It is about to be replaced: from now on a manifest that names it would be wrong.
         storage.remove(storage.join(job.url, NAME))
     with tempfile.TemporaryDirectory(prefix="occstream-") as folder:
         writers = {group: ShardWriter(Path(folder) / f"{group}.tar", job.header(group)) for group in job.groups}
-        entries, failed = [], {}
-        for name in names:
-            marks = {group: writer.mark() for group, writer in writers.items()}
-            try:
-                scene = job.prepared(name)
-                for frame in scene.frames:
-                    for group, writer in writers.items():
-                        writer.add(frame.key, job.members(frame, group))
-            except Exception as error:
-                if isinstance(error, OSError) and error.errno in _DISK_FULL:
-                    raise
-                reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
-                failed[name] = f"scene {name} of {job.source.name}: {reason}"
-                for group, writer in writers.items():
-                    writer.back_to(marks[group])
-                continue
-            entries.append({"name": scene.name, "frames": len(scene.frames), "attributes": scene.attributes})
-        records = []
+        entries, failed = _write_scenes(job, wanted.names, writers)
+        made = []
         for group, writer in writers.items():
             path, index = writer.close()
-            records.append(
-                publish_shard(urls[group], path, group, digest, entries, failed, index, replace=group in published)
-            )
-    return _summary(records, skipped=False)
+            replace = group in wanted.published
+            about = {"group": group, "digest": digest, "scenes": entries, "failed": failed, "frames": index}
+            made.append(publish_shard(urls[group], path, **about, replace=replace))
+    return _summary(made, skipped=False)
+
+
+def _is_whole(record: dict, url: str, digest: str, wanted: _Wanted) -> bool:
+    """Whether a published tar is that of this job and all its scenes."""
+    if record["digest"] != digest or wanted.published[record["group"]] != record["size"] or record["failed"]:
+        return False
+    return not wanted.recheck or hashlib.sha256(storage.read_bytes(url)).hexdigest() == record["sha256"]
+
+
+def _write_scenes(job: Job, names: Sequence[str], writers: dict[str, ShardWriter]) -> tuple[list[dict], dict[str, str]]:
+    """Writes scenes to the tars of all groups. Returns the entries of those that could be packed, and by name why others
+    could not; of these nothing is left in the tars."""
+    entries, failed = [], {}
+    for name in names:
+        marks = {group: writer.mark() for group, writer in writers.items()}
+        try:
+            scene = job.prepared(name)
+            for frame in scene.frames:
+                for group, writer in writers.items():
+                    writer.add(frame.key, job.members(frame, group))
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _DISK_FULL:
+                raise
+            failed[name] = f"scene {name} of {job.source.name}: {_reason(error)}"
+            for group, writer in writers.items():
+                writer.back_to(marks[group])
+            continue
+        entries.append({"name": scene.name, "frames": len(scene.frames), "attributes": scene.attributes})
+    return entries, failed
+
+
+def _reason(error: Exception) -> str:
+    """Why a scene could not be packed: a source's own words, or another error with its type."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _summary(records: list[dict], skipped: bool) -> dict:
@@ -512,9 +546,7 @@ def estimate(job: Job, tries: int = 3) -> Estimate:
             scene = job.prepared(names[number])
             encoded = {g: [data for f in scene.frames for _, data in job.members(f, g)] for g in job.groups}
         except Exception as problem:
-            failed[names[number]] = (
-                f"{type(problem).__name__}: {problem}" if not isinstance(problem, ValueError) else str(problem)
-            )
+            failed[names[number]] = _reason(problem)
             continue
         for group, members in encoded.items():
             size[group] += sum(1024 + len(data) for data in members)  # a header, and half of two blocks

@@ -208,10 +208,11 @@ def _pairs(seen: np.ndarray, axis: int) -> np.ndarray:
     return seen[1:] & seen[:-1] if axis == 0 else seen[:, 1:] & seen[:, :-1]
 
 
-def decoded(jpeg: bytes, **options: int) -> np.ndarray:
-    """(H, W, 3) uint8 RGB. Raises ValueError that says what to do."""
+def decoded(jpeg: bytes, least_width: int = 0, least_height: int = 0) -> np.ndarray:
+    """(H, W, 3) uint8 RGB, smaller by 1/2, 1/4 or 1/8 where it still is as large as asked for; 0: as it is. Raises ValueError
+    that says what to do."""
     try:
-        return simplejpeg.decode_jpeg(jpeg, "RGB", **options)
+        return simplejpeg.decode_jpeg(jpeg, "RGB", min_width=least_width, min_height=least_height)
     except ValueError as error:
         raise ValueError(f"image cannot be decoded ({error}); download it again") from None
 
@@ -236,7 +237,7 @@ def shrink(camera: Camera, short_side: int, quality: int) -> Camera:
     image = camera.image
     if image is None:
         # The decoder shrinks by 1/2, 1/4, 1/8 for less than the cost of decoding; never below twice the size wanted.
-        image = decoded(camera.jpeg, min_width=2 * width, min_height=2 * height, min_factor=1)
+        image = decoded(camera.jpeg, 2 * width, 2 * height)
     image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     scale = np.array([width / camera.width, height / camera.height, 1.0])
     shift = np.array([0.5, 0.5, 0.0])

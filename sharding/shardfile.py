@@ -86,7 +86,7 @@ class ShardWriter:
 
 
 def publish_shard(
-    url: str, path: Path, group: str, digest: str, scenes: list, failed: dict, frames: list, *, replace: bool
+    url: str, path: Path, *, group: str, digest: str, scenes: list, failed: dict, frames: list, replace: bool
 ) -> dict:
     """Publishes a tar, then its record, and returns that."""
     record = {

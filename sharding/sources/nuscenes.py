@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -189,7 +189,7 @@ class Nuscenes:
             raise ValueError(f"{self.root}: sample {sample['token']} of {scene} has neither cameras nor LiDAR")
         pose = self._ego(key)
         labels = None
-        if self.labels:
+        if self.labels and self.labels_root:
             kind, lidar = LABEL_SETS[self.labels], sample["lidar"]
             if lidar is None and kind.grid.frame == "lidar":
                 raise ValueError(
@@ -436,7 +436,7 @@ def _class_table(categories: Table) -> list[int]:
     return out
 
 
-def _neighbors(row: Row, annotations: Table, samples: Table) -> tuple[dict, dict, float] | None:
+def _neighbors(row: Row, annotations: Table, samples: Table) -> tuple[Mapping, Mapping, float] | None:
     """A track's box before and after, for its velocity, and the seconds between; None if it has none within 1.5 s."""
     first, last = (annotations.join(row, field) if row.text(field, empty=True) else row for field in ("prev", "next"))
     seconds = (

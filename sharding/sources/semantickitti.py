@@ -180,6 +180,7 @@ class SemanticKitti:
         for index, (scan, between) in enumerate(zip(piece.keys, piece.between)):
             pose, time = _at(poses, scan, folder), _time(times, scan)
             camera = self._camera(folder, scan, calibration, velo_to_cam, pose, time)
+            earlier = [_sweep(folder, s, _at(poses, s, folder), _time(times, s)) for s in between]
             frames.append(
                 Frame(
                     scene=name,
@@ -189,7 +190,7 @@ class SemanticKitti:
                     ego_to_global=pose,
                     cameras={"image_2": camera} if camera else {},
                     lidar=_sweep(folder, scan, pose, time) or no_points(pose, time),
-                    sweeps=[_sweep(folder, s, _at(poses, s, folder), _time(times, s)) for s in between],
+                    sweeps=[sweep for sweep in earlier if sweep is not None],
                     labels=read_voxels(folder / "voxels", scan, self.grid, _LEARNING) if self.grid else None,
                 )
             )

@@ -41,6 +41,9 @@ START = 1_500_000_000_000_000  # microseconds
 CAMERA_RANGE, LIDAR_RANGE, BOX_RANGE = 110.0, 70.0, 60.0
 BINS = 4.0  # meters of the cells that rays walk through
 AZIMUTHS = 1084  # LiDAR firings per turn
+Hits = tuple[
+    np.ndarray, np.ndarray, np.ndarray, np.ndarray
+]  # distance, what, normal and point, see ``synthetic_rays.cast``
 LIDAR_AT = (0.94, 0.0, 1.84)
 
 
@@ -389,7 +392,7 @@ class _Moment:
         self.bins = np.array([low[0], low[1], BINS, cells, cells])
         self.starts, self.items = rays.bin_solids(self.solids, low[0], low[1], BINS, cells, cells)
 
-    def cast(self, origin: np.ndarray, directions: np.ndarray, reach: float) -> tuple[np.ndarray, ...]:
+    def cast(self, origin: np.ndarray, directions: np.ndarray, reach: float) -> Hits:
         """``synthetic_rays.cast`` of rays from one point."""
         world = self.world
         return rays.cast(

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from occstream.sharding.exactmath import cos, cos_sin, sin
 from occstream.sharding.schema import OCC3D
@@ -97,7 +97,8 @@ class World:
         return x, y, yaw + actor.yaw
 
     def elevation(self, x: float, y: float) -> float:
-        return float(ground_height(self.height, *self.raster, x, y))
+        x0, y0, cell = self.raster
+        return float(ground_height(self.height, x0, y0, cell, x, y))
 
     def _pose(self, x: float, y: float, yaw: float) -> np.ndarray:
         c, s = cos_sin(yaw)
@@ -141,7 +142,7 @@ class Road:
 
     def coordinates(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(s, l) of world points."""
-        _, k = cKDTree(np.stack([self.x, self.y], 1)).query(np.stack([x.ravel(), y.ravel()], 1))
+        _, k = KDTree(np.stack([self.x, self.y], 1)).query(np.stack([x.ravel(), y.ravel()], 1))
         dx, dy = x.ravel() - self.x[k], y.ravel() - self.y[k]
         c, s = cos(self.yaw[k]), sin(self.yaw[k])
         return (self.start + k * self.step + c * dx + s * dy).reshape(x.shape), (-s * dx + c * dy).reshape(x.shape)
@@ -346,13 +347,9 @@ def _static(rng: np.random.Generator, road: Road, length: float, style: str) -> 
             if what < 0.4:
                 found.append(_tree(rng, s, near if rng.random() < 0.5 else side * (border + rng.uniform(0.5, 12))))
             elif what < 0.6:
-                high = rng.uniform(4, 8)
-                part = Part(
-                    CYLINDER,
-                    (0, 0, high / 2),
-                    (rng.uniform(0.07, 0.16),) * 2 + (high / 2,),
-                    _tint(rng, (0.35, 0.36, 0.37)),
-                )
+                high, radius = rng.uniform(4, 8), rng.uniform(0.07, 0.16)
+                half = (radius, radius, high / 2)
+                part = Part(CYLINDER, (0, 0, high / 2), half, _tint(rng, (0.35, 0.36, 0.37)))
                 found.append(Actor("manmade", [part], s, near))
             elif what < 0.72:
                 found.append(_sign(rng, s, near, side))
@@ -377,16 +374,9 @@ def _green(rng: np.random.Generator) -> tuple[float, float, float]:
 
 def _tree(rng: np.random.Generator, s: float, l: float) -> Actor:
     trunk, radius = rng.uniform(1.2, 3.0), rng.uniform(0.9, 2.4)
-    color = _green(rng)
-    parts = [
-        Part(
-            CYLINDER,
-            (0, 0, trunk / 2),
-            (rng.uniform(0.1, 0.3),) * 2 + (trunk / 2,),
-            _tint(rng, (0.3, 0.22, 0.15)),
-            ROUGH,
-        )
-    ]
+    color, thick = _green(rng), rng.uniform(0.1, 0.3)
+    bark = _tint(rng, (0.3, 0.22, 0.15))
+    parts = [Part(CYLINDER, (0, 0, trunk / 2), (thick, thick, trunk / 2), bark, ROUGH)]
     for _ in range(int(rng.integers(1, 4))):
         x, y, z = 0.3 * radius * normals(rng, 3)
         parts.append(

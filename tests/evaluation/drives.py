@@ -87,7 +87,9 @@ def predictions(url: str, group: str, wrong: float = 0.2, seed: int = 0) -> Mani
     base = Manifest.load(url)
     reader = ShardReader(base, ("labels",))
     origin = {"wrong": wrong, "seed": seed}
-    sidecar = Sidecar(base, group, base.grid, base.taxonomy, base.classes, "noise", origin)
+    sidecar = Sidecar(
+        base, group, grid=base.grid, taxonomy=base.taxonomy, classes=base.classes, labels="noise", origin=origin
+    )
     numbers = {scene.name: number for number, scene in enumerate(base.scenes)}
 
     def fill(writer, scenes):
