@@ -169,7 +169,7 @@ def label(args: argparse.Namespace) -> int:
             if len(scene.frames) < 2:
                 print(f"{name}: only one frame, nothing to hold out")
                 continue
-            total.add(measure(scene, grid, source.taxonomy, config, 4 if args.every is None else args.every))
+            total.add(measure(scene, grid, source.taxonomy, config, every=4 if args.every is None else args.every))
         print(total.table())
         return 0
     label = Labeler(grid, source.taxonomy.name, config)

@@ -78,64 +78,86 @@ def encode(frame: Frame, group: str, coding: Coding = LOSSLESS) -> list[tuple[st
         "timestamp": frame.timestamp,
         "ego_to_global": _matrix(frame.ego_to_global),
     }
-    members: list[tuple[str, bytes]] = []
-    arrays: dict[str, dict] = {}
     if group == "cameras":
-        head["cameras"] = {}
-        for name, camera in frame.cameras.items():
-            if camera.lens is not None or camera.distortion is not None:
-                raise ValueError(
-                    f"frame {frame.key}, {name}: has a distorting lens, and shards hold pinholes only; rectify it first "
-                    "(prepare.Images), and give its coefficients as Camera.lens"
-                )
-            head["cameras"][name] = {
-                "member": f"{name.lower()}.jpg",
-                "width": camera.width,
-                "height": camera.height,
-                "intrinsics": _matrix(camera.intrinsics),
-                "sensor_to_ego": _matrix(camera.sensor_to_ego),
-                "ego_to_global": _matrix(camera.ego_to_global),
-                "timestamp": camera.timestamp,
-                "distortion": None,
-            }
-            try:
-                check_jpeg(camera)
-            except ValueError as error:
-                raise ValueError(f"frame {frame.key}, {name}: {error}") from None
-            members.append((f"{name.lower()}.jpg", camera.jpeg))
+        about, members = _encode_cameras(frame)
     elif group == "lidar":
-        if frame.lidar is not None:
-            sweep = frame.lidar
-            head["lidar"] = {
-                "sensor_to_ego": _matrix(sweep.sensor_to_ego),
-                "ego_to_global": _matrix(sweep.ego_to_global),
-                "timestamp": sweep.timestamp,
-            }
-            members += _pack_arrays(sweep, _LIDAR_ARRAYS, arrays, min(LIDAR_LEVEL, coding.level), coding.lidar_step)
+        about, members = _encode_lidar(frame, coding)
     elif group == "labels":
-        if frame.labels is None:
-            raise ValueError(f"frame {frame.key} has no labels; make them (--labels lidar) or leave the group out")
-        rows = int(np.count_nonzero(frame.labels.binary))
-        for name in ("flow", "logits", "ranked"):
-            value = getattr(frame.labels, name)
-            if value is not None and len(value) != rows:
-                raise ValueError(
-                    f"frame {frame.key}: {name} has {len(value)} rows, but {rows} voxels are occupied; its source is wrong"
-                )
-        members += _pack_arrays(frame.labels, _LABEL_ARRAYS, arrays, coding.level)
-        if frame.boxes is not None:
-            head["boxes"] = {
-                "boxes": np.asarray(frame.boxes.boxes, np.float32).tolist(),
-                "names": list(frame.boxes.names),
-                "track_ids": list(frame.boxes.track_ids),
-                "velocity": _nullable(frame.boxes.velocity),
-            }
+        about, members = _encode_labels(frame, coding)
     else:
         raise ValueError(f"unknown group {group!r}; this version writes {', '.join(GROUPS)}")
-    if arrays:
-        head["arrays"] = arrays
-    first = ("frame.json", canonical_json(head))
+    first = ("frame.json", canonical_json(head | about))
     return [(f"{frame.key}.{name}", data) for name, data in [first, *members]]
+
+
+Members = list[tuple[str, bytes]]  # names without the frame's key, and contents
+
+
+def _encode_cameras(frame: Frame) -> tuple[dict[str, Any], Members]:
+    """What a frame's head says about its cameras, and their images."""
+    about, members = {}, []
+    for name, camera in frame.cameras.items():
+        if camera.lens is not None or camera.distortion is not None:
+            raise ValueError(
+                f"frame {frame.key}, {name}: has a distorting lens, and shards hold pinholes only; rectify it first "
+                "(prepare.Images), and give its coefficients as Camera.lens"
+            )
+        about[name] = {
+            "member": f"{name.lower()}.jpg",
+            "width": camera.width,
+            "height": camera.height,
+            "intrinsics": _matrix(camera.intrinsics),
+            "sensor_to_ego": _matrix(camera.sensor_to_ego),
+            "ego_to_global": _matrix(camera.ego_to_global),
+            "timestamp": camera.timestamp,
+            "distortion": None,
+        }
+        try:
+            check_jpeg(camera)
+        except ValueError as error:
+            raise ValueError(f"frame {frame.key}, {name}: {error}") from None
+        members.append((f"{name.lower()}.jpg", camera.jpeg))
+    return {"cameras": about}, members
+
+
+def _encode_lidar(frame: Frame, coding: Coding) -> tuple[dict[str, Any], Members]:
+    """What a frame's head says about its sweep, and the sweep's arrays."""
+    if frame.lidar is None:
+        return {}, []
+    sweep = frame.lidar
+    about = {
+        "sensor_to_ego": _matrix(sweep.sensor_to_ego),
+        "ego_to_global": _matrix(sweep.ego_to_global),
+        "timestamp": sweep.timestamp,
+    }
+    arrays: dict[str, dict] = {}
+    level = min(LIDAR_LEVEL, coding.level)
+    members = _pack_arrays(sweep, _LIDAR_ARRAYS, arrays, level, step=coding.lidar_step)
+    return {"lidar": about} | ({"arrays": arrays} if arrays else {}), members
+
+
+def _encode_labels(frame: Frame, coding: Coding) -> tuple[dict[str, Any], Members]:
+    """What a frame's head says about its labels and boxes, and the labels' arrays."""
+    if frame.labels is None:
+        raise ValueError(f"frame {frame.key} has no labels; make them (--labels lidar) or leave the group out")
+    rows = int(np.count_nonzero(frame.labels.binary))
+    for name in ("flow", "logits", "ranked"):
+        value = getattr(frame.labels, name)
+        if value is not None and len(value) != rows:
+            raise ValueError(
+                f"frame {frame.key}: {name} has {len(value)} rows, but {rows} voxels are occupied; its source is wrong"
+            )
+    arrays: dict[str, dict] = {}
+    members = _pack_arrays(frame.labels, _LABEL_ARRAYS, arrays, coding.level)
+    about: dict[str, Any] = {"arrays": arrays} if arrays else {}
+    if frame.boxes is not None:
+        about["boxes"] = {
+            "boxes": np.asarray(frame.boxes.boxes, np.float32).tolist(),
+            "names": list(frame.boxes.names),
+            "track_ids": list(frame.boxes.track_ids),
+            "velocity": _nullable(frame.boxes.velocity),
+        }
+    return about, members
 
 
 def check_jpeg(camera: Camera) -> None:
@@ -268,9 +290,7 @@ def _check_arrays(arrays: dict[str, np.ndarray]) -> None:
             raise ValueError(f"{name} has shape {value.shape}, which does not match {like.shape}")
 
 
-def _pack_arrays(
-    owner: Any, names: Iterable[str], specs: dict, level: int, step: float = 0.0
-) -> list[tuple[str, bytes]]:
+def _pack_arrays(owner: Any, names: Iterable[str], specs: dict, level: int, *, step: float = 0.0) -> Members:
     members = []
     for name in names:
         value = getattr(owner, name)
@@ -296,9 +316,6 @@ def _pack_arrays(
 
 
 def _unpack(data: bytes, spec: dict) -> np.ndarray:
-    # A context per thread: making one costs more than decoding a small member.
-    if not hasattr(_local, "zstd"):
-        _local.zstd = zstandard.ZstdDecompressor()
     dtype, shape, coding = _plain(spec["dtype"]), tuple(spec["shape"]), spec["coding"]
     if not 1 <= len(shape) <= 5 or not all(type(n) is int and 0 <= n <= LARGEST_ARRAY for n in shape):
         raise ValueError(f"shape {str(shape)[:40]} is not valid")
@@ -307,12 +324,7 @@ def _unpack(data: bytes, spec: dict) -> np.ndarray:
     length = -(-count // 8) if coding == "bits" else count * stored.itemsize
     if max(length, count * dtype.itemsize) > LARGEST_ARRAY:
         raise ValueError(f"an array of shape {shape} is larger than {LARGEST_ARRAY} bytes")
-    # Before anything is allocated: a few bytes can be made to fill any memory.
-    if (said := zstandard.frame_content_size(data)) not in (-1, length):
-        raise ValueError(f"unpacks to {said} bytes, an array of shape {shape} has {length}")
-    raw = _local.zstd.decompress(data, max_output_size=length) if length else b""
-    if len(raw) != length:
-        raise ValueError(f"unpacks to {len(raw)} bytes, an array of shape {shape} has {length}")
+    raw = _inflate(data, length, shape)
     if coding == "bits":
         return np.unpackbits(np.frombuffer(raw, np.uint8), count=count).view(bool).reshape(shape)
     if coding == "planes":
@@ -325,6 +337,20 @@ def _unpack(data: bytes, spec: dict) -> np.ndarray:
     if coding == "raw":
         return np.frombuffer(raw, dtype).reshape(shape)
     raise ValueError(f"unknown coding {str(coding)[:40]!r}")
+
+
+def _inflate(data: bytes, length: int, shape: tuple[int, ...]) -> bytes:
+    """``length`` bytes of an array from a zstd frame. Raises ValueError if it holds more or fewer."""
+    # A context per thread: making one costs more than decoding a small member.
+    if not hasattr(_local, "zstd"):
+        _local.zstd = zstandard.ZstdDecompressor()
+    # Before anything is allocated: a few bytes can be made to fill any memory.
+    if (said := zstandard.frame_content_size(data)) not in (-1, length):
+        raise ValueError(f"unpacks to {said} bytes, an array of shape {shape} has {length}")
+    raw = _local.zstd.decompress(data, max_output_size=length) if length else b""
+    if len(raw) != length:
+        raise ValueError(f"unpacks to {len(raw)} bytes, an array of shape {shape} has {length}")
+    return raw
 
 
 def _plain(name: Any) -> np.dtype:

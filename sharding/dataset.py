@@ -51,15 +51,15 @@ def open_dataset(
     sidecars = [g for g in wanted if g not in manifest.groups and g in manifest.sidecars()]
     return Dataset(
         manifest.with_label_sets(sidecars),
-        wanted,
-        tuple(window),
-        batch,
-        manifest.named(tuple(scenes)) if scenes else list(range(len(manifest.scenes))),
-        seed if shuffle else None,
-        (rank, world),
-        threads,
-        transform or (lambda frame, epoch: frame),
-        storage.ShardCache(cache, int(cache_gb * 2**30)) if cache and not storage.is_local(url) else None,
+        groups=wanted,
+        window=tuple(window),
+        batch=batch,
+        scenes=manifest.named(tuple(scenes)) if scenes else list(range(len(manifest.scenes))),
+        seed=seed if shuffle else None,
+        ranks=(rank, world),
+        threads=threads,
+        transform=transform or (lambda frame, epoch: frame),
+        cache=storage.ShardCache(cache, int(cache_gb * 2**30)) if cache and not storage.is_local(url) else None,
     )
 
 
@@ -73,6 +73,7 @@ class Dataset:
     def __init__(
         self,
         manifest: Manifest,
+        *,
         groups: Sequence[str],
         window: tuple[int, ...],
         batch: int,

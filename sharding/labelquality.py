@@ -101,7 +101,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:>10.2f} %"
 
 
-def measure(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: LabelConfig, every: int = 4) -> Quality:
+def measure(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: LabelConfig, *, every: int = 4) -> Quality:
     """Leaves every n-th key sweep out of the aggregation and tests the labels of its frame with it.
 
     Args:
@@ -134,8 +134,8 @@ def measure(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: LabelConf
             single[tuple(index[inside].T)] = True
             labels = labeled(made.frames[i])
             observed = labels.known()
-            _score(quality.labels, original, labels.binary, observed, grid, config)
-            _score(quality.single, original, single, None, grid, config)
+            _score(quality.labels, original, labels.binary, observed=observed, grid=grid, config=config)
+            _score(quality.single, original, single, observed=None, grid=grid, config=config)
             quality.sweeps += 1
             if original.labels is not None:
                 truth = original.labels.binary
@@ -156,7 +156,13 @@ def _from(frame: Frame) -> Callable[[LidarSweep], float]:
 
 
 def _score(
-    score: Score, frame: Frame, occupied: np.ndarray, observed: np.ndarray | None, grid: VoxelGrid, config: LabelConfig
+    score: Score,
+    frame: Frame,
+    occupied: np.ndarray,
+    *,
+    observed: np.ndarray | None,
+    grid: VoxelGrid,
+    config: LabelConfig,
 ) -> None:
     sweep = swept(frame)
     pose = sweep_to_grid(frame, sweep, grid)

@@ -15,7 +15,7 @@ import numpy as np
 
 from occstream.sharding.exactmath import cos_sin
 from occstream.sharding.poses import apply, compose, inverse, rotate
-from occstream.sharding.schema import Camera, Frame, LidarSweep, Scene, posed
+from occstream.sharding.schema import Camera, LidarSweep, Scene, posed
 
 Part = TypeVar("Part", LidarSweep, Camera)
 
@@ -36,32 +36,27 @@ def level(scene: Scene) -> Scene:
         ground = _ground(frame.lidar, fix) if frame.lidar is not None else {}
         fix = compose(_step(ground, earlier, compose(fix, posed(frame))[:3, 3]), fix)
         earlier.append(_ground(frame.lidar, fix) if frame.lidar is not None else {})
-
-        def between(
-            sweep: LidarSweep,
-            last: np.ndarray = last,
-            fix: np.ndarray = fix,
-            frame: Frame = frame,
-            before: Frame | None = before,
-        ) -> np.ndarray:
-            """Sweeps drift from one key-frame's height to the next one's."""
-            now, then = frame.timestamp, before.timestamp if before else None
-            if now is None or then is None or now == then:
-                return fix
-            share = np.clip((sweep.timestamp - then) / (now - then), 0, 1)
-            return last + share * (fix - last)  # the tilts are so small that the mean of rotations is one
-
+        times = before.timestamp if before else None, frame.timestamp
         frames.append(
             dataclasses.replace(
                 frame,
                 ego_to_global=compose(fix, posed(frame)),
                 lidar=_moved(frame.lidar, fix) if frame.lidar is not None else None,
-                sweeps=[_moved(sweep, between(sweep)) for sweep in frame.sweeps],
+                sweeps=[_moved(sweep, _between(sweep, times, last, fix)) for sweep in frame.sweeps],
                 cameras={name: _moved(camera, fix) for name, camera in frame.cameras.items()},
             )
         )
         before = frame
     return dataclasses.replace(scene, frames=frames)
+
+
+def _between(sweep: LidarSweep, times: tuple[int | None, int | None], last: np.ndarray, fix: np.ndarray) -> np.ndarray:
+    """Correction of a sweep between two key-frames with these times and corrections: it drifts from one to the other."""
+    then, now = times
+    if now is None or then is None or now == then:
+        return fix
+    share = np.clip((sweep.timestamp - then) / (now - then), 0, 1)
+    return last + share * (fix - last)  # the tilts are so small that the mean of rotations is one
 
 
 def _moved(part: Part, fix: np.ndarray) -> Part:

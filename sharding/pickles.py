@@ -160,12 +160,8 @@ def loads(data: bytes) -> Any:
 
 def _settled(value: Any, done: dict[int, Any], depth: int) -> Any:
     """The value with arrays in place of their stand-ins; lists and dicts are changed in place."""
-    if isinstance(value, _Array):
-        if value.value is None:
-            raise pickle.UnpicklingError("an array without content")
-        return value.value
-    if isinstance(value, (_Kind, _Name, type)):
-        raise pickle.UnpicklingError("a type or function as a value")
+    if isinstance(value, (_Array, _Kind, _Name, type)):
+        return _array_of(value)
     if not isinstance(value, (list, dict, tuple, set, frozenset)) or id(value) in done:
         return done.get(id(value), value)
     if depth > DEEPEST:
@@ -182,6 +178,15 @@ def _settled(value: Any, done: dict[int, Any], depth: int) -> Any:
     elif any(isinstance(v, (_Array, _Kind, _Name, type)) for v in value):
         raise pickle.UnpicklingError("an array in a set")
     return done[id(value)]
+
+
+def _array_of(value: Any) -> np.ndarray:
+    """The array that a stand-in is for. Raises UnpicklingError if it stands for something else."""
+    if not isinstance(value, _Array):
+        raise pickle.UnpicklingError("a type or function as a value")
+    if value.value is None:
+        raise pickle.UnpicklingError("an array without content")
+    return value.value
 
 
 @contextlib.contextmanager

@@ -113,26 +113,9 @@ def read_points(path: Path, columns: int) -> np.ndarray:
 def read_pcd(path: Path) -> dict[str, np.ndarray]:
     """Fields of a PCD file (``DATA ascii`` or ``binary``), each (N,) in its own type. Raises ValueError."""
     data = read_file(path)
-    head: dict[str, list[str]] = {}
-    at = 0
-    while "DATA" not in head:
-        end = data.find(b"\n", at)
-        if end < 0 or len(head) > 20:
-            raise ValueError(f"{path}: no PCD header; it is damaged or not a .pcd file")
-        words = data[at:end].decode(errors="replace").split()
-        at = end + 1
-        if words and not words[0].startswith("#"):
-            head[words[0].upper()] = words[1:]
+    head, at = _pcd_head(data, path)
     try:
-        names, counts = head["FIELDS"], head.get("COUNT", ["1"] * len(head["FIELDS"]))
-        if not set(head["SIZE"]) <= {"1", "2", "4", "8"} or not all(c.isascii() and c.isdigit() for c in counts):
-            raise ValueError(f"sizes {head['SIZE'][:8]} or counts {counts[:8]} are none")
-        if any(not 1 <= int(c) <= 1000 for c in counts):
-            raise ValueError(f"counts {counts[:8]} are out of range 1..1000")
-        kinds = [{"F": "f", "U": "u", "I": "i"}[t] + size for t, size in zip(head["TYPE"], head["SIZE"], strict=True)]
-        kind = np.dtype(
-            [(n, f"<{k}", (int(c),) if c != "1" else ()) for n, k, c in zip(names, kinds, counts, strict=True)]
-        )
+        names, kind = head["FIELDS"], _pcd_type(head)
         points, coding = int(head["POINTS"][0]), head["DATA"][0]
         if points < 0:
             raise ValueError(f"{points} points")
@@ -150,6 +133,32 @@ def read_pcd(path: Path) -> dict[str, np.ndarray]:
     except (KeyError, ValueError, IndexError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: broken PCD ({type(error).__name__}: {error})") from None
     return {name: rows[name].copy() for name in names}
+
+
+def _pcd_head(data: bytes, path: Path) -> tuple[dict[str, list[str]], int]:
+    """Words after each keyword of a PCD header, and where the points begin."""
+    head: dict[str, list[str]] = {}
+    at = 0
+    while "DATA" not in head:
+        end = data.find(b"\n", at)
+        if end < 0 or len(head) > 20:
+            raise ValueError(f"{path}: no PCD header; it is damaged or not a .pcd file")
+        words = data[at:end].decode(errors="replace").split()
+        at = end + 1
+        if words and not words[0].startswith("#"):
+            head[words[0].upper()] = words[1:]
+    return head, at
+
+
+def _pcd_type(head: dict[str, list[str]]) -> np.dtype:
+    """Type of a point in a PCD file. Raises ValueError or KeyError if its header gives none."""
+    names, counts = head["FIELDS"], head.get("COUNT", ["1"] * len(head["FIELDS"]))
+    if not set(head["SIZE"]) <= {"1", "2", "4", "8"} or not all(c.isascii() and c.isdigit() for c in counts):
+        raise ValueError(f"sizes {head['SIZE'][:8]} or counts {counts[:8]} are none")
+    if any(not 1 <= int(c) <= 1000 for c in counts):
+        raise ValueError(f"counts {counts[:8]} are out of range 1..1000")
+    kinds = [{"F": "f", "U": "u", "I": "i"}[t] + size for t, size in zip(head["TYPE"], head["SIZE"], strict=True)]
+    return np.dtype([(n, f"<{k}", (int(c),) if c != "1" else ()) for n, k, c in zip(names, kinds, counts, strict=True)])
 
 
 def read_jpeg(path: Path, why: str = "", quality: int = 95) -> tuple[bytes, int, int]:
@@ -270,6 +279,7 @@ def sparse_to_dense(
     values: np.ndarray,
     shape: tuple[int, int, int],
     fill: int,
+    *,
     where: object,
     doubles: Literal["last", "most"] = "last",
 ) -> np.ndarray:

@@ -91,33 +91,39 @@ def explain(error: BaseException, url: str) -> Exception:
             f"{url}: no working credentials found ({said}): {CREDENTIALS}; for a public bucket, set {ANONYMOUS}=1"
         )
     if isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403):
-        if meaning:
-            return PermissionError(f"{url}: {meaning} ({said})")
-        if getattr(error, "filename", None):
-            return PermissionError(f"{url}: {said}; check the permissions of the file and its folder")
-        return PermissionError(
-            f"{url}: access denied; check the credentials and their permissions ({said}): {CREDENTIALS}; a public bucket needs "
-            f"none with {ANONYMOUS}=1"
-        )
+        return _denied(error, url, said, meaning)
     if meaning:
         return OSError(f"{url}: {meaning} ({said})")
+    return _explain_by_type(error, url, said)
+
+
+def _denied(error: BaseException, url: str, said: str, meaning: str) -> PermissionError:
+    if meaning:
+        return PermissionError(f"{url}: {meaning} ({said})")
+    if getattr(error, "filename", None):
+        return PermissionError(f"{url}: {said}; check the permissions of the file and its folder")
+    return PermissionError(
+        f"{url}: access denied; check the credentials and their permissions ({said}): {CREDENTIALS}; a public bucket needs "
+        f"none with {ANONYMOUS}=1"
+    )
+
+
+def _explain_by_type(error: BaseException, url: str, said: str) -> Exception:
+    """What is told of an error that carries no code of the store that means something."""
+    name = type(error).__name__
     if isinstance(error, ImportError):
         return ValueError(f"{url}: needs a package that is not installed ({said})")
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return OSError(f"{url}: the store's certificate is not trusted; set AWS_CA_BUNDLE to its authority's ({said})")
     if _SETTINGS.search(name):
         return ValueError(f"{url}: {said}; check the URL, AWS_ENDPOINT_URL_S3 and AWS_DEFAULT_REGION")
-    if isinstance(error, (ValueError, OSError)):
-        named = said if url in said else f"{url}: {said}"
-        told = (
-            type(error)(named)
-            if type(error) in (ValueError, OSError, ConnectionError, TimeoutError)
-            else OSError(named)
-        )
-        if isinstance(error, OSError) and isinstance(told, OSError):
-            told.errno = error.errno
-        return told
-    return OSError(f"{url}: {name}: {said}")
+    if not isinstance(error, (ValueError, OSError)):
+        return OSError(f"{url}: {name}: {said}")
+    kind = type(error) if type(error) in (ValueError, OSError, ConnectionError, TimeoutError) else OSError
+    told = kind(said if url in said else f"{url}: {said}")
+    if isinstance(error, OSError) and isinstance(told, OSError):
+        told.errno = error.errno
+    return told
 
 
 def _meaning(error: BaseException) -> str:

@@ -144,12 +144,12 @@ def waits(check: Check) -> str:
     print(said)
     total = sum(lines.values())
     if not check.dry:
-        _profiled(model, frames, config, device, check.out)
+        _profiled(model, frames, config, device, out=check.out)
     # Off the GPU operators are counted that may wait there.
     return need(total <= 6, f"{total}: " + ", ".join(f"{c} x {line}" for line, c in lines.most_common(8)))
 
 
-def _profiled(model: nn.Module, frames: Batch, config: Config, device: torch.device, out: Path) -> None:
+def _profiled(model: nn.Module, frames: Batch, config: Config, device: torch.device, *, out: Path) -> None:
     """What the CUDA runtime was waited for, by the profiler."""
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds, with_stack=True) as trace:
@@ -168,12 +168,12 @@ def _profiled(model: nn.Module, frames: Batch, config: Config, device: torch.dev
     f"a step of r50 pre-training at batch {BATCH} broken down: 5 times plain fp32 or faster with everything enabled",
 )
 def step(check: Check) -> str:
-    return _bench(check, "r50", "pretrain", 2 if check.dry else BATCH, 5.0)
+    return _bench(check, "r50", "pretrain", batch=2 if check.dry else BATCH, faster=5.0)
 
 
 @section("bevformer", "a step of r50-bevformer at batch 2 broken down: faster than plain fp32")
 def bevformer(check: Check) -> str:
-    return _bench(check, "r50-bevformer", "pretrain", 2, 1.0)
+    return _bench(check, "r50-bevformer", "pretrain", batch=2, faster=1.0)
 
 
 @section("offboard", "an offboard fine-tuning step at batch 1, with and without kernels: fits into 80 GB")
@@ -196,7 +196,7 @@ def offboard(check: Check) -> str:
     return need(most < 74.5, "\n".join(said))
 
 
-def _bench(check: Check, recipe: str, stage: str, batch: int, faster: float) -> str:
+def _bench(check: Check, recipe: str, stage: str, *, batch: int, faster: float) -> str:
     """Speed against plain fp32 and peak memory of the fastest build."""
     words: tuple[str, ...] = ()
     if check.dry:

@@ -62,7 +62,7 @@ def read_openoccupancy(path: Path, grid: VoxelGrid) -> Labels:
     rows = read_npy(path, "labels of a key-frame")
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] not in (4, 7):
         raise ValueError(f"{path}: shape {np.shape(rows)}, expected (N, 4) or (N, 7) with z, y, x first and class last")
-    return _sparse(path, rows[:, [2, 1, 0]], rows[:, -1], grid, "most")
+    return _sparse(path, rows[:, [2, 1, 0]], rows[:, -1], grid, doubles="most")
 
 
 def read_surroundocc(path: Path, grid: VoxelGrid) -> Labels:
@@ -71,17 +71,18 @@ def read_surroundocc(path: Path, grid: VoxelGrid) -> Labels:
     rows = read_npy(path, "labels of a key-frame")
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != 4:
         raise ValueError(f"{path}: shape {np.shape(rows)}, expected (N, 4) of x, y, z, class")
-    return _sparse(path, rows[:, :3], rows[:, 3], grid, "last")
+    return _sparse(path, rows[:, :3], rows[:, 3], grid, doubles="last")
 
 
 def _sparse(
-    path: Path, index: np.ndarray, classes: np.ndarray, grid: VoxelGrid, doubles: Literal["last", "most"]
+    path: Path, index: np.ndarray, classes: np.ndarray, grid: VoxelGrid, *, doubles: Literal["last", "most"]
 ) -> Labels:
     if classes.dtype.kind not in "iuf" or not np.isfinite(classes).all():
         raise ValueError(f"{path}: its classes are not finite numbers; it is damaged or of another format")
     classes = classes.astype(np.int64)
     _check_range(path, classes, OCC3D.num_classes - 1)
-    semantic = sparse_to_dense(index, np.where(classes == 0, IGNORE, classes), grid.shape, OCC3D.free_id, path, doubles)
+    kept = np.where(classes == 0, IGNORE, classes)
+    semantic = sparse_to_dense(index, kept, grid.shape, OCC3D.free_id, where=path, doubles=doubles)
     known = semantic != IGNORE  # noise: neither occupied nor free
     return Labels((semantic != OCC3D.free_id) & known, semantic, None if known.all() else known)
 

@@ -222,7 +222,7 @@ class OpenScene:
         x, y, _ = self.grid.shape
         flat, raw = rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64)
         index = np.stack([flat % x, flat // x % y, flat // (x * y)], 1)  # flat = z * X * Y + y * X + x
-        dense = sparse_to_dense(index, raw, self.grid.shape, RAW_FREE, path)
+        dense = sparse_to_dense(index, raw, self.grid.shape, RAW_FREE, where=path)
         if dense.max() > RAW_FREE:
             raise ValueError(f"{path}: class {dense.max()} is out of range 0..{RAW_FREE}")
         binary = dense != RAW_FREE

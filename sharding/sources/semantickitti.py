@@ -129,7 +129,7 @@ class Piece:
     between: tuple[tuple[int, ...], ...]
 
 
-def cut(folder: str, keys: list[int], scans: list[int], size: int, name: str = "") -> dict[str, Piece]:
+def cut(folder: str, keys: list[int], scans: list[int], size: int, *, name: str = "") -> dict[str, Piece]:
     """Cuts a sequence into scenes ``<name>-000``, … of ``size`` key-frames."""
     pieces = {}
     for start in range(0, len(keys), size):
@@ -179,7 +179,7 @@ class SemanticKitti:
         frames = []
         for index, (scan, between) in enumerate(zip(piece.keys, piece.between)):
             pose, time = _at(poses, scan, folder), _time(times, scan)
-            camera = self._camera(folder, scan, calibration, velo_to_cam, pose, time)
+            camera = self._camera(folder, scan, calibration=calibration, velo_to_cam=velo_to_cam, pose=pose, time=time)
             earlier = [_sweep(folder, s, _at(poses, s, folder), _time(times, s)) for s in between]
             frames.append(
                 Frame(
@@ -200,6 +200,7 @@ class SemanticKitti:
         self,
         folder: Path,
         scan: int,
+        *,
         calibration: dict[str, np.ndarray],
         velo_to_cam: np.ndarray,
         pose: np.ndarray,

@@ -77,7 +77,7 @@ def open_source(
     scenes: dict[str, Piece] = {}
     for drive in choose(drives, there, drive_folder):
         keys = numbered(drive_folder / drive / "voxels", ".label")
-        scenes |= cut(drive, keys, [], frames_per_scene, drive.removesuffix("_sync"))
+        scenes |= cut(drive, keys, [], frames_per_scene, name=drive.removesuffix("_sync"))
     left = (f"{listed('drive', bare)} without voxels/*.label",) if bare and drives is None else ()
     return SscBench(folder, scenes, cameras, Findings("voxels/*.label", left_out=left))
 

@@ -369,8 +369,10 @@ def test_the_most_frequent_of_many_rows_by_a_loop():
         there = classes[(index == voxel).all(1)]
         last[tuple(voxel)] = there[-1]
         most[tuple(voxel)] = np.bincount(there).argmax()
-    np.testing.assert_array_equal(rawfiles.sparse_to_dense(index, classes, (3, 3, 3), 9, "x"), last)
-    np.testing.assert_array_equal(rawfiles.sparse_to_dense(index, classes, (3, 3, 3), 9, "x", "most"), most)
+    np.testing.assert_array_equal(rawfiles.sparse_to_dense(index, classes, (3, 3, 3), 9, where="x"), last)
+    np.testing.assert_array_equal(
+        rawfiles.sparse_to_dense(index, classes, (3, 3, 3), 9, where="x", doubles="most"), most
+    )
 
 
 def test_boxes_are_upright_in_a_tilted_ego_frame(opened):
