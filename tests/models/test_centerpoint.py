@@ -271,4 +271,4 @@ def test_names_of_parameters_are_openpcdets():
     branches = ("hm", "center", "center_z", "dim", "rot", "vel")
     layers = ("0.0.weight", "0.0.bias", "0.1.weight", "0.1.running_var", "1.weight", "1.bias")
     assert {f"heads_list.{t}.{b}.{layer}" for t in range(4) for b in branches for layer in layers} <= names
-    assert float(head().heads_list[0].hm[1].bias[0]) == pytest.approx(-2.19)
+    assert float(head().heads_list[0].hm[1].bias.detach()[0]) == pytest.approx(-2.19)
