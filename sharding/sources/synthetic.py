@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from typing import Literal
 
@@ -33,7 +33,8 @@ from occstream.sharding.schema import (
     get_taxonomy,
 )
 from occstream.sharding.sources import synthetic_rays as rays
-from occstream.sharding.sources.synthetic_world import SURFACES, VERSION, World, build_world, normals
+from occstream.sharding.sources.synthetic_road import normals
+from occstream.sharding.sources.synthetic_world import SURFACES, VERSION, World, build_world
 from occstream.sharding.voxelrays import mark_free
 
 PERIOD = 0.5  # seconds between key-frames
@@ -45,6 +46,7 @@ Hits = tuple[
     np.ndarray, np.ndarray, np.ndarray, np.ndarray
 ]  # distance, what, normal and point, see ``synthetic_rays.cast``
 LIDAR_AT = (0.94, 0.0, 1.84)
+VFOV = (-30.0, 10.0)  # degrees, of the LiDAR
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,10 @@ def open_source(
     sweeps: int = 0,
     weather: Literal["any", "clear", "overcast", "rain", "fog", "night"] = "any",
     style: Literal["any", "urban", "suburb", "rural"] = "any",
+    cameras: bool = True,
+    vfov: tuple[float, float] = VFOV,
+    mount_height: float = LIDAR_AT[2],
+    crowd: float = 1.0,
 ) -> Synthetic:
     """Procedural street scenes.
 
@@ -131,44 +137,25 @@ def open_source(
         image_size: (H, W) pixels; the picture is the rig's, scaled to W, its top cut off.
         grid: preset of the labels, in the ego frame.
         taxonomy: occ3d or openscene.
-        beams: of the LiDAR, 32 or 64.
+        beams: of the LiDAR, 2 to 256, evenly spaced in inclination.
         lidar: False leaves the LiDAR and its visibility mask out.
         sweeps: further LiDAR sweeps between two key-frames.
         weather, style: keep to one kind.
+        cameras: False leaves the cameras and their visibility mask out and renders nothing; all else is the same.
+        vfov: inclination of the lowest and of the highest beam, degrees.
+        mount_height: of the LiDAR above the road, meters.
+        crowd: factor on the number of pedestrians and two-wheelers, 0 to 20: above 1, others join those that are there at 1.
 
     Raises:
         ValueError: a value is out of range.
     """
-    limits = {"scenes": scenes, "frames": frames}
-    for name, value in limits.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}, must be at least 1")
-    if not 0 <= first <= 999_999 or not 0 <= seed < 2**31:
-        raise ValueError(f"first is {first} and seed {seed}; need 0 to 999999 and 0 to 2^31 - 1")
-    if beams not in (32, 64):
-        raise ValueError(f"beams is {beams}, must be 32 or 64")
-    if min(image_size) < 16:
-        raise ValueError(f"image_size is {image_size}, must be at least 16 x 16 (H, W)")
-    if get_grid(grid).frame != "ego":
-        raise ValueError(f"grid {grid!r} is in the LiDAR frame; synthetic labels need one in the ego frame, e.g. occ3d")
     return Synthetic(
-        scenes,
-        seed,
-        first,
-        frames,
-        rig,
-        image_size,
-        get_grid(grid),
-        get_taxonomy(taxonomy),
-        beams,
-        lidar,
-        sweeps,
-        weather,
-        style,
-    )
+        scenes, seed, first, frames, rig, image_size, get_grid(grid), get_taxonomy(taxonomy), beams, lidar, sweeps,
+        weather, style, cameras, vfov, mount_height, crowd,
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Synthetic:
     """See ``open_source``. A ``Source``."""
 
@@ -185,6 +172,40 @@ class Synthetic:
     sweeps: int
     weather: str
     style: str
+    cameras: bool = True
+    vfov: tuple[float, float] = VFOV
+    mount_height: float = LIDAR_AT[2]
+    crowd: float = 1.0
+
+    def __post_init__(self) -> None:
+        low, up = self.vfov
+        grid = f"grid {self.grid.name!r} is in the LiDAR frame; synthetic labels need one in the ego frame, e.g. occ3d"
+        for fine, said in (
+            (self.scenes >= 1, f"scenes is {self.scenes}, must be at least 1"),
+            (self.frames >= 1, f"frames is {self.frames}, must be at least 1"),
+            (0 <= self.first <= 999_999, f"first is {self.first}, must be 0 to 999999"),
+            (0 <= self.seed < 2**31, f"seed is {self.seed}, must be 0 to 2^31 - 1"),
+            (2 <= self.beams <= 256, f"beams is {self.beams}, must be 2 to 256"),
+            (-90 < low < up < 90, f"vfov is {self.vfov}, must be lowest and highest inclination, -90 to 90 degrees"),
+            (0.1 <= self.mount_height <= 10, f"mount_height is {self.mount_height}, must be 0.1 to 10 meters"),
+            (0 <= self.crowd <= 20, f"crowd is {self.crowd}, must be a factor of 0 to 20"),
+            (self.sweeps >= 0, f"sweeps is {self.sweeps}, must be at least 0"),
+            (self.lidar or self.cameras, "lidar=false and cameras=false leave no sensor; keep one of them"),
+            (min(self.image_size) >= 16, f"image_size is {self.image_size}, must be at least 16 x 16 (H, W)"),
+            (self.grid.frame == "ego", grid),
+        ):
+            if not fine:
+                raise ValueError(said)
+
+    def __repr__(self) -> str:
+        old = {f.name: getattr(self, f.name) for f in fields(self) if f.default is MISSING}
+        return f"Synthetic({', '.join(f'{name}={value!r}' for name, value in {**old, **self._changed()}.items())})"
+
+    def _changed(self) -> dict[str, object]:
+        """Options that came after the first data sets were packed (those with defaults here), where they change something:
+        digests and manifests of sets without them stay as they are."""
+        late = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.default is not MISSING}
+        return {name: value for name, (value, default) in late.items() if value != default}
 
     @property
     def name(self) -> str:
@@ -199,19 +220,26 @@ class Synthetic:
         if not found or not self.first <= int(found[1]) < self.first + self.scenes:
             raise ValueError(f"no scene {name!r} among {self.scene_names()[0]} … {self.scene_names()[-1]}")
         number = int(found[1])
-        world = build_world(self.seed, number, self.frames * PERIOD, weather=self.weather, style=self.style)
+        world = build_world(
+            self.seed, number, self.frames * PERIOD, weather=self.weather, style=self.style, crowd=self.crowd
+        )
         frames = [self._frame(world, name, number, i) for i in range(self.frames)]
-        return Scene(name, frames, {**world.attributes, "rig": self.rig, "seed": self.seed, "number": number})
+        options = {"rig": self.rig, "seed": self.seed, "number": number, **self._changed()}
+        return Scene(name, frames, {**world.attributes, **options})
 
     def _frame(self, world: World, name: str, number: int, index: int) -> Frame:
         time = index * PERIOD
         pose, heading = world.ego(time), world.heading(time)
         moment = _Moment(world, time)
-        rng = np.random.Generator(np.random.PCG64([VERSION, self.seed, number, index + 1]))
+        bits = np.random.PCG64([VERSION, self.seed, number, index + 1])
+        rng = np.random.Generator(bits)
         cameras, looks = {}, []
-        for mount in RIGS[self.rig].mounts:
+        mounts = RIGS[self.rig].mounts
+        for mount in mounts if self.cameras else ():
             cameras[mount.name], look = self._shoot(moment, mount, rng)
             looks.append(look)
+        if not self.cameras:
+            bits.advance(len(mounts) * 3 * math.prod(self.image_size))  # the noise of the images
         sweep, returns = self._sweep(moment, rng) if self.lidar else (None, None)
         extra = []
         if self.lidar:
@@ -281,9 +309,9 @@ class Synthetic:
         """A turn of the LiDAR, compensated to its time stamp, and (origin, returns) in the world."""
         world = moment.world
         ego = world.ego(moment.time)
-        to_ego = _mount_pose(LIDAR_AT, None)
+        to_ego = _mount_pose((*LIDAR_AT[:2], self.mount_height), None)
         to_world = compose(ego, to_ego)
-        local = _beam_rays(self.beams)
+        local = _beam_rays(self.beams, self.vfov)
         directions = rotate(to_world, local)
         origin = to_world[:3, 3].copy()
         reach = LIDAR_RANGE * {"rain": 0.8, "fog": 0.6}.get(world.weather, 1.0)
@@ -362,7 +390,7 @@ class Synthetic:
                 passed[tuple(last[((last >= 0) & (last < grid.shape)).all(1)].T)] = True
             return passed
 
-        return Labels(binary, semantic, seen([returns]) if returns else None, seen(looks))
+        return Labels(binary, semantic, seen([returns]) if returns else None, seen(looks) if looks else None)
 
 
 class _Moment:
@@ -450,9 +478,9 @@ def _pixel_rays(intrinsics: bytes, height: int, width: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=4)
-def _beam_rays(beams: int) -> np.ndarray:
+def _beam_rays(beams: int, vfov: tuple[float, float]) -> np.ndarray:
     """(beams * AZIMUTHS, 3) unit vectors, lowest beam first."""
-    up = np.radians(np.linspace(-30, 10, beams))[:, None]
+    up = np.radians(np.linspace(*vfov, beams))[:, None]
     around = np.radians(np.arange(AZIMUTHS) * 360 / AZIMUTHS)[None]
     parts = (cos(up) * cos(around), cos(up) * sin(around), sin(up) * np.ones_like(around))
     return np.stack(parts, -1).reshape(-1, 3)

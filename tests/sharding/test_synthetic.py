@@ -1,5 +1,6 @@
 """The synthetic source: pure scenes whose sensors and labels agree with each other."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import simplejpeg
 from occstream.sharding.grid import get_grid
 from occstream.sharding.schema import OCC3D, camera_to_key_ego, sweep_to_key_ego
 from occstream.sharding.sources import open_source
+from occstream.sharding.sources.synthetic_world import build_world
 
 SMALL = {"frames": 2, "image_size": (64, 176)}
 
@@ -166,11 +168,82 @@ def test_every_class_of_occ3d_occurs(scenes):
     assert found == set(range(18))
 
 
+def test_options_that_came_later_change_neither_scenes_nor_digests_of_sets_without_them():
+    """Golden: made before there were ``cameras``, ``vfov``, ``mount_height`` and ``crowd``."""
+    options = {"scenes": 1, "first": 3, "frames": 2, "image_size": (16, 44), "sweeps": 1, "grid": "tiny"}
+    source = open_source("synthetic", options)
+    assert repr(source) == (
+        "Synthetic(scenes=1, seed=0, first=3, frames=2, rig='nuscenes', image_size=(16, 44), grid=VoxelGrid(name='tiny', "
+        "lower=(-19.2, -19.2, -1.0), upper=(19.2, 19.2, 5.4), voxel=(0.8, 0.8, 0.8), frame='ego'), "
+        "taxonomy=Taxonomy(name='occ3d'), beams=32, lidar=True, sweeps=1, weather='any', style='any')"
+    )
+    scene = source.load(source.scene_names()[0])
+    bare = open_source("synthetic", {**options, "cameras": False}).load(scene.name)
+    assert "cameras" not in scene.attributes
+    assert bare.attributes.pop("cameras") is False
+    for made in (scene, bare):
+        found = hashlib.blake2b(digest_size=8)
+        for frame in made.frames:
+            arrays = [frame.lidar.xyz, frame.lidar.intensity, frame.lidar.classes, frame.sweeps[0].xyz]
+            arrays += [frame.boxes.boxes, frame.labels.semantic, frame.labels.mask_lidar]
+            found.update(b"".join(a.tobytes() for a in arrays))
+            found.update(repr((frame.boxes.names, frame.boxes.track_ids)).encode())
+        found.update(repr(sorted(made.attributes.items())).encode())
+        assert found.hexdigest() == "c686da4941221721"
+    assert all(not f.cameras and f.labels.mask_camera is None for f in bare.frames)
+
+
+def test_lidar_of_another_sensor():
+    options = {"scenes": 1, "frames": 1, "cameras": False, "beams": 7, "vfov": [-17.6, 2.4], "mount_height": 2.2}
+    source = open_source("synthetic", {**options, "grid": "tiny"})
+    scene = source.load(source.scene_names()[0])
+    [frame] = scene.frames
+    sweep, (x, y, z) = frame.lidar, frame.lidar.xyz.T.astype(np.float64)
+    assert sweep.sensor_to_ego[2, 3] == 2.2
+    assert sorted(set(sweep.ring.tolist())) == list(range(7))
+    inclination = np.degrees(np.arctan2(z, np.hypot(x, y)))
+    np.testing.assert_allclose(inclination, np.linspace(-17.6, 2.4, 7)[sweep.ring], atol=1e-4)
+    assert scene.attributes["vfov"] == (-17.6, 2.4)
+    assert scene.attributes["mount_height"] == 2.2
+    assert "vfov=(-17.6, 2.4)" in repr(source)
+
+
+def test_a_crowd_joins_or_leaves_and_nothing_else_changes():
+    road_users = {"pedestrian", "bicycle", "motorcycle"}
+    numbers, rest = {}, []
+    for crowd in (0.0, 0.5, 1.0, 5.0):
+        worlds = [build_world(0, n, 1.0, crowd=crowd) for n in range(2)]
+        numbers[crowd] = [[a for a in w.actors if a.name in road_users and a.size] for w in worlds]
+        others = [[(a.name, a.s, a.l, a.size) for a in w.actors if a.name not in road_users] for w in worlds]
+        rest.append((others, [w.light.tolist() for w in worlds]))
+    assert all(r == rest[0] for r in rest)
+    counts = {crowd: sum(map(len, found)) for crowd, found in numbers.items()}
+    assert counts[0.0] == 0 < counts[0.5] < counts[1.0]
+    assert 3.5 * counts[1.0] < counts[5.0] < 6.5 * counts[1.0]
+    for few, many in zip(numbers[1.0], numbers[5.0]):
+        assert [(a.name, a.s, a.l) for a in many[: len(few)]] == [(a.name, a.s, a.l) for a in few]
+        for i, new in enumerate(many[len(few) :], len(few)):
+            assert not any(
+                abs(new.s - a.s) < (new.size[0] + a.size[0]) / 2 and abs(new.l - a.l) < (new.size[1] + a.size[1]) / 2
+                for a in many[:i]
+            )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rigg": "nuplan"}, "did you mean 'rig'"),
-        ({"beams": 16}, "must be 32 or 64"),
+        ({"beams": 1}, "beams is 1, must be 2 to 256"),
+        ({"beams": 257}, "must be 2 to 256"),
+        ({"vfov": [10, -30]}, "vfov is .*lowest and highest"),
+        ({"vfov": [-30, 90]}, "-90 to 90 degrees"),
+        ({"vfov": [-30]}, "vfov="),
+        ({"mount_height": 0}, "mount_height is 0.0"),
+        ({"mount_height": float("nan")}, "mount_height is nan"),
+        ({"crowd": -1}, "crowd is -1.0"),
+        ({"crowd": float("inf")}, "crowd is inf"),
+        ({"sweeps": -1}, "sweeps is -1"),
+        ({"lidar": False, "cameras": False}, "no sensor"),
         ({"scenes": 0}, "at least 1"),
         ({"grid": "semantickitti"}, "LiDAR frame"),
         ({"weather": "snow"}, "weather='snow'"),
