@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from occstream.launch.study import load_study
 from occstream.pretrain.distributed import World
 from occstream.pretrain.events import read_events
 from occstream.pretrain.streams import EvalData, TrainData
+from tests.forked import Forked
 from tests.pretrain.small import RECIPE, environment, pack_small
 
 STUDY = {
@@ -166,26 +168,40 @@ def test_a_study_of_any_axes_crosses_them_and_shares_parents(data, tmp_path):
             plan(load_study(axes_study(tmp_path, data, **changes)))
 
 
+# The command, with runs that start at once.
+FORKING = """
+import sys
+from occstream.launch import cli, sweep
+from tests.forked import Forks
+sweep.subprocess.Popen = Forks()
+sys.exit(cli.main())
+"""
+
+
 @pytest.mark.process
 def test_a_killed_sweep_goes_on_and_a_broken_cell_stops_nothing_else(data, tmp_path):
     strategies = {k: STUDY["strategies"][k] for k in ("S+B*", "S+B")}
     broken = {"finetune": {"optim": {"lr": 1e30, "warmup": 1, "clip": 1e30}, "train": {"steps": 8}}}
     path = write(tmp_path, data, strategies={**strategies, "Broken": broken}, controls=[], label_curve=[])
-    command = [sys.executable, "-m", "occstream.launch.cli", "sweep", path, "--jobs", "2"]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True)
-    for line in process.stdout:
-        if line.startswith("[1/"):
-            break
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()  # its runs notice, save and stop; the next sweep waits for them
-    logs = {p: p.stat().st_mtime for p in (tmp_path / "runs").glob("*/log.txt")}
-    done = {p for p in logs if any(e.get("status") == "FINISHED" for e in read_events(p.parent / "metrics.jsonl"))}
-    assert done
-    again = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-    assert again.returncode == 1, again.stdout + again.stderr
-    assert "2 of " in again.stdout
-    assert "not finite" in again.stdout
-    assert all(p.stat().st_mtime == logs[p] for p in done), "finished runs are left alone"
+    script = tmp_path / "sweep.py"
+    script.write_text(FORKING)
+    command = [script, "sweep", path, "--jobs", "2"]
+    process = Forked(command, environment(), tmp_path / "killed.log", parent=True)
+    while process.poll() is None and "\n[1/" not in process.log.read_text():
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL  # its runs notice, save and stop; the next sweep waits for them
+    ended = re.findall(r"^\[\d/6\] (\S+) done", process.log.read_text(), re.MULTILINE)
+    assert ended
+    logs = {p: p.stat().st_mtime for p in (tmp_path / "runs" / name / "log.txt" for name in ended)}
+    for p in logs:
+        assert [e["status"] for e in read_events(p.parent / "metrics.jsonl") if "status" in e][-1:] == ["FINISHED"]
+    again = Forked(command, environment(), tmp_path / "again.log", parent=True)
+    said, _ = again.communicate(280)
+    assert again.returncode == 1, said
+    assert "2 of " in said
+    assert "not finite" in said
+    assert all(p.stat().st_mtime == when for p, when in logs.items()), "finished runs are left alone"
     finished = [p.parent.name for p in (tmp_path / "runs").glob("*/metrics.jsonl")]
     assert {"LS-SpBx-0-2-s0", "LS-SpBx-3-2-s0", "LS-SpB-3-2-s0"} <= set(finished)
     uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
