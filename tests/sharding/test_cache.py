@@ -5,8 +5,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,7 +19,8 @@ from occstream.sharding.pack import pack
 from occstream.sharding.storage import ShardCache
 from occstream.sharding.stream import Field, ShardReader, Stream
 from tests.faultproxy import Faults
-from tests.pretrain.small import ROOT, environment
+from tests.forked import Forked
+from tests.pretrain.small import environment
 from tests.sharding.toy import GRID, ToySource
 
 COUNTS = (3, 5, 2, 4, 6, 1, 2)
@@ -93,7 +92,6 @@ from occstream.sharding.manifest import Manifest
 from occstream.sharding.storage import ShardCache
 from occstream.sharding.stream import ShardReader
 url, folder = json.loads(sys.argv[1])
-print("ready", flush=True)
 ShardReader(Manifest.load(url), ("labels",), ShardCache(folder)).frame(0, 0)
 """
 
@@ -104,13 +102,9 @@ def test_killed_in_the_middle_of_a_fetch(s3, through, tmp_path):
     manifest = pack(ToySource((2, 3)), f"{s3}/killed", grid=GRID)
     folder = tmp_path / "c"
     with through(Faults(pace=5.0)):
-        child = subprocess.Popen(
-            [sys.executable, "-c", FETCH, json.dumps([manifest.url, str(folder)])],
-            env=environment(),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-        )
-        child.stdout.readline()
+        script = tmp_path / "fetch.py"
+        script.write_text(FETCH)
+        child = Forked([script, json.dumps([manifest.url, str(folder)])], environment(), tmp_path / "log")
         for _ in range(200):
             if list(folder.glob("*.part")) and next(folder.glob("*.part")).stat().st_size:
                 break
@@ -129,11 +123,12 @@ def test_killed_in_the_middle_of_a_fetch(s3, through, tmp_path):
 def test_ranks_of_a_node_fetch_each_shard_once(s3, through, tmp_path):
     manifest = pack(ToySource(COUNTS), f"{s3}/node", grid=GRID)
     with through(Faults()) as faults:
-        script = FETCH.replace(".frame(0, 0)", "; [r.frame(s, 0) for s in range(7)]").replace(
+        text = FETCH.replace(".frame(0, 0)", "; [r.frame(s, 0) for s in range(7)]").replace(
             "ShardReader(", "r = ShardReader("
         )
-        command = [sys.executable, "-c", script, json.dumps([manifest.url, str(tmp_path / "c")])]
-        children = [subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(3)]
+        (script := tmp_path / "fetch.py").write_text(text)
+        command = [script, json.dumps([manifest.url, str(tmp_path / "c")])]
+        children = [Forked(command, environment(), tmp_path / f"log-{n}") for n in range(3)]
         assert [c.wait(60) for c in children] == [0, 0, 0]
     for shard in manifest.shards:
         path = "/" + storage.join(manifest.url, shard.path).removeprefix("s3://")

@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import random
-import resource
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,26 +22,26 @@ from occstream.sharding.pack import Job, estimate, merge, pack
 from occstream.sharding.prepare import Images, shrink
 from occstream.sharding.schema import Camera, Scene
 from occstream.sharding.stream import ShardReader
+from tests.forked import Forked
 from tests.pretrain.small import ROOT, environment
 from tests.sharding.test_shards import digests
 from tests.sharding.toy import GRID, ToySource, toy_frame
 
 COUNTS = (3, 2, 1, 4, 2, 3, 1, 2, 3)
+HERE = Path(__file__).parent
 
 
-def run_part(url, part, kill_at, env=None) -> subprocess.CompletedProcess:
+def run_part(folder: Path, url: str, part: list[int], kill_at: int, env=None) -> int:
+    """Exit code of one that is killed at a step; its log is in a folder."""
     job = json.dumps({"url": url, "part": part, "kill_at": kill_at})
-    command = [sys.executable, "-m", "tests.sharding.killed", job]
-    return subprocess.run(command, env=env or environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return Forked([HERE / "killed.py", job], env or environment(), folder / "part.log").wait(120)
 
 
-def kill_and_finish(url: str, part: list[int], rng: random.Random, env=None, kills: int = 2) -> None:
+def kill_and_finish(folder: Path, url: str, part: list[int], rng: random.Random, env=None, kills: int = 2) -> None:
     """Runs a part, killed at random steps, until it is done."""
     for _ in range(kills):
-        done = run_part(url, part, rng.randrange(1, 30), env)
-        assert done.returncode in (0, -9), done.stderr
-    done = run_part(url, part, 0, env)
-    assert done.returncode == 0, done.stderr
+        assert run_part(folder, url, part, rng.randrange(1, 30), env) in (0, -9), (folder / "part.log").read_text()
+    assert run_part(folder, url, part, 0, env) == 0, (folder / "part.log").read_text()
 
 
 @pytest.mark.process
@@ -53,11 +50,11 @@ def test_killed_parts_merged_equal_one_run(tmp_path):
     pack(ToySource(COUNTS), str(whole), grid=GRID, scenes_per_shard=2)
     parts, rng = tmp_path / "parts", random.Random(7)
     for i in (3, 1, 4):
-        kill_and_finish(str(parts), [i, 4], rng)
+        kill_and_finish(tmp_path, str(parts), [i, 4], rng)
     with pytest.raises(ValueError, match="part 2/4 is not finished"):
         merge(str(parts))
     assert not (parts / "manifest.json").exists()
-    kill_and_finish(str(parts), [2, 4], rng)
+    kill_and_finish(tmp_path, str(parts), [2, 4], rng)
     merge(str(parts))
     left = {
         name: digest for name, digest in digests(parts).items() if "/." not in name
@@ -119,40 +116,30 @@ def test_failures_are_collected_and_left_out_and_retried(tmp_path):
 
 
 @pytest.mark.process
-def test_no_manifest_while_shards_are_replaced(tmp_path):
+def test_no_manifest_while_shards_are_replaced(tmp_path, tmp_path_factory):
     """Other settings over a published set: a kill in the middle must not leave the old manifest over new shards."""
     pack(ToySource(COUNTS), str(tmp_path), grid=GRID, scenes_per_shard=2, coding=Coding(level=3))
     assert (tmp_path / "manifest.json").exists()
-    done = run_part(str(tmp_path), [1, 1], 25)
-    assert done.returncode == -9
+    assert run_part(tmp_path_factory.mktemp("log"), str(tmp_path), [1, 1], 25) == -9
     assert not (tmp_path / "manifest.json").exists()
 
 
 @pytest.mark.process
 def test_full_disk_is_one_clear_error_and_a_rerun_finishes(tmp_path):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-
-    url = tmp_path / "set"
-    command = [
-        sys.executable,
-        "-m",
-        "occstream.launch.cli",
-        "shard",
-        "synthetic",
-        "scenes=3",
-        "frames=2",
-        "image_size=[32, 88]",
-    ]
-    command += ["--grid", "tiny", "--out", str(url)]
-    full = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
-    assert full.returncode == 2
-    assert full.stderr.count("\n") == 1
-    assert "File too large" in full.stderr
-    assert "set TMPDIR to a larger disk" in full.stderr
+    url, script, error = tmp_path / "set", tmp_path / "full.py", tmp_path / "error"
+    script.write_text(
+        "import resource, sys\nfrom occstream.launch.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\nsys.exit(main())"
+    )
+    command = ["shard", "synthetic", "scenes=3", "frames=2", "image_size=[32, 88]", "--grid", "tiny", "--out", url]
+    assert Forked([script, *command], environment(), tmp_path / "full.log", errors=error).wait(120) == 2
+    said = error.read_text()
+    assert said.count("\n") == 1
+    assert "File too large" in said
+    assert "set TMPDIR to a larger disk" in said
     assert not (url / "manifest.json").exists()
-    again = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    again = Forked([ROOT / "launch/cli.py", *command], environment(), tmp_path / "again.log")
+    assert again.wait(120) == 0, again.log.read_text()
     assert verify(str(url)) == []
 
 

@@ -4,8 +4,6 @@ import fnmatch
 import hashlib
 import json
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from occstream.sharding.pack import merge, pack
 from occstream.sharding.stream import ShardReader
 from tests import objectstore
 from tests.faultproxy import Faults
+from tests.forked import Forked
 from tests.pretrain.small import RECIPE, ROOT, environment, pack_small
 from tests.sharding.test_job import COUNTS, kill_and_finish
 from tests.sharding.test_shards import digests
@@ -43,10 +42,10 @@ def whole(tmp_path) -> dict[str, str]:
     return digests(tmp_path / "whole")
 
 
-def test_killed_parts_on_object_storage_equal_one_run(s3, whole):
+def test_killed_parts_on_object_storage_equal_one_run(s3, whole, tmp_path):
     rng = random.Random(11)
     for i in (4, 2, 1, 3):
-        kill_and_finish(f"{s3}/parts", [i, 4], rng, environment(), kills=1)
+        kill_and_finish(tmp_path, f"{s3}/parts", [i, 4], rng, environment(), kills=1)
     merge(f"{s3}/parts")
     assert objects(f"{s3}/parts") == whole
 
@@ -123,16 +122,17 @@ def test_same_data_set_on_disk_and_on_object_storage(s3, tmp_path):
 def test_training_streams_from_object_storage(s3, tmp_path):
     """In a process of its own, with credentials from the environment, and none of them in what it writes."""
     pack_small(f"{s3}/train", scenes=3)
-    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--recipe", RECIPE]
+    command = [ROOT / "launch/pretrain.py", "--recipe", RECIPE]
     run = tmp_path / "run"
     command += [f"data.url={s3}/train", f"output={run}", "train.steps=2", f"track.uri=sqlite:///{tmp_path}/mlflow.db"]
     secrets = {"MLFLOW_TRACKING_USERNAME": "somebody", "MLFLOW_TRACKING_PASSWORD": "a-password-of-mlflow"}
-    done = subprocess.run(command, env=environment(**secrets), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = Forked(command, environment(**secrets), tmp_path / "log")
+    said, _ = done.communicate(200)
+    assert done.returncode == 0, said[-2000:]
     assert [e["step"] for e in read_events(run / "metrics.jsonl") if "train/loss" in e.get("metrics", {})] == [1, 2]
     files = [p for p in tmp_path.rglob("*") if p.is_file() and "cache" not in p.parts]
-    assert {"config.yaml", "metrics.jsonl", "state.json", "mlflow.db"} <= {p.name for p in files}
-    written = (done.stdout + done.stderr).encode() + b"".join(p.read_bytes() for p in files)
+    assert {"log", "config.yaml", "metrics.jsonl", "state.json", "mlflow.db"} <= {p.name for p in files}
+    written = b"".join(p.read_bytes() for p in files)
     for secret in (objectstore.KEY, f'"{objectstore.SECRET}"', *secrets.values()):
         assert secret.encode() not in written
 
