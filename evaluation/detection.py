@@ -228,7 +228,8 @@ class DetectionMetric:
         """Scores as fractions, errors in m, 1 - IoU, rad, m/s and 1 - accuracy.
 
         ``mAP``, ``NDS`` and the mean errors are the official ones: a class without truth has an AP of 0 and errors of 1.
-        ``mAP_present`` and ``NDS_present`` are over the classes that the truth has. ``AP/class``, ``AP/class/distance`` and
+        ``mAP_present`` and ``NDS_present`` are over the classes that the truth has, ``recall`` is the share of all true boxes
+        that a prediction of any score matched at ``error_distance``. ``AP/class``, ``AP/class/distance`` and
         ``mATE/class`` are of one class. Without frames everything is NaN; errors that no class has are NaN, and NDS is
         then a mean without them.
 
@@ -252,6 +253,8 @@ class DetectionMetric:
         out = _summary(ap, errors)
         of_present = _summary(ap[present], errors[present])
         out |= {f"{name}_present": of_present[name] for name in ("mAP", "NDS")}
+        matched, total = (rows[:, 4 + rules.distances.index(rules.error_distance)] > 0).sum(), int(self.truths.sum())
+        out["recall"] = float(matched / total) if total else math.nan
         for c, name in enumerate(rules.classes):
             out[f"AP/{name}"] = float(ap[c].mean())
             out |= {f"AP/{name}/{d:g}": float(v) for d, v in zip(rules.distances, ap[c])}
