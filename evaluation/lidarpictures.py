@@ -1,0 +1,239 @@
+"""Pictures of LiDAR tasks: boxes from above and in the cameras, classes of points from above."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from occstream.evaluation.detection import BoxSet, rules_of
+from occstream.evaluation.lidar import true_boxes
+from occstream.models.batch import Batch, PointLabels, Points
+from occstream.models.centerpoint import Detections
+from occstream.models.rotated import corners
+from occstream.sharding.schema import IGNORE, Frame, Taxonomy, camera_to_key_ego
+
+NEAR = 0.3  # meters before a camera; what is nearer is not drawn
+NUMBERED = 40  # boxes whose scores are written, at most: more would hide each other
+_EDGES = [(i, (i + 1) % 4) for i in range(4)]
+_EDGES += [(a + 4, b + 4) for a, b in _EDGES] + [(i, i + 4) for i in range(4)]
+_COLUMNS = 3  # cameras side by side
+_TRUE, _POINT = "#202020", "#9aa4ad"
+
+
+def detection_picture(
+    path: Path,
+    batch: Batch,
+    found: Detections,
+    index: int,
+    *,
+    taxonomy: Taxonomy,
+    reach: float = 50.0,
+    title: str = "",
+    cameras: Frame | None = None,
+) -> None:
+    """One PNG for a frame, from above, x up and y left: points, true boxes filled, found ones as outlines with a line to the
+    front, the fainter the lower their score. Below it the cameras with both.
+
+    Args:
+        path: written; its folder is created.
+        batch: with points, and with boxes if the frame is labeled.
+        found: of the frame.
+        index: of the frame in the batch.
+        taxonomy: of the labels; boxes have the classes of ``rules_of``.
+        reach: meters from the ego to each side.
+        cameras: the frame with its cameras, as it was before augmentation.
+    """
+    names, places = rules_of(taxonomy).classes, dict(zip(taxonomy.classes, taxonomy.colors))
+    colors = np.array([places[name] for name in names]) / 255
+    truth = true_boxes(batch)[index] if batch.boxes is not None and index < batch.labeled else None
+    images = list(cameras.cameras.items()) if cameras else []
+    rows = -(-len(images) // _COLUMNS)
+    figure = Figure(figsize=(9, 9.6 + 1.9 * rows), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[9, 1.9 * rows]) if rows else (figure, None)
+    axes = top.subplots()
+    _ground(axes, reach)
+    _dots(axes, _points(batch, index), _POINT)
+    if truth is not None:
+        axes.add_collection(
+            PolyCollection(
+                _shown(corners(truth.boxes)), facecolors=_faint(colors[truth.classes], 0.35), edgecolors=_TRUE
+            )
+        )
+    strength = np.clip(0.25 + 0.75 * found.scores, 0, 1)
+    outlines = np.concatenate([_outlines(found.boxes), _headings(found.boxes)])
+    shades = np.tile(_faint(0.85 * colors[found.classes], strength), (2, 1))  # bright ones are hard to see on white
+    axes.add_collection(LineCollection(_shown(outlines), colors=shades, linewidths=1.6))
+    _numbers(axes, found, reach)
+    _legend(top, sorted({*found.classes.tolist(), *([] if truth is None else truth.classes.tolist())}), names, colors)
+    undo = np.linalg.inv(batch.scene_aug[index].double().cpu().numpy())
+    for i, (name, camera) in enumerate(images):
+        panel = bottom.add_subplot(rows, _COLUMNS, i + 1)
+        image = simplejpeg.decode_jpeg(camera.jpeg, "RGB", min_width=600, min_height=1)
+        panel.imshow(image, extent=(-0.5, camera.width - 0.5, camera.height - 0.5, -0.5))
+        to_camera = np.linalg.inv(camera_to_key_ego(cameras, camera))
+        for boxes, shade in _in_camera(truth, found, colors, strength):
+            lines, of = _edges(boxes, undo, to_camera, camera.intrinsics)
+            panel.add_collection(LineCollection(lines, colors=shade[of], linewidths=0.9))
+        panel.set(xlim=(-0.5, camera.width - 0.5), ylim=(camera.height - 0.5, -0.5))
+        panel.set_title(name, fontsize=8, pad=2)
+        panel.axis("off")
+    said = f"{len(found.boxes)} found" + ("" if truth is None else f", {len(truth.boxes)} true")
+    _save(figure, path, f"{title or batch.keys[index]}: {said}")
+
+
+def segmentation_picture(
+    path: Path,
+    batch: Batch,
+    found: np.ndarray,
+    index: int,
+    *,
+    taxonomy: Taxonomy,
+    reach: float = 50.0,
+    title: str = "",
+) -> None:
+    """One PNG for a frame, from above: points in the colors of their true classes, and of those that were found.
+
+    Args:
+        path: written; its folder is created.
+        batch: with points, and with their labels if the frame is labeled.
+        found: (n,) classes of the frame's points.
+        index: of the frame in the batch.
+        taxonomy: of the classes.
+        reach: meters from the ego to each side.
+    """
+    xyz, table = _points(batch, index), np.full((256, 3), 0.75)
+    table[: taxonomy.num_classes] = np.array(taxonomy.colors) / 255
+    panels = [("found", np.asarray(found))]
+    if batch.point_labels is not None and index < batch.labeled:
+        part = batch.part(PointLabels)
+        panels.insert(0, ("true", part.classes[part.owners() == index].cpu().numpy()))
+    figure = Figure(figsize=(8 * len(panels), 9), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, classes) in zip(np.ravel(figure.subplots(1, len(panels), squeeze=False)), panels):
+        _ground(axes, reach)
+        _dots(axes, xyz, table[classes])
+        axes.set_title(name, fontsize=10)
+    there = sorted({int(c) for _, classes in panels for c in np.unique(classes)} - {IGNORE, taxonomy.free_id})
+    handles = [Patch(color=table[c], label=taxonomy.classes[c]) for c in there]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    said = f"{len(xyz)} points"
+    if len(panels) > 1 and (known := panels[0][1] != IGNORE).any():
+        said += f", {100 * (panels[0][1] == panels[1][1])[known].mean():.1f} % of the known ones right"
+    _save(figure, path, f"{title or batch.keys[index]}: {said}")
+
+
+def _points(batch: Batch, index: int) -> np.ndarray:
+    """(n, 3) of a frame."""
+    part = batch.part(Points)
+    return part.xyz[part.owners() == index].cpu().numpy()
+
+
+def _ground(axes: Axes, reach: float) -> None:
+    """Empty axes from above: horizontally -y, so that left is left, vertically x; the ego in the middle."""
+    axes.set(
+        xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xlabel="y to the left, m", ylabel="x forward, m"
+    )
+    ticks = np.arange(-(reach // 10) * 10, reach + 1, 10 if reach < 60 else 20)
+    axes.set_xticks(ticks, [f"{0 - t:g}" for t in ticks], fontsize=7)
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks], fontsize=7)
+    axes.grid(color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.plot([0], [0], marker="^", color=_TRUE, markersize=7)
+
+
+def _dots(axes: Axes, xyz: np.ndarray, color: str | np.ndarray) -> None:
+    axes.scatter(-xyz[:, 1], xyz[:, 0], s=1.0, c=color, linewidths=0, rasterized=True)
+
+
+def _shown(ground: np.ndarray) -> np.ndarray:
+    """(…, 2) x, y of the ego frame -> places in the picture from above."""
+    return np.stack([-ground[..., 1], ground[..., 0]], -1)
+
+
+def _outlines(boxes: np.ndarray) -> np.ndarray:
+    """(n, 5, 2) around each box, closed."""
+    around = corners(boxes)
+    return np.concatenate([around, around[:, :1]], 1)
+
+
+def _headings(boxes: np.ndarray) -> np.ndarray:
+    """(n, 5, 2) from the center to beyond the front; as many points as an outline has."""
+    ahead = np.stack([np.cos(boxes[:, 6]), np.sin(boxes[:, 6])], 1) * (boxes[:, 3:4] / 2 + 0.7)
+    return boxes[:, None, :2] + ahead[:, None] * np.linspace(0, 1, 5)[:, None]
+
+
+def _faint(colors: np.ndarray, strength: float | np.ndarray) -> np.ndarray:
+    """(n, 3) with opacity -> (n, 4)."""
+    return np.concatenate([colors, np.broadcast_to(strength, len(colors))[:, None]], 1)
+
+
+def _numbers(axes: Axes, found: Detections, reach: float) -> None:
+    """Scores of the surest boxes, beside them."""
+    for box, score in list(zip(found.boxes, found.scores))[:NUMBERED]:
+        x, y = -box[1] + box[4] / 2 + 0.5, box[0] + box[3] / 2
+        if max(abs(x), abs(y)) < reach:
+            axes.text(x, y, f"{score:.2f}", fontsize=6, color=_TRUE, clip_on=True)
+
+
+def _legend(figure: Figure, there: Sequence[int], names: Sequence[str], colors: np.ndarray) -> None:
+    handles: list[Patch | Line2D] = [Patch(color=colors[c], label=names[c]) for c in there]
+    handles += [
+        Patch(facecolor="#d9d9d9", edgecolor=_TRUE, label="true (white in cameras)"),
+        Line2D([], [], color="#606060", label="found (line: front, opacity: score)"),
+        Line2D([], [], color=_POINT, marker=".", linestyle="", label="LiDAR"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+
+
+def _in_camera(
+    truth: BoxSet | None, found: Detections, colors: np.ndarray, strength: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Boxes and their (n, 4) colors, in the order in which they are drawn: true ones white."""
+    drawn = [(found.boxes, _faint(colors[found.classes], strength))]
+    if truth is not None:
+        drawn.insert(0, (np.asarray(truth.boxes), _faint(np.ones((len(truth.boxes), 3)), 0.9)))
+    return drawn
+
+
+def _edges(
+    boxes: np.ndarray, undo: np.ndarray, to_camera: np.ndarray, intrinsics: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Edges of boxes in an image, as far as they are before the camera.
+
+    Args:
+        boxes: (n, 7).
+        undo: (3, 3) from the augmented ego frame to the ego frame. to_camera: (4, 4) on from there. intrinsics: (3, 3).
+
+    Returns:
+        (m, 2, 2) pixels of both ends, (m,) int64 place of each edge's box.
+    """
+    base = np.repeat(corners(boxes), 2, 0).reshape(len(boxes), 2, 4, 2)
+    height = boxes[:, None, None, 2:3] + boxes[:, None, None, 5:6] / 2 * np.array([-1, 1])[:, None, None]
+    solid = np.concatenate([base, np.broadcast_to(height, (len(boxes), 2, 4, 1))], -1).reshape(-1, 8, 3)
+    local = solid @ undo.T @ to_camera[:3, :3].T + to_camera[:3, 3]
+    ends = local[:, _EDGES].reshape(-1, 2, 3)
+    of = np.repeat(np.arange(len(boxes)), len(_EDGES))
+    keep = (ends[..., 2] > NEAR).any(1)
+    ends, of = ends[keep], of[keep]
+    first, second = ends[:, 0], ends[:, 1]
+    along = (NEAR - first[:, 2]) / np.where(first[:, 2] == second[:, 2], 1, second[:, 2] - first[:, 2])
+    cut = first + along[:, None] * (second - first)
+    ends = np.stack([np.where(e[:, 2:] < NEAR, cut, e) for e in (first, second)], 1)
+    pixels = ends @ intrinsics.T
+    return pixels[..., :2] / pixels[..., 2:], of
+
+
+def _save(figure: Figure, path: Path, title: str) -> None:
+    figure.suptitle(title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
