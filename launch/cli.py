@@ -138,6 +138,16 @@ def _data_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("labels", help="a data set with labels of the same scenes")
     p.add_argument("--name", required=True, help="of the new group: labels-… or pseudo-…; train with data.labels=NAME")
 
+    p = command(
+        "classes",
+        data.classes,
+        "note which classes each frame of a packed data set holds",
+        "Reads the labels once and writes classes.<group>.json, which training needs to balance rare classes. Jobs that pack "
+        "labels write it themselves; sets of earlier versions and sidecars have none.",
+    )
+    p.add_argument("url")
+    p.add_argument("--group", default=None, help="of this sidecar group instead of the set's own labels")
+
     p = command("subset", data.subset, "write the names of a nested subset of scenes (2000 within 4000 within 8000)")
     p.add_argument("url")
     p.add_argument(

@@ -341,6 +341,17 @@ def attach(args: argparse.Namespace) -> int:
     return 0
 
 
+def classes(args: argparse.Namespace) -> int:
+    from occstream.sharding.frameclasses import collect, table_name
+    from occstream.sharding.manifest import Manifest
+
+    table, frames = collect(args.url, args.group), Manifest.load(args.url).num_frames
+    for name, count in sorted(table.counts().items(), key=lambda pair: (-pair[1], pair[0])):
+        print(f"{name:<24} {count:>8} frames, {100 * count / frames:.1f} %")
+    print(f"{args.url}: wrote {table_name(args.group or 'labels')}: {len(table.classes)} classes in {frames} frames")
+    return 0
+
+
 def subset(args: argparse.Namespace) -> int:
     from occstream.sharding.manifest import Manifest
 

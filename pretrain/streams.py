@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,15 @@ from occstream.pretrain.distributed import World
 from occstream.pretrain.reading import Prefetcher, device_batches, open_stream, to_batch
 from occstream.pretrain.tasks.base import Role, Sample, Scoring, without_replaced
 from occstream.pretrain.tasks.registry import task_of
+from occstream.sharding.frameclasses import FrameClasses
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.order import (
     BY_CONTENT,
     BY_SCENES,
+    Copies,
     Order,
     Quotas,
+    balance,
     by_content,
     by_scenes,
     evaluation_batches,
@@ -37,7 +41,7 @@ class TrainData:
     """Batches of one run for one rank.
 
     Attributes:
-        epoch_samples: S frames of one pass.
+        epoch_samples: S frames of one pass (of the first, where frames of rare classes occur more often).
         steps: optimizer steps of the whole run.
         scenes: names of all scenes that any stream takes frames from.
         frames_per_step: S and B frames of all ranks in one optimizer step.
@@ -57,7 +61,8 @@ class TrainData:
         manifest = open_manifest(data.url, data.labels)
         scenes = training_scenes(manifest, data)
         self.sensors = self._task.sensors(manifest, scenes[0])
-        order = _order(manifest, scenes, cfg.seed, None, cfg.batch)
+        self.notes: list[str] = []
+        order = self._order("data", manifest, data, scenes, draw=None, lanes=cfg.batch)
         self.epoch_samples = order.epoch(0).size
         samples = cfg.steps * cfg.batch if cfg.steps else round(cfg.epochs * self.epoch_samples)
         self.steps = math.ceil(samples / cfg.batch)
@@ -65,7 +70,6 @@ class TrainData:
         self.scenes: set[str] = set()
         self.fingerprints: dict[str, str] = {}
         self.unknown: dict[str, float] = {}
-        self.notes: list[str] = []
         self._feeds: dict[str, _Feed] = {}
         micro = cfg.batch // cfg.accumulate
         self._add("data", "main", manifest, data, scenes, order, micro, micro)
@@ -91,9 +95,9 @@ class TrainData:
             # As many replayed scenes each pass as there are in the main stream.
             draw = min(source.draw or main_scenes, len(chosen))
             most = quotas.most(number)
-            order = _order(pool, chosen, cfg.seed, draw, most * cfg.accumulate)
-            batch = most if len(sources) == 1 else functools.partial(quotas.of, number)
             name = f"replay-{number}" if number else "replay"
+            order = self._order(name, pool, source, chosen, draw=draw, lanes=most * cfg.accumulate)
+            batch = most if len(sources) == 1 else functools.partial(quotas.of, number)
             self._add(name, "replay", pool, source, chosen, order, batch, most)
         self.frames_per_step += total
 
@@ -123,6 +127,28 @@ class TrainData:
         facts = self._task.facts(name, source, manifest, scenes)
         self.unknown |= facts.numbers
         self.notes += facts.notes
+
+    def _order(
+        self,
+        name: str,
+        manifest: Manifest,
+        source: DataConfig | ReplaySource,
+        scenes: list[int],
+        *,
+        draw: int | None,
+        lanes: int,
+    ) -> Order:
+        """The order of a stream, in which frames of rare classes occur more often where the task balances them."""
+        entries = [manifest.scenes[i] for i in scenes]
+        names, frames = [e.name for e in entries], [e.frames for e in entries]
+        copies = None
+        if (wanted := self._task.balance(source)) is not None:
+            holds = FrameClasses.load(manifest).holds(scenes, wanted)
+            copies = Copies(names, frames, balance(holds))
+            self.notes.append(_balance_note(name, manifest, wanted, holds))
+        shards = [e.shard for e in entries]
+        seed, identity = self.config.train.seed, by_scenes(names, frames)
+        return Order(identity, scenes, frames, seed, draw=draw, shards=shards, lanes=lanes, copies=copies)
 
     @property
     def fingerprint(self) -> str:
@@ -230,8 +256,8 @@ class TrainData:
     @property
     def epoch_position(self) -> float:
         """Passes over the S frames so far, with the part of the one under way."""
-        state = self._feeds["main"].state
-        return state["epoch"] + state["offset"] / self.epoch_samples
+        feed = self._feeds["main"]
+        return feed.state["epoch"] + feed.state["offset"] / feed.order.epoch(feed.state["epoch"]).size
 
     def close(self) -> None:
         """Ends the readers of all streams."""
@@ -361,12 +387,15 @@ def check_manifest(manifest: Manifest, sample: Sample, config: Config) -> None:
     manifest.check(config.voxel_grid if "labels" in sample.groups else None, config.taxonomy, groups)
 
 
-def _order(manifest: Manifest, scenes: list[int], seed: int, draw: int | None, lanes: int) -> Order:
-    entries = [manifest.scenes[i] for i in scenes]
-    shards = [e.shard for e in entries]
-    frames = [e.frames for e in entries]
-    identity = by_scenes([e.name for e in entries], frames)
-    return Order(identity, scenes, frames, seed, draw=draw, shards=shards, lanes=lanes)
+def _balance_note(name: str, manifest: Manifest, wanted: Sequence[str], holds: np.ndarray) -> str:
+    """What balancing does to a stream. Raises ValueError if it has none of the classes."""
+    if not holds.any():
+        raise ValueError(
+            f"{manifest.url}: none of its frames holds any of {', '.join(wanted)}, so they cannot be balanced; switch "
+            "balancing off, or train on labels with classes or boxes"
+        )
+    counts = ", ".join(f"{c} {n}" for c, n in zip(wanted, holds.sum(0).tolist()))
+    return f"{name}: rare classes are balanced: of {len(holds)} frames hold {counts}; a pass has about {balance(holds).sum():.0f}"
 
 
 def _position(state: object, name: str) -> dict[str, int]:

@@ -16,7 +16,8 @@ import simplejpeg
 from occstream.sharding import storage
 from occstream.sharding.codec import FORMAT_VERSION, CorruptSample, decode
 from occstream.sharding.contract import is_rigid
-from occstream.sharding.manifest import Manifest, SceneEntry, ShardEntry
+from occstream.sharding.frameclasses import FrameClasses, classes_of, table_name
+from occstream.sharding.manifest import Manifest, ShardEntry
 from occstream.sharding.received import load_json
 from occstream.sharding.schema import IGNORE, Camera, Frame, Labels, LidarSweep, frame_key, get_taxonomy
 from occstream.sharding.shardfile import HEADER
@@ -32,7 +33,7 @@ OFF_THE_ROAD = {
 
 def verify(url: str, share: float = 1.0, seed: int = 0, group: str | None = None) -> list[str]:
     """Checks a data set: every shard's presence and size; and of a share of the shard numbers hash, index, members,
-    headers, decoding of every frame (images too), joins across groups, label ranges and calibration.
+    headers, decoding of every frame (images too), joins across groups, label ranges, calibration and table of classes.
 
     Args:
         url: of the data set.
@@ -62,17 +63,29 @@ def verify(url: str, share: float = 1.0, seed: int = 0, group: str | None = None
             what = "missing" if have is None else f"{have} bytes, the manifest says {shard.size}"
             problems.append(f"{storage.join(url, shard.path)}: {what}")
             bad.add(shard.number)
-    by_number: dict[int, list[SceneEntry]] = {}
-    for scene in manifest.scenes:
-        by_number.setdefault(scene.shard, []).append(scene)
+    by_number: dict[int, list[int]] = {}
+    for i, scene in enumerate(manifest.scenes):
+        by_number.setdefault(scene.shard, []).append(i)
     numbers = sorted({s.number for s in manifest.shards})
     if share < 1:
         count = max(1, round(share * len(numbers)))
         numbers = sorted(np.random.default_rng(seed).choice(numbers, count, replace=False).tolist())
+    table, found = _table(manifest)
+    problems += found
     for number in numbers:
         if number not in bad:
-            problems += _check_number(manifest, number, by_number.get(number, []))
+            problems += _check_number(manifest, number, by_number.get(number, []), table)
     return problems
+
+
+def _table(manifest: Manifest) -> tuple[FrameClasses | None, list[str]]:
+    """The table of classes, where there is one, and what is wrong with it."""
+    if table_name(manifest.label_group) not in storage.listing(manifest.url):
+        return None, []
+    try:
+        return FrameClasses.load(manifest), []
+    except ValueError as error:
+        return None, [str(error)]
 
 
 def _ego_frame(manifest: Manifest) -> Iterator[str]:
@@ -85,8 +98,8 @@ def _ego_frame(manifest: Manifest) -> Iterator[str]:
         )
 
 
-def _check_number(manifest: Manifest, number: int, scenes: list[SceneEntry]) -> Iterator[str]:
-    """Problems of one shard number, all groups."""
+def _check_number(manifest: Manifest, number: int, scenes: list[int], table: FrameClasses | None) -> Iterator[str]:
+    """Problems of one shard number, all groups. ``scenes``: their numbers in the manifest."""
     groups: dict[str, dict[str, bytes]] = {}
     for group in manifest.groups:
         entry = manifest.shard(group, number)
@@ -98,7 +111,9 @@ def _check_number(manifest: Manifest, number: int, scenes: list[SceneEntry]) -> 
         ranges, found = _ranges(manifest, entry, data, where)
         yield from found
         groups[group] = ranges
-    wanted = [frame_key(s.name, i) for s in scenes for i in range(s.frames)]
+    inside = [(n, manifest.scenes[n]) for n in scenes]
+    places = {frame_key(s.name, i): (n, i) for n, s in inside for i in range(s.frames)}
+    wanted = list(places)
     for group, ranges in groups.items():
         path = manifest.shard(group, number).path
         yield from (f"{path}: has no frame {key}, though the manifest says so" for key in wanted if key not in ranges)
@@ -122,6 +137,14 @@ def _check_number(manifest: Manifest, number: int, scenes: list[SceneEntry]) -> 
         if frame_key(frame.scene, frame.index) != key:
             yield f"frame {key}: holds frame {frame.key}"
         yield from (f"frame {key}: {problem}" for problem in _check_frame(frame, manifest))
+        yield from _check_held(frame, table.names(*places[key]) if table else None, manifest)
+
+
+def _check_held(frame: Frame, said: list[str] | None, manifest: Manifest) -> Iterator[str]:
+    """Whether a frame holds the classes that the table says, where there is one."""
+    if said is not None and said != (held := classes_of(frame, get_taxonomy(manifest.taxonomy))):
+        file = table_name(manifest.label_group)
+        yield f"frame {frame.key}: holds classes {', '.join(held)}, but {file} says {', '.join(said)}"
 
 
 def _ranges(manifest: Manifest, entry: ShardEntry, data: bytes, where: str) -> tuple[dict[str, bytes], list[str]]:

@@ -26,11 +26,18 @@ BY_SCENES, BY_CONTENT = "scenes", "content"  # rules that checkpoints name: what
 
 @dataclass(frozen=True)
 class Sample:
-    """One draw: which pass over the data, which scene (number in the manifest), which of its frames."""
+    """One draw: which pass over the data, which scene (number in the manifest), which of its frames, and which of the frame's
+    occurrences in that pass."""
 
     epoch: int
     scene: int
     frame: int
+    copy: int = 0
+
+    @property
+    def draw(self) -> int:
+        """Number that random choices about the sample are keyed by: the epoch, and another one for each further copy."""
+        return self.epoch + (self.copy << 32)
 
 
 def generator(*keys: object) -> np.random.Generator:
@@ -51,6 +58,55 @@ def by_content(fingerprint: str, scenes: Sequence[int]) -> str:
     return f"{fingerprint}\x1f{numbers}"
 
 
+def balance(holds: np.ndarray) -> np.ndarray:
+    """How often each frame is to occur so that rare classes are seen more often (SPOT, Sec. 3.3).
+
+    Class i, which N_i frames hold, has the share n_i = N_i / sum N among the C classes that any frame holds, and the weight
+    sqrt(1 / (C n_i)); a frame takes the largest weight of its classes, and 1 at least.
+
+    Args:
+        holds: (F, classes) bool, which classes frames hold.
+
+    Returns:
+        (F,) float64, 1 or more.
+    """
+    counts = holds.sum(0)
+    present = np.flatnonzero(counts)
+    factors = np.ones(len(holds))
+    for i in present:
+        weight = math.sqrt(int(counts.sum()) / (len(present) * int(counts[i])))
+        factors[holds[:, i]] = np.maximum(factors[holds[:, i]], weight)
+    return factors
+
+
+class Copies:
+    """How often frames occur in each epoch: ``floor(r)`` times for a factor r, and once more with probability ``r - floor(r)``,
+    drawn by (seed, epoch, scene, frame) alone.
+
+    Args:
+        names: of the scenes.
+        frames: number of frames of each.
+        factors: (all frames,) float64, scene after scene; 1 or more.
+
+    Raises:
+        ValueError: factors do not fit the frames, or one is below 1 or above a thousand.
+    """
+
+    def __init__(self, names: Sequence[str], frames: Sequence[int], factors: np.ndarray) -> None:
+        if len(factors) != sum(frames) or not ((factors >= 1) & (factors <= 1000)).all():
+            raise ValueError(f"{len(factors)} factors of {sum(frames)} frames: need one each, from 1 to 1000")
+        self.names, self.factors = list(names), np.split(np.asarray(factors, np.float64), np.cumsum(frames)[:-1])
+
+    def counts(self, chosen: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """(frames,) int64 of the chosen scenes (places in ``names``), one scene after the other."""
+        drawn = []
+        for i in chosen:
+            more = generator(seed, "copies", epoch, self.names[i]).random(len(self.factors[i]))
+            whole = np.floor(self.factors[i])
+            drawn.append((whole + (more < self.factors[i] - whole)).astype(np.int64))
+        return np.concatenate(drawn)
+
+
 class Order:
     """The sequence of samples of one stream.
 
@@ -62,6 +118,8 @@ class Order:
         draw: scenes drawn afresh without replacement for each epoch (replay); None: all, every epoch.
         shards: number of the shard of each scene: scenes of a shard stay together. None: every scene is one of its own.
         lanes: samples of a global batch.
+        copies: of the same scenes, how often their frames occur in an epoch; None: once. With it an epoch takes memory by
+            frame, not by scene.
 
     Raises:
         ValueError: no frames, or more scenes to draw than there are.
@@ -77,6 +135,7 @@ class Order:
         draw: int | None = None,
         shards: Sequence[int] | None = None,
         lanes: int = LANES,
+        copies: Copies | None = None,
     ) -> None:
         self.scenes, self.frames = np.asarray(scenes, np.int64), np.asarray(frames, np.int64)
         if len(self.scenes) != len(self.frames) or self.frames.sum() == 0:
@@ -84,7 +143,7 @@ class Order:
         if draw is not None and not 1 <= draw <= len(self.scenes):
             raise ValueError(f"cannot draw {draw} scenes an epoch from {len(self.scenes)}; lower replay.draw")
         self.shards = None if shards is None else np.asarray(shards, np.int64)
-        self.draw, self.lanes, self.seed = draw, lanes, seed
+        self.draw, self.lanes, self.seed, self.copies = draw, lanes, seed, copies
         self.identify(identity)
 
     def identify(self, identity: str) -> None:
@@ -128,14 +187,19 @@ class Order:
 
 
 class _Epoch:
-    """One pass: O(scenes) to set up, O(log scenes) for a sample."""
+    """One pass: O(scenes) to set up (O(frames) with copies), O(log) of that for a sample."""
 
     def __init__(self, order: Order, number: int) -> None:
         self.number, self._key = number, (*order._key, number)
         chosen = order._chosen(generator(*order._key, "scenes", number))
         self.scenes, frames = order.scenes[chosen], order.frames[chosen]
         self.ends = np.cumsum(frames)
-        self.starts = self.ends - frames
+        self.firsts = self.ends - frames  # number of each scene's first frame among all
+        self.frame_ends = np.zeros(0, np.int64)
+        if order.copies is not None:
+            self.frame_ends = np.cumsum(order.copies.counts(chosen, order.seed, number))
+            self.ends = np.concatenate([[0], self.frame_ends])[self.ends]
+        self.starts = np.concatenate([[0], self.ends[:-1]])
         self.size = int(self.ends[-1])
         # Few frames, few lanes: a lane shorter than some frames would not mix.
         self.lanes = max(1, min(order.lanes, self.size // 4))
@@ -151,7 +215,11 @@ class _Epoch:
         block, within = divmod(step, self.block)
         position = start + block * self.block + self._permuted(lane, block, length)[within]
         at = int(np.searchsorted(self.ends, position, side="right"))
-        return Sample(self.number, int(self.scenes[at]), int(position - self.starts[at]))
+        if not len(self.frame_ends):
+            return Sample(self.number, int(self.scenes[at]), int(position - self.starts[at]))
+        frame = int(np.searchsorted(self.frame_ends, position, side="right"))
+        copy = position - (self.frame_ends[frame - 1] if frame else 0)
+        return Sample(self.number, int(self.scenes[at]), frame - int(self.firsts[at]), int(copy))
 
     def _permuted(self, lane: int, block: int, length: int) -> np.ndarray:
         key = (lane, block)

@@ -25,6 +25,7 @@ from typing import Protocol, TypedDict, Unpack
 from occstream.sharding import lease, storage, threads
 from occstream.sharding.codec import FORMAT_VERSION, GROUPS, Coding, canonical_json, encode
 from occstream.sharding.contract import admit, with_lacking
+from occstream.sharding.frameclasses import FrameClasses, classes_of
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import NAME, Manifest, shard_path
 from occstream.sharding.prepare import Images
@@ -332,6 +333,7 @@ def _publish(url: str, outcomes: list[dict]) -> Manifest:
             ],
             "left_out": [name for s in made for name in sorted(s["failed"])],
         }
+        table = _table(made) if "labels" in about["groups"] else None
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{url}: a part is not the record of a job ({type(error).__name__}: {error}); rerun it"
@@ -347,8 +349,16 @@ def _publish(url: str, outcomes: list[dict]) -> Manifest:
                 raise ValueError(
                     f"{storage.join(url, shard.path)}: is missing or has changed since it was packed; rerun the job"
                 )
+    if table:
+        table.publish(manifest)
     manifest.publish()
     return manifest
+
+
+def _table(made: list[dict]) -> FrameClasses | None:
+    """Classes of all frames; None where shards of an earlier version, which did not note them, were kept."""
+    found = [FrameClasses.of_record(shard["classes"]) for shard in made if shard.get("classes")]
+    return FrameClasses.joined(found) if len(found) == len(made) else None
 
 
 @dataclass(frozen=True)
@@ -449,12 +459,13 @@ def _build_shard(job: Job, wanted: _Wanted) -> dict:
         storage.remove(storage.join(job.url, NAME))
     with tempfile.TemporaryDirectory(prefix="occstream-") as folder:
         writers = {group: ShardWriter(Path(folder) / f"{group}.tar", job.header(group)) for group in job.groups}
-        entries, failed = _write_scenes(job, wanted.names, writers)
+        entries, classes, failed = _write_scenes(job, wanted.names, writers)
         made = []
         for group, writer in writers.items():
             path, index = writer.close()
             replace = group in wanted.published
             about = {"group": group, "digest": digest, "scenes": entries, "failed": failed, "frames": index}
+            about |= {"classes": FrameClasses.of_names(classes).to_record()} if group == "labels" else {}
             made.append(publish_shard(urls[group], path, **about, replace=replace))
     return _summary(made, skipped=False)
 
@@ -466,10 +477,12 @@ def _is_whole(record: dict, url: str, digest: str, wanted: _Wanted) -> bool:
     return not wanted.recheck or hashlib.sha256(storage.read_bytes(url)).hexdigest() == record["sha256"]
 
 
-def _write_scenes(job: Job, names: Sequence[str], writers: dict[str, ShardWriter]) -> tuple[list[dict], dict[str, str]]:
-    """Writes scenes to the tars of all groups. Returns the entries of those that could be packed, and by name why others
-    could not; of these nothing is left in the tars."""
-    entries, failed = [], {}
+def _write_scenes(
+    job: Job, names: Sequence[str], writers: dict[str, ShardWriter]
+) -> tuple[list[dict], list[list[list[str]]], dict[str, str]]:
+    """Writes scenes to the tars of all groups. Returns the entries of those that could be packed, the classes that their
+    frames hold, and by name why others could not; of these nothing is left in the tars."""
+    entries, classes, failed = [], [], {}
     for name in names:
         marks = {group: writer.mark() for group, writer in writers.items()}
         try:
@@ -477,6 +490,7 @@ def _write_scenes(job: Job, names: Sequence[str], writers: dict[str, ShardWriter
             for frame in scene.frames:
                 for group, writer in writers.items():
                     writer.add(frame.key, job.members(frame, group))
+            held = [classes_of(frame, job.taxonomy) for frame in scene.frames] if "labels" in writers else []
         except Exception as error:
             if isinstance(error, OSError) and error.errno in _DISK_FULL:
                 raise
@@ -485,7 +499,8 @@ def _write_scenes(job: Job, names: Sequence[str], writers: dict[str, ShardWriter
                 writer.back_to(marks[group])
             continue
         entries.append({"name": scene.name, "frames": len(scene.frames), "attributes": scene.attributes})
-    return entries, failed
+        classes.append(held)
+    return entries, classes, failed
 
 
 def _reason(error: Exception) -> str:
@@ -499,6 +514,7 @@ def _summary(records: list[dict], skipped: bool) -> dict:
         "failed": records[0]["failed"],
         "size": {r["group"]: r["size"] for r in records},
         "sha256": {r["group"]: r["sha256"] for r in records},
+        "classes": next((r["classes"] for r in records if "classes" in r), None),
         "skipped": skipped,
     }
 

@@ -86,9 +86,18 @@ class ShardWriter:
 
 
 def publish_shard(
-    url: str, path: Path, *, group: str, digest: str, scenes: list, failed: dict, frames: list, replace: bool
+    url: str,
+    path: Path,
+    *,
+    group: str,
+    digest: str,
+    scenes: list,
+    failed: dict,
+    frames: list,
+    replace: bool,
+    classes: dict | None = None,
 ) -> dict:
-    """Publishes a tar, then its record, and returns that."""
+    """Publishes a tar, then its record, and returns that. ``classes``: a record of the ``FrameClasses`` of a tar of labels."""
     record = {
         "group": group,
         "digest": digest,
@@ -97,6 +106,7 @@ def publish_shard(
         "scenes": scenes,
         "failed": failed,
         "frames": frames,
+        **({} if classes is None else {"classes": classes}),
     }
     if replace:
         storage.remove(url[:-4] + ".json")  # or, after a kill between the two, it would describe the wrong tar

@@ -530,7 +530,7 @@ class Stream:
             index = (sample.frame + shift) % scene.frames
             try:
                 frame = self._reader.window(sample.scene, index, self._window)
-                slot.returned[i] = self._fill(frame, sample.epoch, views)
+                slot.returned[i] = self._fill(frame, sample.draw, views)
                 self._take_rows(slot, i, views, frame.key)
             except CorruptSample as error:
                 self._skip(error)

@@ -178,6 +178,15 @@ class Task(ABC):
         """
         return Facts()
 
+    def balance(self, source: Any) -> tuple[str, ...] | None:
+        """Foreground classes, of boxes or labels, whose rare ones a stream of training shows more often (``order.balance``);
+        None: every frame occurs once a pass. What it says is to follow from the recipe.
+
+        Args:
+            source: section of the stream, as of ``sample``.
+        """
+        return None
+
     # Learning
 
     @abstractmethod

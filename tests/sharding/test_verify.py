@@ -14,6 +14,7 @@ import pytest
 from occstream.launch import cli
 from occstream.sharding import check, codec
 from occstream.sharding.check import inspect, verify
+from occstream.sharding.frameclasses import FrameClasses
 from occstream.sharding.manifest import Manifest, ShardEntry
 from occstream.sharding.pack import pack
 from tests.sharding.toy import GRID, ToySource, toy_frame
@@ -30,7 +31,7 @@ Members = list[tuple[str, bytes]]
 
 
 def rewrite(root: Path, group: str, number: int, edit: Callable[[Members], Members]) -> None:
-    """Changes the members of a shard, and makes record, hashes and manifest agree with the result."""
+    """Changes the members of a shard, and makes record, hashes, manifest and table of classes agree with the result."""
     path = root / group / f"{group}-{number:06d}.tar"
     with tarfile.open(path) as tar:
         members = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()]
@@ -53,7 +54,9 @@ def rewrite(root: Path, group: str, number: int, edit: Callable[[Members], Membe
     manifest = Manifest.load(str(root))
     mine = ShardEntry(group, number, record["size"], sha)
     shards = tuple(mine if (s.group, s.number) == (group, number) else s for s in manifest.shards)
-    dataclasses.replace(manifest, shards=shards).publish()
+    changed = dataclasses.replace(manifest, shards=shards)
+    FrameClasses.load(manifest).publish(changed)
+    changed.publish()
 
 
 def change(suffix: str, work: Callable[[bytes], bytes], key: str = "toy-1-0002") -> Callable[[Members], Members]:
