@@ -258,6 +258,12 @@ class Labels:
         """(X, Y, Z) bool: voxels that the labels say something about; the others are neither occupied nor free."""
         return self.mask_lidar if self.mask_lidar is not None else np.ones(self.binary.shape, bool)
 
+    def classes(self) -> np.ndarray:
+        """``semantic`` of labels that must have it. Raises ValueError."""
+        if self.semantic is None:
+            raise ValueError("these labels are binary, and classes are needed; use labels that have them")
+        return self.semantic
+
 
 @dataclass
 class Frame:

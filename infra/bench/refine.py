@@ -94,5 +94,7 @@ def _measure(url: str, repeats: int) -> dict[str, float]:
 
 def _table(reader: DriveReader) -> Confusions:
     source, view = reader.read(0, 0)
+    if source.semantic is None:
+        raise ValueError(f"{reader.manifest.url}: its labels have no classes to refine; bench others")
     said = packed(source.semantic, view)
     return Confusions(confusions_of(said, source.semantic, GRID, len(reader.manifest.classes) + 1), 0.5)

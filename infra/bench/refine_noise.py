@@ -24,7 +24,7 @@ from occstream.evaluation.votes import VoteConfig, in_frustum
 from occstream.sharding.grid import get_grid
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.pack import pack
-from occstream.sharding.schema import Camera
+from occstream.sharding.schema import Camera, labeled
 from occstream.sharding.sources import open_source
 from occstream.sharding.stream import ShardReader
 
@@ -52,7 +52,7 @@ class Scorer:
         reader = ShardReader(self.base, ("labels",))
         for scene in scenes:
             frames = range(self.base.scenes[scene].frames)
-            self.truth[scene] = [reader.frame(scene, i).labels.semantic.copy() for i in frames]
+            self.truth[scene] = [labeled(reader.frame(scene, i)).classes().copy() for i in frames]
         reader.close()
 
     def row(self, words: str, group: str, config: RefineConfig, table: Confusions | None = None) -> None:

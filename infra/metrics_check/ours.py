@@ -63,7 +63,7 @@ def write_boxes(scenes: list[dict[str, dict[str, np.ndarray]]], out: Path) -> No
         rows = scene["racks"]["boxes"]
         as_cars = BoxSet(rows, np.zeros(len(rows), np.int64), scores=np.zeros(len(rows)))
         racks[token(i)] = global_boxes(token(i), as_cars, pose(i))
-    write_detection(out / "detection.json", results, Inputs(lidar=True), samples=truth)
+    write_detection(str(out / "detection.json"), results, Inputs(lidar=True), samples=truth)
     poses = {token(i): pose(i)[:3, 3].tolist() for i in range(len(scenes))}
     (out / "truth.json").write_text(json.dumps({"boxes": truth, "racks": racks, "ego": poses}))
 
@@ -83,16 +83,16 @@ def _truth_records(i: int, rows: dict) -> list[dict]:
 
 
 def write_points(scenes: list[dict[str, np.ndarray]], out: Path) -> None:
-    write_meta(out, "val", Inputs(lidar=True))
+    write_meta(str(out), "val", Inputs(lidar=True))
     counts = {}
     for i, scene in enumerate(scenes):
         classes, instances = split_labels(scene["predicted"])
         counts[token(i)] = len(classes)
-        write_lidarseg(out, "val", token(i), classes)
-        write_panoptic(out, "val", token(i), classes, instances)
+        write_lidarseg(str(out), "val", token(i), classes)
+        write_panoptic(str(out), "val", token(i), classes, instances)
         np.savez_compressed(out / f"truth-{token(i)}.npz", data=scene["truth"])
     for kind in ("lidarseg", "panoptic"):
-        check_sweeps(out, kind, "val", counts)
+        check_sweeps(str(out), kind, "val", counts)
 
 
 def main(out: Path, seed: int = 0) -> None:

@@ -3,6 +3,9 @@
 Usage: DEVKIT/bin/python infra/metrics_check/theirs.py OUT
 """
 
+# The devkit is installed in that environment alone.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import importlib.metadata
