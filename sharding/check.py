@@ -125,9 +125,9 @@ def _check_number(manifest: Manifest, number: int, scenes: list[int], table: Fra
         if not all(key in ranges for ranges in groups.values()):
             continue
         try:
-            parts = [tar_members(ranges[key], key) for ranges in groups.values()]
-            frame = decode(parts)
-            heads = {group: json.loads(part["frame.json"]) for group, part in zip(groups, parts)}
+            members = [tar_members(ranges[key], key) for ranges in groups.values()]
+            frame = decode(members)
+            heads = {group: json.loads(found["frame.json"]) for group, found in zip(groups, members)}
         except (CorruptSample, ValueError) as error:
             yield f"{manifest.url}: shard {number:06d}: {error}"
             continue

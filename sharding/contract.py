@@ -33,14 +33,14 @@ def admit(scene: Scene) -> Scene:
         _check_poses(frame, where)
         if frame.boxes is not None:
             _check_boxes(frame.boxes, where)
-        parts = {}
+        kept = {}
         if frame.lidar is not None:
-            parts["lidar"] = _finite(frame.lidar, f"{where}, LiDAR")
-            dropped += len(frame.lidar.xyz) - len(parts["lidar"].xyz)
+            kept["lidar"] = _finite(frame.lidar, f"{where}, LiDAR")
+            dropped += len(frame.lidar.xyz) - len(kept["lidar"].xyz)
         if frame.sweeps:
-            parts["sweeps"] = [_finite(s, f"{where}, sweep {s.timestamp}") for s in frame.sweeps]
-            dropped += sum(len(s.xyz) for s in frame.sweeps) - sum(len(s.xyz) for s in parts["sweeps"])
-        frames.append(dataclasses.replace(frame, **parts))
+            kept["sweeps"] = [_finite(s, f"{where}, sweep {s.timestamp}") for s in frame.sweeps]
+            dropped += sum(len(s.xyz) for s in frame.sweeps) - sum(len(s.xyz) for s in kept["sweeps"])
+        frames.append(dataclasses.replace(frame, **kept))
     if not dropped:
         return scene
     return dataclasses.replace(scene, frames=frames, attributes={**scene.attributes, DROPPED: dropped})

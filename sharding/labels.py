@@ -212,13 +212,13 @@ def _gather(scene: Scene, taxonomy: Taxonomy, config: LabelConfig) -> _Clouds:
         tiles=np.stack([found // 2**16, found % 2**16], 1) + low,
         starts=np.append(starts, len(order)),
         own=own,
-        tracks={track: _join(parts) for track, parts in tracks.items()},
+        tracks={track: _join(pieces) for track, pieces in tracks.items()},
         with_classes=with_classes,
     )
 
 
-def _join(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+def _join(pieces: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate([p[0] for p in pieces]), np.concatenate([p[1] for p in pieces])
 
 
 def usable_returns(sweep: LidarSweep, pose: np.ndarray, config: LabelConfig) -> tuple[np.ndarray, np.ndarray]:

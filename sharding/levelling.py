@@ -17,7 +17,7 @@ from occstream.sharding.exactmath import cos_sin
 from occstream.sharding.poses import apply, compose, inverse, rotate
 from occstream.sharding.schema import Camera, LidarSweep, Scene, posed
 
-Part = TypeVar("Part", LidarSweep, Camera)
+Placed = TypeVar("Placed", LidarSweep, Camera)
 
 CELL = 1.0  # meters: edge of the cells of the height maps
 NEAR, FAR = 3.0, 30.0  # meters from the vehicle: where ground is looked for
@@ -59,9 +59,9 @@ def _between(sweep: LidarSweep, times: tuple[int | None, int | None], last: np.n
     return last + share * (fix - last)  # the tilts are so small that the mean of rotations is one
 
 
-def _moved(part: Part, fix: np.ndarray) -> Part:
+def _moved(placed: Placed, fix: np.ndarray) -> Placed:
     """A sweep or camera with a corrected ego pose."""
-    return dataclasses.replace(part, ego_to_global=compose(fix, part.ego_to_global))
+    return dataclasses.replace(placed, ego_to_global=compose(fix, placed.ego_to_global))
 
 
 def _ground(sweep: LidarSweep, fix: np.ndarray) -> dict[tuple[int, int], float]:

@@ -132,8 +132,8 @@ class Job:
         """Tells whether a published shard was made from the same source, settings and scenes."""
         images = {k: v for k, v in asdict(self.images).items() if k != "max_black"}  # it refuses, it changes no byte
         settings = [sorted(self.groups), images, asdict(self.coding)]
-        parts = [repr(self.source), settings, list(scenes), [self.header(g) for g in self.groups]]
-        return hashlib.blake2b(canonical_json(parts), digest_size=16).hexdigest()
+        content = [repr(self.source), settings, list(scenes), [self.header(g) for g in self.groups]]
+        return hashlib.blake2b(canonical_json(content), digest_size=16).hexdigest()
 
     def plan(self) -> list[list[str]]:
         """Scene names of each shard. Raises ValueError if there are none, or a name is double or cannot be used."""

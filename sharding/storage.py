@@ -36,9 +36,9 @@ PATIENCE, SLOW = 10.0, 2 << 20  # seconds, bytes a second: a download slower tha
 PART = 32 << 20  # objects beyond twice this are uploaded in parts of it
 
 
-def join(url: str, *parts: str) -> str:
+def join(url: str, *names: str) -> str:
     """URL below a URL. (pathlib would turn ``s3://`` into ``s3:/``.)"""
-    return "/".join([url.rstrip("/"), *parts])
+    return "/".join([url.rstrip("/"), *names])
 
 
 def is_local(url: str) -> bool:

@@ -83,19 +83,19 @@ class ShardReader:
         """
         entry = self.manifest.scenes[scene]
         key = frame_key(entry.name, index)
-        parts = {}
+        members = {}
         for group in self.groups:
             data = self._read(group, entry.shard, key)
             try:
-                parts[group] = tar_members(data, key)
+                members[group] = tar_members(data, key)
             except CorruptSample as error:
                 raise CorruptSample(f"{shard_path(group, entry.shard)}: {error}") from None
         try:
-            frame = decode([part for group, part in parts.items() if group not in self._further])
+            frame = decode([found for group, found in members.items() if group not in self._further])
             if frame.labels is not None and self._own:
                 frame.label_sets[self._own] = frame.labels
             for group in self._further:
-                if (labels := decode([parts[group]]).labels) is not None:
+                if (labels := decode([members[group]]).labels) is not None:
                     frame.label_sets[group] = labels
         except CorruptSample as error:
             raise CorruptSample(f"shard {entry.shard:06d}: {error}") from None

@@ -240,17 +240,17 @@ class OpenScene:
         return Labels(binary, _TO_OURS[dense], flow=flow)
 
     def _find(self, path: str) -> Path:
-        """A file that the metadata names by a path whose first parts depend on where its author's data lay."""
-        parts = [
+        """A file that the metadata names by a path whose first folders depend on where its author's data lay."""
+        names = [
             part for part in Path(path.replace("\\", "/")).parts if part != "/"
         ]  # below our folders, never outside
-        if ".." in parts or "\0" in path:
+        if ".." in names or "\0" in path:
             raise ValueError(
                 f"{self.root}: the metadata names {path!r:.100}, which points outside the data set's folder"
             )
-        for start in range(max(1, len(parts) - 1)):  # the longest ending that is there, with its folder at least
+        for start in range(max(1, len(names) - 1)):  # the longest ending that is there, with its folder at least
             for base in self.bases:
-                candidate = base.joinpath(*parts[start:])
+                candidate = base.joinpath(*names[start:])
                 if candidate.is_file():
                     return candidate
         raise ValueError(

@@ -349,7 +349,7 @@ class Synthetic:
             rows.append((*center, *actor.size, math.remainder(turn, 2 * math.pi)))
             names.append(_class_name(actor.name, self.taxonomy))
             tracks.append(f"{world.number}-{number}")
-            velocity.append(tuple(actor.speed * part for part in cos_sin(turn)))
+            velocity.append(tuple(actor.speed * share for share in cos_sin(turn)))
         return Boxes(
             np.array(rows, np.float32).reshape(-1, 7), names, tracks, np.array(velocity, np.float32).reshape(-1, 2)
         )
@@ -405,11 +405,11 @@ class _Moment:
             if (x - ego[0]) ** 2 + (y - ego[1]) ** 2 > (CAMERA_RANGE + 15) ** 2:
                 continue
             z, (c, s) = world.elevation(x, y), cos_sin(yaw)
-            for part in actor.parts:
-                px, py, pz = part.center
-                rows.append((part.kind, x + c * px - s * py, y + s * px + c * py, z + pz, *part.half, c, s))
-                colors.append(part.color)
-                textures.append(part.texture)
+            for solid in actor.solids:
+                px, py, pz = solid.center
+                rows.append((solid.kind, x + c * px - s * py, y + s * px + c * py, z + pz, *solid.half, c, s))
+                colors.append(solid.color)
+                textures.append(solid.texture)
                 names.append(actor.name)
         self.solids = np.array(rows, np.float64).reshape(-1, 9)
         self.colors = np.array(colors, np.float64).reshape(-1, 3)
@@ -482,5 +482,5 @@ def _beam_rays(beams: int, vfov: tuple[float, float]) -> np.ndarray:
     """(beams * AZIMUTHS, 3) unit vectors, lowest beam first."""
     up = np.radians(np.linspace(*vfov, beams))[:, None]
     around = np.radians(np.arange(AZIMUTHS) * 360 / AZIMUTHS)[None]
-    parts = (cos(up) * cos(around), cos(up) * sin(around), sin(up) * np.ones_like(around))
-    return np.stack(parts, -1).reshape(-1, 3)
+    axes = (cos(up) * cos(around), cos(up) * sin(around), sin(up) * np.ones_like(around))
+    return np.stack(axes, -1).reshape(-1, 3)

@@ -136,10 +136,10 @@ def build_world(
 
 def _blocks_road(world: World, actor: Actor) -> bool:
     """Whether a building or wall reaches into the carriageway: straight solids may, along a curved road."""
-    if actor.name != "manmade" or max(actor.parts[0].half[:2]) < 0.5:
+    if actor.name != "manmade" or max(actor.solids[0].half[:2]) < 0.5:
         return False
     x, y, yaw = world.place(actor, 0.0)
-    (hx, hy, _), (c, s) = actor.parts[0].half, cos_sin(yaw)
+    (hx, hy, _), (c, s) = actor.solids[0].half, cos_sin(yaw)
     u, v = np.meshgrid(np.arange(-hx, hx + 0.4, 0.4), np.arange(-hy, hy + 0.4, 0.4))
     x0, y0, cell = world.raster
     i = np.clip((x + c * u - s * v - x0) / cell, 0, world.ground.shape[0] - 1).astype(int)
