@@ -109,18 +109,22 @@ def _check_frame(frame, source):
         assert frame.boxes.velocity is None or frame.boxes.velocity.shape == (count, 2)
     assert (frame.labels is None) == (source.grid is None)
     if frame.labels:
-        labels, shape = frame.labels, source.grid.shape
-        assert (labels.binary.dtype, labels.binary.shape) == (bool, shape)
-        for mask in (labels.mask_lidar, labels.mask_camera):
-            assert mask is None or (mask.dtype, mask.shape) == (bool, shape)
-        if labels.semantic is not None:
-            assert (labels.semantic.dtype, labels.semantic.shape) == (np.uint8, shape)
-            assert set(np.unique(labels.semantic)) <= {*range(source.taxonomy.free_id + 1), IGNORE}
-            occupied = labels.semantic < source.taxonomy.free_id
-            known = labels.semantic != IGNORE
-            np.testing.assert_array_equal(labels.binary[known], occupied[known])
-        if labels.flow is not None:
-            assert labels.flow.shape == (labels.binary.sum(), 2)
+        _check_labels(frame.labels, source)
+
+
+def _check_labels(labels, source):
+    shape = source.grid.shape
+    assert (labels.binary.dtype, labels.binary.shape) == (bool, shape)
+    for mask in (labels.mask_lidar, labels.mask_camera):
+        assert mask is None or (mask.dtype, mask.shape) == (bool, shape)
+    if labels.semantic is not None:
+        assert (labels.semantic.dtype, labels.semantic.shape) == (np.uint8, shape)
+        assert set(np.unique(labels.semantic)) <= {*range(source.taxonomy.free_id + 1), IGNORE}
+        occupied = labels.semantic < source.taxonomy.free_id
+        known = labels.semantic != IGNORE
+        np.testing.assert_array_equal(labels.binary[known], occupied[known])
+    if labels.flow is not None:
+        assert labels.flow.shape == (labels.binary.sum(), 2)
 
 
 def test_missing_root_is_one_clear_error(tmp_path):
