@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from occstream.pretrain.beams import density, kept_by_angle, kept_ranks, resample_beams, rows_of_scan, spherical
+from occstream.pretrain.beams import density, kept_by_angle, kept_ranks, resample_beams
+from occstream.sharding.scanrows import rows_of_scan, spherical
 
 
 def test_angles():
