@@ -201,6 +201,57 @@ def semantickitti(root: Path, voxels: bool = True) -> dict:
     return {"root": str(root)}
 
 
+# Boxes of KITTI object's toy frames in the LiDAR's frame: center, length, width, height, and the angle about the camera's y.
+KITTI_BOXES = {
+    "Car": ((9.0, 1.5, -0.9), (4.2, 1.8, 1.66), -1.9),
+    "Cyclist": ((6.0, -2.0, -0.85), (1.8, 0.7, 1.76), 0.4),
+}
+
+
+def kitti_scan(rows: int = 64, columns: int = 120) -> np.ndarray:
+    """A turn of a LiDAR 1.73 m above level ground, row by row from above, each from ahead around the left: (N, 4) float32.
+    Rays end in the ground, 25 m away, or 5 cm behind the surface of a box of ``KITTI_BOXES``."""
+    up = np.radians(np.linspace(2, -24.8, rows))[:, None]
+    around = np.radians((np.arange(columns) + 0.5) * 360 / columns)[None]
+    rays = np.stack([np.cos(up) * np.cos(around), np.cos(up) * np.sin(around), np.sin(up) * np.ones_like(around)], -1)
+    rays = rays.reshape(-1, 3)
+    far = np.minimum(25.0, np.where(rays[:, 2] < 0, -1.73 / np.minimum(rays[:, 2], -1e-9), 25.0))
+    for center, size, turn in KITTI_BOXES.values():
+        yaw = -turn - np.pi / 2
+        into = np.array([[np.cos(yaw), np.sin(yaw), 0], [-np.sin(yaw), np.cos(yaw), 0], [0, 0, 1]])
+        start, way, half = into @ -np.array(center), rays @ into.T, np.array(size) / 2
+        with np.errstate(divide="ignore"):
+            ends = np.sort([(-half - start) / way, (half - start) / way], 0)
+        enter, leave = ends[0].max(1), ends[1].min(1)
+        hit = (enter > 0) & (enter + 0.1 < leave) & (enter < far)
+        far = np.where(hit, enter + 0.05, far)
+    return np.concatenate([rays * far[:, None], np.full((len(rays), 1), 0.25)], 1).astype(np.float32)
+
+
+def kitti_object(root: Path) -> dict:
+    folder = root / "training"
+    row = lambda m: " ".join(repr(float(v)) for v in np.ravel(m))  # noqa: E731
+    lines = ["DontCare -1 -1 -10 5 10 15.5 20 -1 -1 -1 -1000 -1000 -1000 -10"]
+    for kind, (center, (length, width, height), turn) in KITTI_BOXES.items():
+        x, y, z = np.array(R_RECT) @ (np.array(TR) @ [*center, 1])
+        lines.append(
+            f"{kind} 0.00 0 -1.5 1 2 3 4 {height} {width} {length} {row([x, y + height / 2, z])} {turn + 0.01!r}"
+        )
+    for number, label in (("000003", lines), ("000007", lines[:1])):
+        for name, data in (("velodyne", kitti_scan().tobytes()), ("label_2", "\n".join(label).encode() + b"\n")):
+            path = folder / name / f"{number}{'.bin' if name == 'velodyne' else '.txt'}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        _png(folder / "image_2" / f"{number}.png")
+        (folder / "calib").mkdir(exist_ok=True)
+        calibration = {"P0": P2, "P2": P2, "R0_rect": R_RECT, "Tr_velo_to_cam": TR, "Tr_imu_to_velo": TR}
+        text = "".join(f"{key}: {row(value)}\n" for key, value in calibration.items())
+        (folder / "calib" / f"{number}.txt").write_text(text + "\n")
+    (root / "ImageSets").mkdir()
+    (root / "ImageSets" / "val.txt").write_text("000007\n000009\n")
+    return {"root": str(root)}
+
+
 def sscbench(root: Path, points: bool = True) -> dict:
     drive = root / "data_2d_raw" / "2013_05_28_drive_0000_sync"
     row = lambda m: " ".join(repr(float(v)) for v in np.ravel(m))  # noqa: E731
@@ -245,6 +296,7 @@ LAYOUTS = {
     "openscene": [openscene],
     "semantickitti": [semantickitti],
     "sscbench": [sscbench],
+    "kitti_object": [kitti_object],
     "waymo_occ3d": [waymo_occ3d],
     "synthetic": [synthetic],
 }
