@@ -6,6 +6,7 @@ import contextlib
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+KINDS = ("account", "container", "object", "proxy")
 KEY, SECRET = "test:tester", "testing"
 _PIPELINE = "catch_errors proxy-logging cache listing_formats bulk s3api tempauth slo dlo proxy-logging proxy-server"
 _FILTERS = {
@@ -36,44 +38,73 @@ _SETTINGS = {
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[str]:
     """Starts the server in a folder; yields its endpoint URL. Raises RuntimeError with the log if it does not start."""
-    bin = Path(sys.executable).parent
-    ports = dict(zip(("account", "container", "object", "proxy"), _free_ports(4)))
+    ports = dict(zip(KINDS, _free_ports(4)))
     etc, devices = folder / "etc", folder / "srv"
     etc.mkdir(parents=True)
     (devices / "d1").mkdir(parents=True)
-    env = {**os.environ, "SWIFT_DIR": str(etc), "PATH": f"{bin}:{os.environ['PATH']}"}
     (etc / "swift.conf").write_text(
         "[swift-hash]\nswift_hash_path_prefix = a\nswift_hash_path_suffix = b\n"
         "[storage-policy:0]\nname = Policy-0\ndefault = yes\n"
     )
     for kind, port in ports.items():
-        common = f"[DEFAULT]\nbind_ip = 127.0.0.1\nbind_port = {port}\nworkers = 0\n"
-        common += f"user = {getpass.getuser()}\nswift_dir = {etc}\n"
+        text = f"[DEFAULT]\nbind_ip = 127.0.0.1\nbind_port = {port}\nworkers = 0\n"
+        text += f"user = {getpass.getuser()}\nswift_dir = {etc}\n"
         if kind == "proxy":
-            text = f"[pipeline:main]\npipeline = {_PIPELINE}\n"
+            text += f"[pipeline:main]\npipeline = {_PIPELINE}\n"
             text += "[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\n"
             for name, egg in _FILTERS.items():
                 text += f"[filter:{name}]\nuse = egg:swift#{egg}\n{_SETTINGS.get(name, '')}"
         else:
-            common += f"devices = {devices}\nmount_check = false\ndisable_fallocate = true\n"
-            text = f"[pipeline:main]\npipeline = {kind}-server\n[app:{kind}-server]\nuse = egg:swift#{kind}\n"
-            for step in (["create", "4", "1", "1"], ["add", f"r1z1-127.0.0.1:{port}/d1", "1"], ["rebalance"]):
-                ring = [bin / "swift-ring-builder", etc / f"{kind}.builder", *step]
-                subprocess.run(ring, env=env, check=True, capture_output=True)
-        (etc / f"{kind}-server.conf").write_text(common + text)
-    processes = []
+            text += f"devices = {devices}\nmount_check = false\ndisable_fallocate = true\n"
+            text += f"[pipeline:main]\npipeline = {kind}-server\n[app:{kind}-server]\nuse = egg:swift#{kind}\n"
+        (etc / f"{kind}-server.conf").write_text(text)
+    with (folder / "servers.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, __file__, folder, *(f"{kind}={port}" for kind, port in ports.items())],
+            env={**os.environ, "SWIFT_DIR": str(etc)},
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     try:
-        for kind in ports:
-            log = (folder / f"{kind}.log").open("w")
-            command = [bin / f"swift-{kind}-server", etc / f"{kind}-server.conf"]
-            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True))
         _wait(f"http://127.0.0.1:{ports['proxy']}", folder)
         yield f"http://127.0.0.1:{ports['proxy']}"
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        process.stdin.close()
+        process.wait()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _serve(folder: Path, ports: dict[str, int]) -> None:
+    """Makes the rings and serves in processes that are forked from this one, until whoever started it closes its input."""
+    from swift.account import server as account
+    from swift.common.ring import RingBuilder
+    from swift.container import server as container
+    from swift.obj import server as object_server
+    from swift.proxy import server as proxy
+
+    mains = {"account": account.main, "container": container.main, "object": object_server.main, "proxy": proxy.main}
+    for kind in KINDS[:3]:
+        builder = RingBuilder(part_power=4, replicas=1, min_part_hours=1)
+        where = {"ip": "127.0.0.1", "port": ports[kind]}
+        where |= {f"replication_{name}": value for name, value in where.items()}
+        builder.add_dev({"region": 1, "zone": 1, "device": "d1", "weight": 1, "meta": "", **where})
+        builder.rebalance()
+        builder.get_ring().save(folder / f"etc/{kind}.ring.gz")
+    started = []
+    for kind, main in mains.items():
+        started.append(os.fork())
+        if not started[-1]:
+            sys.argv = [f"swift-{kind}-server", str(folder / f"etc/{kind}-server.conf")]
+            log = os.open(folder / f"{kind}.log", os.O_WRONLY | os.O_CREAT)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            sys.exit(main())
+    sys.stdin.read()
+    for pid in started:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def _wait(endpoint: str, folder: Path) -> None:
@@ -97,3 +128,7 @@ def _free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]), {kind: int(port) for kind, _, port in (word.partition("=") for word in sys.argv[2:])})
