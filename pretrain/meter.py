@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import sys
 import time
@@ -182,8 +183,9 @@ def _seconds(events: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> float:
     return sum(begin.elapsed_time(end) for begin, end in events) / 1e3
 
 
+@functools.cache
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product on a device, TF32 off."""
+    """FLOP/s of a large matrix product on a device, TF32 off, measured once in a process."""
     size = 8192 if device.type == "cuda" else 1024
     tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     # Numbers of its own generator: measuring must not change what dropout draws. Constants would flatter the device.
