@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -22,10 +23,12 @@ def add(client, experiment, name, tags, metrics, status="FINISHED"):
         client.set_terminated(run.info.run_id, status)
 
 
-@pytest.fixture
-def client(tmp_path):
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    client.experiment = client.create_experiment("study", artifact_location=(tmp_path / "artifacts").as_uri())
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """MLflow's file with the runs of a study."""
+    folder = tmp_path_factory.mktemp("study")
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    client.experiment = client.create_experiment("study", artifact_location=(folder / "artifacts").as_uri())
     rng = np.random.default_rng(0)
     for seed in range(3):
         for n in SIZES:
@@ -51,6 +54,14 @@ def client(tmp_path):
                 tags | {"control": control},
                 {"eval/miou": score + 0.1 * seed, "eval/iou": 60},
             )
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def client(store, tmp_path):
+    """Of a copy of it."""
+    client = MlflowClient(f"sqlite:///{shutil.copy(store, tmp_path)}")
+    client.experiment = client.get_experiment_by_name("study").experiment_id
     return client
 
 

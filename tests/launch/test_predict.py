@@ -1,8 +1,5 @@
 """Auto-labeling as a user does it: offboard training, ``occstream predict``, a student on its labels."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -14,7 +11,8 @@ from occstream.pretrain.trained import load_trained
 from occstream.sharding import storage
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.stream import ShardReader
-from tests.pretrain.small import RECIPE, losses, pack_small, run_jobs
+from tests.forked import Forked
+from tests.pretrain.small import RECIPE, environment, losses, pack_small, run_jobs
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +104,16 @@ def test_the_loop_closes(place, capsys):
 
 
 @pytest.mark.process
-def test_parts_and_a_kill_give_the_bytes_of_one_run(place):
+def test_parts_and_a_kill_give_the_bytes_of_one_run(place, tmp_path):
     url = str(place / "data")
     whole = predict_checkpoint(place / "teacher", url, "pseudo-whole", keep="top2")
-    script = (
-        "import os, sys\nfrom occstream.launch.predict import predict_checkpoint\n"
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os\nfrom occstream.launch.predict import predict_checkpoint\n"
         f"predict_checkpoint({str(place / 'teacher')!r}, {url!r}, 'pseudo-parts', keep='top2',"
         " progress=lambda done, total: os._exit(9))"
     )
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    assert Forked([script], environment(), tmp_path / "log").wait(120) == 9
     assert Manifest.load(url).sidecars().count("pseudo-parts") == 0
     first = predict_checkpoint(place / "teacher", url, "pseudo-parts", keep="top2", part=(2, 2))
     assert first.manifest is None
