@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import ResNetBackbone, ResNetConfig
 
 from occstream.models.layers import checkpointed, use_sync_batch_norm
 
@@ -52,6 +51,8 @@ class ImageEncoder(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        from transformers import ResNetBackbone, ResNetConfig  # takes seconds, and settings alone do not need it
+
         if name not in _DEPTHS:
             raise ValueError(f"unknown backbone {name!r}; known: {', '.join(_DEPTHS)}")
         if stride not in STRIDES[1:]:

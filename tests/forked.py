@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TextIO
 
 PRELOADED = [
-    *("deepspeed", "mlflow", "mlflow.tracking", "s3fs"),
+    *("deepspeed", "mlflow", "mlflow.tracking", "s3fs", "transformers.models.resnet.modeling_resnet"),
     *("occstream.pretrain.trainer", "occstream.sharding.pack", "occstream.launch.cli", "occstream.launch.sweep"),
 ]
 _context = None

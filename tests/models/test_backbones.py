@@ -1,5 +1,6 @@
 """Pretrained backbones."""
 
+import ast
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,3 +29,13 @@ def test_one_of_several_processes_asks_the_hub_for_weights(tmp_path, monkeypatch
         paths = list(pool.map(backbones._from_hub, ["microsoft/resnet-50"] * 8))
     assert paths == [file] * 8
     assert asked == ["microsoft/resnet-50"]
+
+
+def test_only_who_builds_a_network_waits_for_transformers(repo_root):
+    """Reading a recipe imports the models for their settings."""
+    for folder in ("models", "evaluation", "pretrain", "launch"):
+        for path in (repo_root / folder).rglob("*.py"):
+            lines = [
+                ast.unparse(n) for n in ast.parse(path.read_text()).body if isinstance(n, (ast.Import, ast.ImportFrom))
+            ]
+            assert not [line for line in lines if "transformers" in line], path
