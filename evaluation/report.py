@@ -131,8 +131,11 @@ def prediction_picture(
     cells = np.argwhere(_surface(known))
     points = batch.scene_aug.new_tensor(grid.centers(cells), device=batch.scene_aug.device)
     # Labels are already mirrored with the scene, and so is the geometry of the batch.
-    [(pixels, depth)] = project([points], batch.select(slice(index, index + 1)))
-    panels = [("labels", render(known, colors))]
+    [(pixels, depth)] = project([points], batch.select(slice(index, index + 1))) if cameras else [(None, None)]
+    panels, present = (
+        [("labels", render(known, colors))],
+        set(np.unique(truth[known]).tolist()) if has_semantic else set(),
+    )
     if outputs.binary_logits is not None:
         logits = outputs.binary_logits[index]
         factors = [a // b for a, b in zip(grid.shape, logits.shape)]
@@ -142,14 +145,15 @@ def prediction_picture(
         classes = _numpy(classify(outputs.semantic_logits[index : index + 1], kind, threshold)[0])
         shown = (classes != taxonomy.free_id) & valid & (truth != IGNORE)
         panels.append(("semantic prediction", render(shown, class_colors(classes, taxonomy))))
+        present |= set(np.unique(classes[shown]).tolist())
 
     dots = colors[tuple(cells.T)] if len(cells) else np.zeros((0, 3), np.uint8)
     images = []
     for i, name in enumerate(cameras):
         image = _numpy(batch.cameras.images[index, i]).transpose(1, 2, 0)
         images.append((name, overlay(image, _numpy(pixels[i]), _numpy(depth[i]), dots)))
-    present = [k for k in range(taxonomy.num_classes) if (truth == k).any()] if has_semantic else []
-    _compose(path, images, panels, taxonomy, present, title or batch.keys[index])
+    named = [k for k in range(taxonomy.num_classes) if k in present]
+    _compose(path, images, panels, taxonomy, named, title or batch.keys[index])
 
 
 def frame_picture(path: Path, frame: Frame, manifest: Manifest) -> None:
