@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mkdocs.structure.files import File
 
@@ -100,7 +102,6 @@ def _choices(action: argparse.Action) -> str:
 
 def configuration() -> str:
     """The page of all keys of a recipe, from the config dataclasses."""
-    from occstream.launch.showrecipe import _plain
     from occstream.models import MODELS
     from occstream.pretrain.configdocs import keys_of
     from occstream.pretrain.tasks.registry import PACKAGED, get_task
@@ -112,17 +113,29 @@ def configuration() -> str:
     configs: dict[type, list[str]] = {}
     for name, entry in sorted(MODELS.items()):
         configs.setdefault(entry.config, []).append(name)
+    first = next(iter(configs))
+    keys = {name: {k.name: k for k in keys_of(get_task(name).Config, inner={"model": first})} for name in PACKAGED}
+    shared = {n for n, key in keys["b2s"].items() if all(own.get(n) == key for own in keys.values())}
+    text += "\n## Every task\n" + _sections([key for n, key in keys["b2s"].items() if n in shared], "###")
+    for name, own in keys.items():
+        text += f"\n## Task {name}\n"
+        if name == "b2s":
+            text += f"\nSection `model` is of {', '.join(f'`{n}`' for n in configs[first])}.\n"
+        text += _sections([key for n, key in own.items() if n not in shared], "###")
+    return text
+
+
+def _sections(keys: Sequence[Any], mark: str) -> str:
+    """Tables of keys, one for each section of a recipe."""
+    from occstream.launch.showrecipe import _plain
+
     sections: dict[str, list] = {}
-    [task] = map(get_task, PACKAGED)
-    for key in keys_of(task.Config, inner={"model": next(iter(configs))}):
+    for key in keys:
         sections.setdefault(key.name.partition(".")[0] if "." in key.name else "", []).append(key)
-    for section, keys in sections.items():
-        title = section or "Top level"
-        text += f"\n## {title}\n"
-        if section == "model":
-            text += f"\nOf {', '.join(f'`{n}`' for n in configs[next(iter(configs))])}.\n"
-        text += "\n| key | type | default | |\n|---|---|---|---|\n"
-        for key in keys:
+    text = ""
+    for section, found in sections.items():
+        text += f"\n{mark} {section or 'Top level'}\n\n| key | type | default | |\n|---|---|---|---|\n"
+        for key in found:
             value = list(key.default) if isinstance(key.default, tuple) else key.default
             default = "required" if value is ... else f"`{_plain(value)}`"
             text += f"| `{key.name}` | `{key.type}` | {default} | {_escaped(key.doc)} |\n"
