@@ -13,7 +13,7 @@ from occstream.pretrain.config import build_section, dotted_keys, merge, read_re
 def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> Study:
     """Reads a study; a path or the name of a packaged recipe. With ``axes`` it is one of any axes, otherwise one of B2S.
 
-    A strategy that is null leaves out that of ``base``.
+    A strategy, or a value of an axis, that is null leaves out that of ``base``.
 
     Raises:
         ValueError: that names the key.
@@ -24,9 +24,13 @@ def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> Study:
         if isinstance(stages, (list, tuple)):
             known = list(dotted_keys(StageSpec, "stages."))
             data["stages"] = tuple(build_section(StageSpec, s, "stages", known) for s in stages)
+        if isinstance(data["axes"], Mapping):
+            data["axes"] = {axis: _there(values) for axis, values in data["axes"].items()}
         return build_section(AxesStudy, data, "", list(dotted_keys(AxesStudy)))
-    strategies = data.get("strategies")
-    if isinstance(strategies, Mapping):
-        data["strategies"] = {name: arm for name, arm in strategies.items() if arm is not None}
+    data |= {"strategies": _there(data["strategies"])} if "strategies" in data else {}
     known = [*dotted_keys(ArmStudy), *dotted_keys(ArmSpec, "strategies.NAME.")]
     return build_section(ArmStudy, data, "", known)
+
+
+def _there(values: Any) -> Any:
+    return {k: v for k, v in values.items() if v is not None} if isinstance(values, Mapping) else values
