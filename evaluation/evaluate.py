@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -86,6 +86,47 @@ class Metric(Protocol):
     def result(self) -> EvalResult:
         """The scores, the same on every rank; the caller adds frames and time."""
         ...
+
+
+@dataclass
+class JointResult(EvalResult):
+    """Scores of several metrics; those by class have the name of their kind before the class."""
+
+    parts: dict[str, EvalResult] = field(default_factory=dict)
+
+    def scores(self) -> dict[str, float]:
+        found = {}
+        for kind, part in self.parts.items():
+            found |= {name.replace("class/", f"class/{kind} ", 1): value for name, value in part.scores().items()}
+        return found
+
+    def summary(self) -> str:
+        return "; ".join(part.summary() for part in self.parts.values())
+
+
+class JointMetric:
+    """Several metrics of one evaluation.
+
+    Args:
+        metrics: by what kind of score they give of classes, such as AP and IoU.
+    """
+
+    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+        self.metrics = dict(metrics)
+        self.nothing = " or ".join(metric.nothing for metric in self.metrics.values())
+
+    def update(self, outputs: Any, batch: Batch) -> int:
+        """Counts a batch; returns the number of valid elements of all."""
+        return sum(metric.update(outputs, batch) for metric in self.metrics.values())
+
+    def all_reduce(self, device: torch.device) -> None:
+        """Sums over ranks (collective)."""
+        for metric in self.metrics.values():
+            metric.all_reduce(device)
+
+    def result(self) -> JointResult:
+        """The scores."""
+        return JointResult(0, parts={kind: metric.result() for kind, metric in self.metrics.items()})
 
 
 @torch.no_grad()

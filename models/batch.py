@@ -109,6 +109,8 @@ class Occupancy(Part):
         semantic: (S, X, Y, Z) uint8: class id, ``free_id`` = K, or 255 = ignore; None where nobody asked for classes.
         second, confidence: (S, X, Y, Z) uint8 and float32: second class of a soft label and the probability of the first,
             which ``semantic`` holds (B2S, App. D); None: labels are hard.
+        taught: (B, X, Y, Z) uint8 class id, ``free_id``, or 255: what a teacher says of frames without labels, where it is sure
+            (SPOT); None without a teacher.
     """
 
     binary: Tensor = along("frame", "voxels")
@@ -116,6 +118,7 @@ class Occupancy(Part):
     semantic: Tensor | None = along("labeled", "voxels", default=None)
     second: Tensor | None = along("labeled", "voxels", default=None)
     confidence: Tensor | None = along("labeled", "voxels", default=None)
+    taught: Tensor | None = along("frame", "voxels", default=None)
 
     def classes(self) -> Tensor:
         """``semantic`` of a batch that must have it. Raises ValueError."""
@@ -132,11 +135,13 @@ class Points(Part):
         xyz: (N, 3) float32 meters, ego frame at the key-frame.
         features: (N, C) float32 such as intensity and time lag; None: without.
         counts: (B,) int64 points of each frame.
+        kept: (N,) bool, those that a network in training gets, where a teacher gets all; None: all.
     """
 
     xyz: Tensor = along("row", "vector")
     counts: Tensor = along("frame")
     features: Tensor | None = along("row", default=None)
+    kept: Tensor | None = along("row", default=None)
 
 
 @dataclass

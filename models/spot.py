@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from occstream.models.layers import SyncBatchNorm
-from occstream.models.sparse import choose_backend
-from occstream.models.voxelbackbones import STRIDE, LidarEncoder, Variant, check_points_grid
+from occstream.models.voxelbackbones import STRIDE, Variant, check_points_grid
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.schema import IGNORE
 
@@ -171,55 +170,34 @@ class OccupancyDecoder(nn.Module):
         return logits.permute(0, 1, 4, 3, 2)
 
 
-class Spot(nn.Module):
-    """The pre-training network.
+class OccupancyHead(nn.Module):
+    """The part of the pre-training network after the encoder, left behind in fine-tuning.
 
     Args:
+        inputs: channels of the encoder's map.
         labels: grid of the labels; it must lie within ``config.point_range`` in x and y.
         num_classes: K, without free; 1 for binary occupancy.
 
     Raises:
-        ValueError: the label grid does not lie within the points, or a back end is missing.
+        ValueError: the label grid does not lie within the points.
     """
 
-    def __init__(self, config: SpotConfig, labels: VoxelGrid, num_classes: int) -> None:
+    def __init__(self, config: SpotConfig, inputs: int, labels: VoxelGrid, num_classes: int) -> None:
         super().__init__()
-        points = self.points = config.points_grid(labels.frame)
+        points = config.points_grid(labels.frame)
         for axis, name in enumerate("xy"):
             if labels.lower[axis] < points.lower[axis] - 1e-6 or labels.upper[axis] > points.upper[axis] + 1e-6:
                 raise ValueError(
                     f"labels of grid {labels.name!r} reach from {labels.lower[axis]:g} to {labels.upper[axis]:g} m in "
                     f"{name}, points from {points.lower[axis]:g} to {points.upper[axis]:g} m: widen point_range"
                 )
-        self.target, self.in_features = config.target, config.in_features
-        self.backend = choose_backend(config.sparse)
-        self.encoder = LidarEncoder(
-            config.variant,
-            len(config.in_features),
-            points.shape,
-            self.backend,
-            width=config.width,
-            bev_channels=config.bev_channels,
-            bev_layers=config.bev_layers,
-            bev_up=config.bev_up,
-        )
         doublings = halvings(points, labels)
         self.to_labels = MapToLabels(points, labels.coarsen((2**doublings, 2**doublings, 1)))
         layers = labels.shape[2] if config.target == "volume" else 1
         self.decoder = OccupancyDecoder(
-            self.encoder.outputs, config.decoder_channels, doublings, classes=num_classes + 1, layers=layers
+            inputs, config.decoder_channels, halvings=doublings, classes=num_classes + 1, layers=layers
         )
 
-    def forward(self, features: Tensor, indices: Tensor, batch_size: int) -> Tensor:
-        """Logits of all classes, free the last.
-
-        Args:
-            features: (N, len(in_features)) float32 mean features of voxels of ``points``.
-            indices: (N, 4) int32: batch, z, y, x; see ``voxels.voxelize``.
-            batch_size: B; sweeps may be empty.
-
-        Returns:
-            (B, K + 1, X, Y, Z) of the label grid; (B, K + 1, X, Y) for target ``bev``.
-        """
-        logits = self.decoder(self.to_labels(self.encoder(features, indices, batch_size).bev))
-        return logits if self.target == "volume" else logits.squeeze(-1)
+    def forward(self, bev: Tensor) -> Tensor:
+        """(B, inputs, H, W) -> logits (B, K + 1, X, Y, Z) of the label grid, free the last; Z is 1 for target ``bev``."""
+        return self.decoder(self.to_labels(bev))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from occstream.evaluation.compare import headline_tag
 from occstream.evaluation.evaluate import EvalResult
+from occstream.models import Batch
 from occstream.pretrain import checkpoint
 from occstream.pretrain.checkpoint import Checkpoint
 from occstream.pretrain.config import Config
@@ -118,7 +119,8 @@ class _Training:
             check_same_run(config, self.data.fingerprints, saved)
             checkpoint.load_declared(model, saved.tensors("model"), model.state_dict(), str(saved.path))
         elif cfg.init:
-            weights, declared = checkpoint.read_weights(cfg.init), self.task.transfer(model)
+            weights = self.task.adopt(checkpoint.read_weights(cfg.init))
+            declared = self.task.transfer(model)
             fresh = checkpoint.load_declared(model, weights, declared.expected, cfg.init, declared.dropped)
             left = len(weights) - len(declared.expected)
             self.world.say(
@@ -237,7 +239,10 @@ class _Training:
         self.rate = self.schedule.apply(self.engine.optimizer, self.step * cfg.batch)
         parts: dict[str, Tensor] = {}
         self.guard.begin(self.step)
+        self.task.progress = self.step / self.total
         counts, batches, taken = None, data.micro_batches(cfg.accumulate, stop), True
+        if self.task.teaches:
+            batches = self._taught(batches)
         for batch in batches:
             with self.meter.counting():
                 with self.meter.forward():
@@ -255,6 +260,19 @@ class _Training:
             self.ema.update()
         self.step += 1
         return parts, taken
+
+    def _taught(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Batches with what the average of the weights says of them (mean teacher)."""
+        module = self.engine.module
+        if self.ema is None:
+            raise ValueError(
+                "a teacher is the average of the weights: set train.ema=true, or the teacher's weight to 0"
+            )
+        with self.ema.applied(module), torch.no_grad():
+            module.eval()
+            found = [self.task.taught(batch, self.engine(batch)) for batch in batches]
+            module.train()
+        return found
 
     def _after_step(self, parts: Mapping[str, Tensor], taken: bool) -> None:
         """Logs, saves and evaluates where it is time to."""

@@ -167,7 +167,15 @@ class B2STask(Task):
         return losses.weights(self.config.loss)
 
     def scoring(self, manifest: Manifest, unknown: float | None) -> Scoring:
-        return occupancy_scoring(self.config, manifest, unknown)
+        config = self.config
+        return occupancy_scoring(
+            config,
+            manifest,
+            unknown,
+            grid=config.voxel_grid,
+            kind=config.loss.kind,
+            threshold=config.eval.threshold,
+        )
 
     def draw(
         self, path: Path, batch: Batch, outputs: OccOutputs, *, index: int, sensors: Sequence[str], title: str

@@ -133,6 +133,10 @@ class Task(ABC):
     def check(self, model: nn.Module) -> None:  # noqa: B027 (nothing to check is the default)
         """Raises ValueError if the recipe asks for what this network cannot do."""
 
+    def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of ``train.init`` by the names of this task's networks, where another program wrote the file."""
+        return weights
+
     def transfer(self, model: nn.Module) -> Transfer:
         """What is taken from ``train.init``: by default everything."""
         return Transfer(list(model.state_dict()))
@@ -202,6 +206,19 @@ class Task(ABC):
     def sums(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
         """Sums of losses over valid elements, by the names of ``counts``. What follows an "@" tells roles apart: ``a@main``
         and ``a@replay`` are both reported as ``a``."""
+
+    teaches: bool = False
+    """Whether the average of the weights (``train.ema``) says something about each batch before the network learns from it."""
+    progress: float = 0.0
+    """Share of the run that is done before the step; the training loop sets it."""
+
+    def taught(self, batch: Batch, outputs: Any) -> Batch:
+        """The batch with what the teacher says of it, as labels.
+
+        Args:
+            outputs: of the averaged network for this batch, in evaluation mode and without gradients.
+        """
+        return batch
 
     @property
     @abstractmethod

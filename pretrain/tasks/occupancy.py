@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from occstream.evaluation.occupancy import OccupancyMetric
+from occstream.evaluation.occupancy import Head, OccupancyMetric
 from occstream.models.batch import Batch, Cameras, Occupancy
 from occstream.pretrain.augment import AugmentConfig
 from occstream.pretrain.config import Config, DataConfig, EvalConfig, Mask
@@ -18,6 +18,7 @@ from occstream.pretrain.losses import LossConfig
 from occstream.pretrain.reading import cache
 from occstream.pretrain.samples import FrameFiller
 from occstream.pretrain.tasks.base import Facts, Scoring
+from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.schema import IGNORE
 from occstream.sharding.stream import ShardReader
@@ -109,8 +110,22 @@ def mask_facts(key: str, mask: Mask, manifest: Manifest, scenes: Sequence[int], 
     return Facts(numbers, [unknown_line(f"{key}.mask", mask, share)] if share else [])
 
 
-def occupancy_scoring(config: OccupancyConfig, manifest: Manifest, unknown: float | None) -> Scoring:
-    """Scores by the labels' own convention, or the recipe's."""
+def occupancy_scoring(
+    config: Any,
+    manifest: Manifest,
+    unknown: float | None,
+    *,
+    grid: VoxelGrid,
+    kind: Head,
+    threshold: float = 0.25,
+) -> Scoring:
+    """Scores by the labels' own convention, or the recipe's.
+
+    Args:
+        config: a recipe whose section ``eval`` has ``convention`` and ``mask``.
+        grid: of the labels.
+        kind, threshold: how logits become classes.
+    """
     wanted, (own, how) = config.eval.convention, manifest.metric_convention()
     convention, notes = own if wanted == "auto" else wanted, []
     if convention != own:
@@ -121,12 +136,12 @@ def occupancy_scoring(config: OccupancyConfig, manifest: Manifest, unknown: floa
     def metric() -> OccupancyMetric:
         return OccupancyMetric(
             config.classes,
-            config.voxel_grid,
+            grid,
             convention=convention,
             mask=config.eval.mask,
             unknown=unknown,
-            kind=config.loss.kind,
-            threshold=config.eval.threshold,
+            kind=kind,
+            threshold=threshold,
         )
 
     return Scoring(metric, notes)

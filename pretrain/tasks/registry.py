@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TASKS: dict[str, type[Task]] = {}
 """Tasks that are registered so far."""
-PACKAGED = {"b2s": "occstream.pretrain.tasks.b2s"}
+PACKAGED = {"b2s": "occstream.pretrain.tasks.b2s", "spot": "occstream.pretrain.tasks.spot"}
 _GROUP = "occstream.tasks"
 _IMPORTS = "OCCSTREAM_IMPORT"  # children of this process import the same modules
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from occstream.models.spot import MapToLabels, Spot, SpotConfig, column_classes, halvings, interpolation
-from occstream.models.voxels import voxelize
+from occstream.models.batch import Batch, Points
+from occstream.models.lidarnet import LidarNet
+from occstream.models.spot import MapToLabels, SpotConfig, column_classes, halvings, interpolation
 from occstream.sharding.grid import VoxelGrid
 
 POINTS = {"point_range": (-12.8, -9.6, -2.0, 12.8, 9.6, 4.0), "voxel": (0.4, 0.4, 0.15)}  # 64 x 48 x 40; cells of 3.2 m
@@ -20,15 +21,15 @@ def config(**changes):
 
 def spot(labels=LABELS, classes=3, seed=0, **changes):
     torch.manual_seed(seed)
-    return Spot(config(**changes), labels, classes)
+    return LidarNet(config(**changes), labels.frame, occupancy=(labels, classes))
 
 
-def clouds(net, count=800, batch=2, seed=0):
+def clouds(count=800, frames=2, seed=0):
     g = torch.Generator().manual_seed(seed)
     points = (torch.rand(count, 4, generator=g) - 0.5) * torch.tensor([30.0, 20, 6, 1])
-    sweep = torch.randint(0, batch, (count,), generator=g)
-    found = voxelize(points, sweep, net.points)
-    return found.features, found.indices, batch
+    counts = torch.tensor([count // frames] * (frames - 1) + [count - count // frames * (frames - 1)])
+    cloud = Points(points[:, :3].contiguous(), counts, points[:, 3:].contiguous())
+    return Batch(torch.eye(3).repeat(frames, 1, 1), frames, points=cloud)
 
 
 def grid(lower, upper, voxel, name="g"):
@@ -42,18 +43,19 @@ def test_defaults_are_the_grid_of_the_paper():
 @pytest.mark.parametrize(("variant", "target"), [("plain", "volume"), ("res", "bev")])
 def test_predicts_each_label_voxel_and_reaches_every_parameter(variant, target):
     net = spot(variant=variant, target=target)
-    logits = net(*clouds(net))
-    assert logits.shape == ((2, 4, 24, 16, 4) if target == "volume" else (2, 4, 24, 16))
+    logits = net(clouds()).semantic_logits
+    assert logits.shape == (2, 3, 24, 16, 4 if target == "volume" else 1)
     g = torch.Generator().manual_seed(1)
     labels = torch.randint(0, 4, logits.shape[:1] + logits.shape[2:], generator=g)
-    torch.nn.functional.cross_entropy(logits, labels).backward()
+    wide = torch.cat([logits, torch.zeros_like(logits[:, :1])], 1)
+    torch.nn.functional.cross_entropy(wide, labels).backward()
     for name, parameter in net.named_parameters():
         zero = ".conv1.bias" in name or ".conv2.bias" in name  # before a batch norm
         assert zero or parameter.grad.abs().max() > 0, name
 
 
 def test_logits_are_in_the_order_of_the_labels():
-    decoder = spot().decoder.eval()  # a map (y, x) of 4 x 6 cells, 4 label voxels each
+    decoder = spot().occupancy.decoder.eval()  # a map (y, x) of 4 x 6 cells, 4 label voxels each
     cells = torch.zeros(1, 32, 4, 6)
     with torch.no_grad():
         before = decoder(cells)
@@ -71,18 +73,17 @@ def test_logits_are_in_the_order_of_the_labels():
 def test_a_sweep_may_be_empty():
     net = spot()
     for count in (0, 1):
-        features, indices, batch = clouds(net, count)
-        logits = net(features, indices, batch)
-        assert logits.shape == (2, 4, 24, 16, 4)
+        logits = net(clouds(count)).semantic_logits
+        assert logits.shape == (2, 3, 24, 16, 4)
         assert logits.isfinite().all()
 
 
 def test_autocast():
     net = spot()
     with torch.autocast("cpu", torch.bfloat16):
-        cast = net(*clouds(net))
+        cast = net(clouds()).semantic_logits
         cast.float().square().mean().backward()
-    plain = spot()(*clouds(net))
+    plain = spot()(clouds()).semantic_logits
     assert (cast.float() - plain).abs().max() < 0.1 * plain.abs().max()
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
@@ -130,8 +131,19 @@ def test_interpolates_at_the_centers_of_label_voxels():
 def test_every_label_of_an_uneven_grid_is_predicted():
     labels = grid((-9.5, -7.5, -1), (9.5, 7.5, 2), (0.5, 0.5, 0.5))
     net = spot(labels)
-    assert net(*clouds(net)).shape == (2, 4, 38, 30, 6)
-    assert net.to_labels.cut is None
+    assert net(clouds()).semantic_logits.shape == (2, 3, 38, 30, 6)
+    assert net.occupancy.to_labels.cut is None
+
+
+def test_binary_occupancy_is_the_logit_of_occupied_against_free():
+    net = spot(classes=1).eval()
+    net.occupancy.decoder.head.weight.data.zero_()
+    net.occupancy.decoder.head.bias.data.copy_(torch.arange(8) ** 2)  # 4 layers of occupied, then of free
+    with torch.no_grad():
+        found = net(clouds())
+    assert found.semantic_logits is None
+    assert found.binary_logits.shape == (2, 24, 16, 4)
+    assert found.binary_logits[1, 5, 7].tolist() == [-16.0, -24.0, -32.0, -40.0]
 
 
 @pytest.mark.parametrize(

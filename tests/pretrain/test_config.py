@@ -26,6 +26,7 @@ PACKAGED = list(packaged_recipes())
 
 
 STUDIES = [name for name in PACKAGED if "strategies" in read_recipe(name)]
+GRIDS = [name for name in PACKAGED if "axes" in read_recipe(name)]
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -39,7 +40,20 @@ def test_packaged_studies_are_valid(name):
                 assert parse_config(functools.reduce(merge, layers))
 
 
-@pytest.mark.parametrize("name", [n for n in PACKAGED if n not in STUDIES])
+@pytest.mark.parametrize("name", GRIDS)
+def test_packaged_grids_are_valid(name):
+    """Every value of every axis changes what its stage has, or leaves the stage out."""
+    study = load_study(name)
+    recipes = {spec.stage: spec for spec in study.stages}
+    for values in study.axes.values():
+        for overrides in values.values():
+            for stage, changes in overrides.items():
+                spec = recipes[stage]
+                layers = (read_recipe(spec.recipe), study.set, spec.set, changes or {}, {"stage": stage})
+                assert parse_config(functools.reduce(merge, layers))
+
+
+@pytest.mark.parametrize("name", [n for n in PACKAGED if n not in (*STUDIES, *GRIDS)])
 def test_packaged_recipes_are_valid_and_survive_a_round_trip(name):
     config = load_config(name)
     assert parse_config(config.to_dict()).to_dict() == config.to_dict()

@@ -33,13 +33,19 @@ from tests.pretrain.inprocess import world  # noqa: F401  a fixture
 from tests.pretrain.small import HERE, RECIPE, losses, run_jobs
 
 TOY = str(HERE / "toy_task.py")
-RECIPES = {"b2s": RECIPE, "toy": str(HERE / "toy.yaml")}
+RECIPES = {"b2s": RECIPE, "spot": str(HERE / "small-spot.yaml"), "toy": str(HERE / "toy.yaml")}
 SAME = ("train.batch=4", "train.steps=4", "train.save_every=2", "train.keep=9", "train.seed=3")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def the_toy():
     import_modules([TOY])
+
+
+def first_and_last(name: str) -> tuple[str, str]:
+    """Stages of a task: the one that it begins with, and the last one that starts from it."""
+    stages = list(get_task(name).stages)
+    return stages[0], stages[-1]
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +58,13 @@ def data(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module", params=sorted(RECIPES))
 def runs(request, data, world, tmp_path_factory):  # noqa: F811
-    """A task, its pre-training, and fine-tuning that starts from it and replays."""
+    """A task, its pre-training, and fine-tuning that starts from it and replays where the task does."""
     folder = tmp_path_factory.mktemp(request.param)
     recipe, words = RECIPES[request.param], [f"data.url={data}", *SAME]
-    pre = trainer.train(load_config(recipe, [*words, f"output={folder}/pre"], stage="pretrain"), world)
+    first, last = first_and_last(request.param)
+    pre = trainer.train(load_config(recipe, [*words, f"output={folder}/pre"], stage=first), world)
     more = [f"output={folder}/fine", f"train.init={folder}/pre", f"replay.url={data}"]
-    fine = trainer.train(load_config(recipe, [*words, *more], stage="finetune"), world)
+    fine = trainer.train(load_config(recipe, [*words, *more], stage=last), world)
     return request.param, folder, pre, fine
 
 
@@ -71,9 +78,11 @@ def test_every_recipe_trains_and_has_the_scores_of_its_headline(runs):
     for result, stage in ((pre, "pre"), (fine, "fine")):
         assert (result.steps, result.samples) == (4, 16)
         assert all(values["train/loss"] > 0 for values in losses(folder / stage).values())
-    assert set(task.headline) <= set(fine.evaluation.metrics())
-    assert {f"train/{term}" for term in task.terms[:2]} <= set(fine.parts)
-    assert next(iter(task.headline.values())) in fine.evaluation.summary()
+    scored = [word for score, word in task.headline.items() if score in fine.evaluation.metrics()]
+    assert {f"eval/{score}" for score in fine.evaluation.headline} <= set(task.headline)
+    assert len(scored) >= 2
+    assert all(word in fine.evaluation.summary() for word in scored)
+    assert set(fine.parts) & {f"train/{term}" for term in task.terms[:2]}
 
 
 @pytest.mark.parametrize("stage", ["pre", "fine"])
@@ -83,7 +92,7 @@ def test_a_run_that_was_killed_continues_as_if_it_had_not_been(runs, data, world
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
     more = [f"train.init={folder}/pre", f"replay.url={data}"] if stage == "fine" else []
     words = [f"data.url={data}", *SAME, *more, f"output={tmp_path}/run"]
-    trainer.train(load_config(RECIPES[name], words, stage={"pre": "pretrain", "fine": "finetune"}[stage]), world)
+    trainer.train(load_config(RECIPES[name], words, stage=first_and_last(name)[stage == "fine"]), world)
     again, before = losses(tmp_path / "run"), losses(folder / stage)
     assert {step: again[step] for step in (3, 4)} == {step: before[step] for step in (3, 4)}
 
@@ -94,7 +103,8 @@ def test_other_numbers_of_processes_give_the_same_run(runs, data, tmp_path):
     shutil.copytree(folder / "fine", tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
     words = [f"data.url={data}", *SAME, f"output={tmp_path}/run", f"train.init={folder}/pre", f"replay.url={data}"]
-    job = {"recipe": RECIPES[name], "stage": "finetune", "overrides": [*words, "train.zero_stage=2"], "import": [TOY]}
+    stage = first_and_last(name)[1]
+    job = {"recipe": RECIPES[name], "stage": stage, "overrides": [*words, "train.zero_stage=2"], "import": [TOY]}
     run_jobs([job], 2, tmp_path / "log")
     again, before = losses(tmp_path / "run"), losses(folder / "fine")
     for step in (3, 4):
@@ -105,7 +115,8 @@ def test_a_checkpoint_is_evaluated_and_predicts(runs, data):
     name, folder, _, fine = runs
     alone = trained.evaluate_checkpoint(folder / "fine")
     assert alone.metrics() == pytest.approx(fine.evaluation.metrics(), nan_ok=True)
-    done = predict_checkpoint(folder / "fine", data, f"pseudo-{name}")
+    run = folder / ("pre" if name == "spot" else "fine")  # what predicts voxels
+    done = predict_checkpoint(run, data, f"pseudo-{name}")
     assert done.frames == 15
     assert verify(data, group=f"pseudo-{name}") == []
     alone = ShardReader(done.manifest, (f"pseudo-{name}",)).frame(0, 1).labels
@@ -121,40 +132,50 @@ def test_a_checkpoint_is_evaluated_and_predicts(runs, data):
 def test_dry_run_and_bench_know_it(runs, data, capsys):
     name, folder, *_ = runs
     words = [f"data.url={data}", f"output={folder}/x", f"replay.url={data}", *SAME]
-    assert dry_run("finetune", RECIPES[name], words, 2, 0, 0, 0) == 0
+    stage = first_and_last(name)[1]
+    task = task_of(load_config(RECIPES[name], words, stage=stage))
+    assert dry_run(stage, RECIPES[name], words, 2, 0, 0, 0) == 0
     out = capsys.readouterr().out
-    assert task_of(load_config(RECIPES[name], words)).title in out
-    assert "plus 4 replayed" in out
-    found = bench_step(RECIPES[name], tuple(words), "finetune", 2, 1)
+    assert task.title in out
+    assert ("plus 4 replayed" in out) == task.replays
+    found = bench_step(RECIPES[name], tuple(words), stage, 2, 1)
     assert found["builds"]["plain fp32"]["step"] > 0
     assert set(found["parts"]) & set(found["builds"]["plain fp32"])
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_a_sweep_plans_its_runs(name, data, tmp_path):
+    first, last = first_and_last(name)
+    with_replay = f"""
+pretrain: {{recipe: {RECIPES[name]}, scenes: [0, 3]}}
+finetune: {{recipe: {RECIPES[name]}, scenes: [2]}}
+replay: {{url: {data}, holdout: 1}}
+strategies: {{S+B: {{replay: true}}}}
+"""
+    without = f"""
+stages: [{{stage: {first}, recipe: {RECIPES[name]}}}, {{stage: {last}, recipe: {RECIPES[name]}}}]
+axes: {{start: {{scratch: {{{first}: null}}, pretrained: {{}}}}}}
+"""
     study = tmp_path / "study.yaml"
     study.write_text(f"""
 name: {name}-study
 output: {tmp_path}/runs
 uri: sqlite:///{tmp_path}/mlflow.db
 set: {{data: {{url: {data}, holdout: 1}}, train: {{batch: 2, steps: null, epochs: 1}}}}
-pretrain: {{recipe: {RECIPES[name]}, scenes: [0, 3]}}
-finetune: {{recipe: {RECIPES[name]}, scenes: [2]}}
-replay: {{url: {data}, holdout: 1}}
-strategies: {{S+B: {{replay: true}}}}
 seeds: [0, 1]
+{without if name == "spot" else with_replay}
 """)
     runs = plan(load_study(str(study)))
     assert len(runs) == 6
     assert {run.config.task for run in runs} == {name}
-    assert {run.config.stage for run in runs} == {"pretrain", "finetune"}
+    assert {run.config.stage for run in runs} == {first, last}
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_sums_over_frames_are_sums_over_batches(name, stage):
+@pytest.mark.parametrize("last", [False, True])
+def test_sums_over_frames_are_sums_over_batches(name, last):
     """Loss of two batches by joint counts is that of one batch of both, for what does not look at its neighbors."""
-    task = task_of(load_config(RECIPES[name], [], stage=stage))
+    task = task_of(load_config(RECIPES[name], [], stage=first_and_last(name)[last]))
     torch.manual_seed(0)
     model = task.model().eval()
     batch = task.synthetic_batch(3 if task.labeled else 0, 0 if task.labeled else 3)
@@ -169,7 +190,7 @@ def test_sums_over_frames_are_sums_over_batches(name, stage):
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_no_parameter_is_left_without_a_gradient(name):
     """ZeRO relies on it: also for a rank that has no labeled frame."""
-    task = task_of(load_config(RECIPES[name], [], stage="finetune"))
+    task = task_of(load_config(RECIPES[name], [], stage=first_and_last(name)[1]))
     for labeled in (2, 0):
         model = task.model().train()
         batch = task.synthetic_batch(labeled, 2 - labeled)
@@ -264,6 +285,6 @@ def open_source(scenes: int = 1):
 
 def test_recipes_round_trip():
     for name, recipe in RECIPES.items():
-        config = load_config(recipe, [], stage="finetune")
+        config = load_config(recipe, [], stage=first_and_last(name)[1])
         assert dataclasses.is_dataclass(config.model)
         assert config.to_dict()["task"] == name
