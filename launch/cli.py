@@ -13,7 +13,7 @@ from occstream.launch.run import guarded, import_argument, imported
 from occstream.sharding.places import place
 
 # Commands that may need a task, a model or a source that this package does not have.
-_IMPORTING = ("shard", "label", "evaluate", "predict", "sweep", "recipe", "bench")
+_IMPORTING = ("shard", "label", "evaluate", "export", "predict", "sweep", "recipe", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -193,9 +193,34 @@ def _run_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--picture", default="", help="also write pictures to this folder (eval.pictures scenes)")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. eval.mask=camera")
 
-    p = command("export", _export, "write a checkpoint's weights to one .safetensors file, with a model card")
+    p = command(
+        "export",
+        _export,
+        "write a checkpoint's weights to a file, with a model card, or its LiDAR encoder for a detection framework",
+    )
     p.add_argument("checkpoint", help="a run's folder or one of its step-… folders")
-    p.add_argument("out", help="a .safetensors file, which train.init= accepts")
+    p.add_argument("out", help="a .safetensors file, which train.init= accepts; with --for a .pth file")
+    p.add_argument(
+        "--for",
+        dest="framework",
+        choices=("openpcdet", "mmdet3d"),
+        help="only the encoder of a LiDAR run, in the layout that the framework's detectors load",
+    )
+    p.add_argument(
+        "--variant", choices=("plain", "res"), default="", help="with --for: refuse another encoder than this"
+    )
+    p.add_argument(
+        "--in-features",
+        default="",
+        help="with --for: features of the detector's points, such as x,y,z,intensity,t; those that were not trained get zero "
+        "weights (default those of the run)",
+    )
+    p.add_argument(
+        "--intensity-scale",
+        type=float,
+        default=1.0,
+        help="with --for: largest intensity that the detector gets, such as 255 (default 1)",
+    )
 
     p = command(
         "predict",
@@ -319,10 +344,26 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from occstream.pretrain.checkpoint import export
+    from occstream.pretrain import export
 
-    out = export(args.checkpoint, args.out)
-    print(f"wrote {out} and {out.with_suffix('.json')}")
+    if not args.framework:
+        if args.variant or args.in_features or args.intensity_scale != 1:
+            raise ValueError("--variant, --in-features and --intensity-scale require --for")
+        out = export.export(args.checkpoint, args.out)
+        print(f"wrote {out} and {out.with_suffix('.json')}")
+        return 0
+    features = [name.strip() for name in args.in_features.split(",") if name.strip()]
+    out, count = export.hand_off(
+        args.checkpoint,
+        args.out,
+        args.framework,
+        variant=args.variant,
+        in_features=features,
+        intensity_scale=args.intensity_scale,
+    )
+    print(
+        f"wrote {out}: {count} of {count} tensors of the encoder for {args.framework}; see {out.with_name(export.ABOUT)}"
+    )
     return 0
 
 

@@ -33,7 +33,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from occstream.pretrain.renamed import saved_settings
 from occstream.sharding import storage, threads
 
 FORMAT = 1
@@ -79,7 +78,7 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
         files = {}
         for path in sorted(partial.iterdir()):
             _sync(path)
-            files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+            files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
         (partial / COMPLETE).write_text(json.dumps({"step": step, "files": files}, indent=1))
         _sync(partial / COMPLETE)
         storage.sync_folder(partial)
@@ -393,7 +392,7 @@ def _verified(path: Path, hashed: bool = True) -> dict:
         file = path / name
         if not file.is_file():
             raise Damaged(f"{file}: missing, though {path.name} was complete; take another checkpoint")
-        if file.stat().st_size != want["size"] or (hashed and _sha256(file) != want["sha256"]):
+        if file.stat().st_size != want["size"] or (hashed and sha256(file) != want["sha256"]):
             raise Damaged(f"{file}: damaged (size or SHA-256 differ from COMPLETE.json); take another checkpoint")
     try:
         state = json.loads((path / "state.json").read_bytes())
@@ -417,53 +416,9 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def export(path: str | Path, out: str | Path) -> Path:
-    """Plain weights of a checkpoint (averaged where there are any) with a model card.
-
-    Args:
-        path: a run's folder or one of its checkpoints.
-        out: a ``.safetensors`` file; the card is ``<name>.json``.
-
-    Raises:
-        ValueError: nothing complete there, or ``out`` is not a .safetensors file.
-    """
-    out = Path(out)
-    if out.suffix != ".safetensors":
-        raise ValueError(f"{out}: give a name that ends in .safetensors")
-    saved = Checkpoint(path)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.contiguous() for k, v in saved.weights().items()}
-    # Beside its name and renamed: a kill leaves no half of it.
-    partial = out.with_name(f".{out.name}.partial")
-    save_file(
-        weights, partial, metadata={"occstream": json.dumps({"digest": saved.digest, "step": saved.state["step"]})}
-    )
-    partial.chmod(storage.file_mode())
-    partial.replace(out)
-    scores = read_scores(saved.path.parent).get(str(saved.state["step"]), {})
-    config = saved_settings({"config": {}, **saved.state})
-    card = {
-        "model": config.get("model_name"),
-        "stage": config.get("stage"),
-        "grid": config.get("grid"),
-        "taxonomy": config.get("taxonomy"),
-        "sensors": sensors(saved.state),
-        "step": saved.state["step"],
-        "samples": saved.state.get("samples"),
-        "data_fingerprints": saved.state.get("fingerprints"),
-        "mlflow_run_id": saved.state.get("mlflow_run_id"),
-        "averaged": bool(saved.tensors("ema")),
-        "parameters": sum(v.numel() for v in weights.values()),
-        "sha256": _sha256(out),
-        "scores": scores,
-        "config": config,
-    }
-    out.with_suffix(".json").write_text(json.dumps(card, indent=1))
-    return out
-
-
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Weights of a checkpoint folder, a run's folder, an exported ``.safetensors``, or a plain ``.pt`` state dict."""
+    """Weights of a checkpoint folder, a run's folder, an exported ``.safetensors``, or a ``.pt`` or ``.pth`` state dict, also one
+    that detection frameworks wrap as ``model_state`` or ``state_dict``."""
     path = Path(path)
     if path.is_dir():
         return Checkpoint(path, strict=True).weights()
@@ -472,7 +427,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path}: not a readable weights file ({str(error)[:120]})") from None
     except Exception as error:
@@ -480,6 +435,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path}: refused ({type(error).__name__}); save plain tensors, best as .safetensors"
         ) from None
+    for name in ("model_state", "state_dict"):
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"{path}: is not a state dict; save plain tensors by name, best as .safetensors")
+    return dict(found)
 
 
 def load_declared(
@@ -535,6 +496,7 @@ def _some(items: list[str]) -> str:
     return f" ({', '.join(items[:4])}{', …' if len(items) > 4 else ''})" if items else ""
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,6 +17,7 @@ from torch import nn
 from occstream.pretrain import checkpoint, resume
 from occstream.pretrain.checkpoint import Checkpoint, load_declared, newest, read_weights
 from occstream.pretrain.distributed import World
+from occstream.pretrain.export import export
 from occstream.pretrain.partition import float_state, full_state, module_state
 from occstream.pretrain.streams import _position
 
@@ -256,7 +257,7 @@ def test_files_follow_the_umask(tmp_path):
         try:
             path = _write(tmp_path / "run", 1)
             checkpoint.add_scores(tmp_path / "run", 1, {"a": 1.0})
-            out = checkpoint.export(path, tmp_path / "out" / "weights.safetensors")
+            out = export(path, tmp_path / "out" / "weights.safetensors")
             checkpoint.upload(path, f"file://{tmp_path}/store")
         finally:
             os.umask(before)
@@ -368,7 +369,7 @@ def test_a_state_of_other_types_is_damaged(tmp_path, state):
     text = json.dumps({"format": 1, **state} if isinstance(state, dict) else state).encode()
     (path / "state.json").write_bytes(text)
     listed = json.loads((path / checkpoint.COMPLETE).read_text())
-    listed["files"]["state.json"] = {"size": len(text), "sha256": checkpoint._sha256(path / "state.json")}
+    listed["files"]["state.json"] = {"size": len(text), "sha256": checkpoint.sha256(path / "state.json")}
     (path / checkpoint.COMPLETE).write_text(json.dumps(listed))
     with pytest.raises(checkpoint.Damaged, match=r"state\.json: .* not what was written"):
         Checkpoint(path)

@@ -16,10 +16,11 @@ import torch
 from occstream.models import MODELS
 from occstream.models.b2s import Strategy
 from occstream.pretrain import checkpoint, reading
-from occstream.pretrain.checkpoint import Checkpoint, complete_steps, export, read_weights
+from occstream.pretrain.checkpoint import Checkpoint, complete_steps, read_weights
 from occstream.pretrain.config import load_config
 from occstream.pretrain.distributed import World
 from occstream.pretrain.events import read_events
+from occstream.pretrain.export import export
 from occstream.pretrain.reading import Prefetcher
 from occstream.pretrain.streams import TrainData
 from tests.pretrain.small import RECIPE, launch_ranks, losses, pack_small, run_jobs, start_jobs

@@ -45,7 +45,7 @@ def find(job, world):
     """What a rank with its own disk would resume from, and how many files it has hashed."""
     disk, place = Path(job["disks"][world.rank]), dataclasses.replace(world, local=job["local"][world.rank])
     found = {}
-    with mock.patch.object(checkpoint, "_sha256", side_effect=checkpoint._sha256) as hashing:
+    with mock.patch.object(checkpoint, "sha256", side_effect=checkpoint.sha256) as hashing:
         try:
             saved, found["uploaded"] = resume.newest(disk, job["url"], place)
             found["step"] = saved.state["step"]

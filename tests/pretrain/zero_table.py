@@ -13,7 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from occstream.pretrain.checkpoint import Checkpoint, export, read_weights
+from occstream.pretrain.checkpoint import Checkpoint, read_weights
+from occstream.pretrain.export import export
 from tests.pretrain.small import RECIPE, losses, pack_small, run_jobs
 
 STAGES = (0, 1, 2, 3)
