@@ -10,7 +10,7 @@ import simplejpeg
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PolyCollection
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -55,38 +55,30 @@ def detection_picture(
     names, places = rules_of(taxonomy).classes, dict(zip(taxonomy.classes, taxonomy.colors))
     colors = np.array([places[name] for name in names]) / 255
     truth = true_boxes(batch)[index] if batch.boxes is not None and index < batch.labeled else None
-    images = list(cameras.cameras.items()) if cameras else []
-    rows = -(-len(images) // _COLUMNS)
+    rows = -(-len(cameras.cameras) // _COLUMNS) if cameras else 0
     figure = Figure(figsize=(9, 9.6 + 1.9 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[9, 1.9 * rows]) if rows else (figure, None)
-    axes = top.subplots()
+    top = figure
+    if cameras and rows:
+        top, bottom = figure.subfigures(2, 1, height_ratios=[9, 1.9 * rows], squeeze=False).ravel()
+        undo = np.linalg.inv(batch.scene_aug[index].double().cpu().numpy())
+        _camera_panels(bottom, cameras, undo, _in_camera(truth, found, colors))
+    axes = top.add_subplot()
     _ground(axes, reach)
     _dots(axes, _points(batch, index), _POINT)
     if truth is not None:
         axes.add_collection(
             PolyCollection(
-                _shown(corners(truth.boxes)), facecolors=_faint(colors[truth.classes], 0.35), edgecolors=_TRUE
+                list(_shown(corners(truth.boxes))), facecolors=_faint(colors[truth.classes], 0.35), edgecolors=_TRUE
             )
         )
-    strength = np.clip(0.25 + 0.75 * found.scores, 0, 1)
     outlines = np.concatenate([_outlines(found.boxes), _headings(found.boxes)])
-    shades = np.tile(_faint(0.85 * colors[found.classes], strength), (2, 1))  # bright ones are hard to see on white
-    axes.add_collection(LineCollection(_shown(outlines), colors=shades, linewidths=1.6))
+    shades = np.tile(
+        _faint(0.85 * colors[found.classes], _strength(found)), (2, 1)
+    )  # bright ones are hard to see on white
+    axes.add_collection(LineCollection(list(_shown(outlines)), colors=shades, linewidths=1.6))
     _numbers(axes, found, reach)
     _legend(top, sorted({*found.classes.tolist(), *([] if truth is None else truth.classes.tolist())}), names, colors)
-    undo = np.linalg.inv(batch.scene_aug[index].double().cpu().numpy())
-    for i, (name, camera) in enumerate(images):
-        panel = bottom.add_subplot(rows, _COLUMNS, i + 1)
-        image = simplejpeg.decode_jpeg(camera.jpeg, "RGB", min_width=600, min_height=1)
-        panel.imshow(image, extent=(-0.5, camera.width - 0.5, camera.height - 0.5, -0.5))
-        to_camera = np.linalg.inv(camera_to_key_ego(cameras, camera))
-        for boxes, shade in _in_camera(truth, found, colors, strength):
-            lines, of = _edges(boxes, undo, to_camera, camera.intrinsics)
-            panel.add_collection(LineCollection(lines, colors=shade[of], linewidths=0.9))
-        panel.set(xlim=(-0.5, camera.width - 0.5), ylim=(camera.height - 0.5, -0.5))
-        panel.set_title(name, fontsize=8, pad=2)
-        panel.axis("off")
     said = f"{len(found.boxes)} found" + ("" if truth is None else f", {len(truth.boxes)} true")
     _save(figure, path, f"{title or batch.keys[index]}: {said}")
 
@@ -185,7 +177,7 @@ def _numbers(axes: Axes, found: Detections, reach: float) -> None:
             axes.text(x, y, f"{score:.2f}", fontsize=6, color=_TRUE, clip_on=True)
 
 
-def _legend(figure: Figure, there: Sequence[int], names: Sequence[str], colors: np.ndarray) -> None:
+def _legend(figure: Figure | SubFigure, there: Sequence[int], names: Sequence[str], colors: np.ndarray) -> None:
     handles: list[Patch | Line2D] = [Patch(color=colors[c], label=names[c]) for c in there]
     handles += [
         Patch(facecolor="#d9d9d9", edgecolor=_TRUE, label="true (white in cameras)"),
@@ -195,11 +187,37 @@ def _legend(figure: Figure, there: Sequence[int], names: Sequence[str], colors: 
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
 
 
-def _in_camera(
-    truth: BoxSet | None, found: Detections, colors: np.ndarray, strength: np.ndarray
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def _camera_panels(
+    figure: SubFigure, frame: Frame, undo: np.ndarray, drawn: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """Images of a frame with the edges of boxes.
+
+    Args:
+        undo: (3, 3) from the augmented ego frame to the ego frame.
+        drawn: boxes and their colors.
+    """
+    rows = -(-len(frame.cameras) // _COLUMNS)
+    for i, (name, camera) in enumerate(frame.cameras.items()):
+        axes = figure.add_subplot(rows, _COLUMNS, i + 1)
+        image = simplejpeg.decode_jpeg(camera.jpeg, "RGB", min_width=600, min_height=1)
+        axes.imshow(image, extent=(-0.5, camera.width - 0.5, camera.height - 0.5, -0.5))
+        to_camera = np.linalg.inv(camera_to_key_ego(frame, camera))
+        for boxes, shade in drawn:
+            lines, of = _edges(boxes, undo, to_camera, camera.intrinsics)
+            axes.add_collection(LineCollection(list(lines), colors=shade[of], linewidths=0.9))
+        axes.set(xlim=(-0.5, camera.width - 0.5), ylim=(camera.height - 0.5, -0.5))
+        axes.set_title(name, fontsize=8, pad=2)
+        axes.axis("off")
+
+
+def _strength(found: Detections) -> np.ndarray:
+    """(n,) opacity of boxes by their scores."""
+    return np.clip(0.25 + 0.75 * found.scores, 0, 1)
+
+
+def _in_camera(truth: BoxSet | None, found: Detections, colors: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Boxes and their (n, 4) colors, in the order in which they are drawn: true ones white."""
-    drawn = [(found.boxes, _faint(colors[found.classes], strength))]
+    drawn = [(found.boxes, _faint(colors[found.classes], _strength(found)))]
     if truth is not None:
         drawn.insert(0, (np.asarray(truth.boxes), _faint(np.ones((len(truth.boxes), 3)), 0.9)))
     return drawn

@@ -65,8 +65,9 @@ class Part:
         """(rows,) int64: of a ragged part, the place of each row's frame among all (or the labeled) ones. Frames without rows
         own none."""
         [rows] = {len(value) for f, value in self.present() if f.metadata["axis"].endswith("row")}
-        frames = torch.arange(len(self.counts), device=self.counts.device)
-        return frames.repeat_interleave(self.counts.long(), output_size=rows)
+        counts: Tensor = vars(self)["counts"]  # every part with rows has them
+        frames = torch.arange(len(counts), device=counts.device)
+        return frames.repeat_interleave(counts.long(), output_size=rows)
 
     def _rows(self, frames: slice) -> slice:
         """Rows of frames; the host waits for their numbers."""

@@ -136,18 +136,21 @@ class _Task(nn.Module):
         super().__init__()
         self.widths = {"hm": classes} | {name: n for name, n in _CODE.items() if name != "vel" or velocity}
         for name, outputs in self.widths.items():
-            first = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), SyncBatchNorm(channels), nn.ReLU())
-            branch = nn.Sequential(first, nn.Conv2d(channels, outputs, 3, padding=1))
-            for layer in (first[0], branch[1]):
-                if name != "hm":
-                    nn.init.kaiming_normal_(layer.weight)
-                    nn.init.zeros_(layer.bias)
+            inner, last = (nn.Conv2d(channels, n, 3, padding=1) for n in (channels, outputs))
+            for layer in (inner, last) if name != "hm" else ():
+                nn.init.kaiming_normal_(layer.weight)
+                _fill_bias(layer, 0.0)
             if name == "hm":
-                nn.init.constant_(branch[1].bias, -2.19)  # a probability of 0.1 everywhere (Lin et al., focal loss)
-            setattr(self, name, branch)
+                _fill_bias(last, -2.19)  # a probability of 0.1 everywhere (Lin et al., focal loss)
+            setattr(self, name, nn.Sequential(nn.Sequential(inner, SyncBatchNorm(channels), nn.ReLU()), last))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {name: getattr(self, name)(x) for name in self.widths}
+
+
+def _fill_bias(layer: nn.Conv2d, value: float) -> None:
+    if layer.bias is not None:
+        nn.init.constant_(layer.bias, value)
 
 
 class CenterPointHead(nn.Module):
