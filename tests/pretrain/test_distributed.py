@@ -139,25 +139,25 @@ def test_save_resume_resize_and_export_at_every_stage(runs):
         assert all(torch.allclose(weights[k].double(), v.double(), rtol=1e-3, atol=1e-3) for k, v in first.items())
 
 
-def test_every_model_and_strategy_trains_on_two_processes(runs):
-    """Two steps of both stages; the multi and the intermediate head with replay, the others without. ZeRO stages take
-    turns: every model meets each of them, every strategy two."""
-    data, jobs, outputs = runs / "data", [], []
+def test_every_model_and_strategy_trains_on_two_processes(root):
+    """Two steps of fine-tuning, for each strategy after pre-training of one of the models; the multi and the intermediate
+    head with replay, the others without. ZeRO stages take turns: every model meets each of them, every strategy two."""
+    data, jobs, outputs = root / "data", [], []
     pairs = itertools.product(enumerate(sorted(MODELS)), enumerate(get_args(Strategy)))
     for (row, model), (column, strategy) in pairs:
-        base, stage = runs / f"matrix-{model}-{strategy}", (row + column) % 4
+        base, stage = root / f"matrix-{model}-{strategy}", (row + column) % 4
         words = [f"data.url={data}", f"model_name={model}", f"model.strategy={strategy}", "model.dense_layers=1"]
         words += [f"train.zero_stage={stage}", "train.steps=2", "train.batch=2", "eval.scenes=1"]
         words += ["model.cap=4608"] if strategy == "offboard" else []  # its labels choose, as many as there are
         then = []
-        if strategy != "offboard":
+        if strategy != "offboard" and column % len(MODELS) == row:
             jobs.append({"recipe": RECIPE, "stage": "pretrain", "overrides": [*words, f"output={base}-pre"]})
             then.append(f"train.init={base}-pre")
         if strategy in ("multi", "intermediate"):
             then.append(f"replay.url={data}")
         jobs.append({"recipe": RECIPE, "stage": "finetune", "overrides": [*words, *then, f"output={base}"]})
         outputs.append(base)
-    run_jobs(jobs, 2, runs / "matrix")
+    run_jobs(jobs, 2, root / "matrix")
     for base in outputs:
         assert all(math.isfinite(v) for step in losses(base).values() for v in step.values()), base
         assert sorted(losses(base)) == [1, 2]
@@ -171,7 +171,7 @@ def test_accumulated_micro_batches_are_one_large_batch_also_on_four_processes(ro
             f"data.url={root}/data",
             f"output={root}/{name}",
             "optim.lr=2e-5",
-            "train.steps=4",
+            "train.steps=3",
             "model.dropout=0.0",
         ]
         overrides += [f"replay.url={root}/data", "train.batch=8", "replay.batch=8", "data.mask=camera", *words]
@@ -195,7 +195,7 @@ def test_a_step_that_is_not_finite_is_left_out_whole_at_every_stage(root):
             f"data.url={root}/data",
             f"output={root}/nan-{stage}",
             f"train.zero_stage={stage}",
-            "train.steps=5",
+            "train.steps=4",
         ]
         overrides += ["train.save_every=1", "train.keep=9", "train.skip_nonfinite=1", "optim.groups.images=0"]
         return {"recipe": RECIPE, "stage": "pretrain", "overrides": overrides, "infinite_at": 2}
@@ -231,7 +231,7 @@ def test_a_step_that_is_not_finite_is_left_out_whole_at_every_stage(root):
                 moved = {k for k in old if not torch.equal(old[k], new[k])}
                 moved = {k.partition(".")[0] for k in moved if "running_" not in k and "num_batches" not in k}
                 assert moved == {"lift", "decoder", "binary_head"}, (stage, "a group whose rate is 0 stays")
-        assert sorted(losses(root / f"nan-{stage}")) == [1, 2, 4, 5]
+        assert sorted(losses(root / f"nan-{stage}")) == [1, 2, 4]
     assert "left out step 2" in (root / "nan-log/rank0.log").read_text()
 
 
