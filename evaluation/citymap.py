@@ -15,7 +15,7 @@ import importlib
 import itertools
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ class CityMap:
                 np.array(data["voxel"], np.float64).reshape(3),
                 get_taxonomy(data["taxonomy"]),
                 [str(key) for key in data["frames"]],
-                [tuple(int(v) for v in place) for place in data["shards"]],
+                [_place(place) for place in data["shards"]],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where}: damaged ({' '.join(str(error).split())[:120]}); make the map again") from None
@@ -134,6 +134,11 @@ class CityMap:
         return out
 
 
+def _place(numbers: Iterable[Any]) -> tuple[int, int, int]:
+    x, y, z = numbers
+    return int(x), int(y), int(z)
+
+
 @dataclass
 class _Frames:
     """Frames of the drives: which scene and index, pose, and the volumes of those that were used last."""
@@ -142,7 +147,7 @@ class _Frames:
     places: list[tuple[int, int]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     poses: list[np.ndarray] = field(default_factory=list)
-    volumes: np.ndarray | None = None
+    volumes: np.ndarray = field(init=False)
     slots: OrderedDict[int, int] = field(default_factory=OrderedDict)
 
     def add(self, scene: int) -> None:
@@ -154,9 +159,6 @@ class _Frames:
 
     def load(self, chosen: np.ndarray) -> list[int]:
         """Slots of frames."""
-        shape = self.reader.grid.shape
-        if self.volumes is None:
-            self.volumes = np.empty((min(MOST_FRAMES, len(self.places)), *shape), np.uint8)
         for number in chosen.tolist():
             if number in self.slots:
                 self.slots.move_to_end(number)
@@ -212,6 +214,7 @@ def make_map(
     frames = _Frames(reader)
     for scene in scenes:
         frames.add(scene)
+    frames.volumes = np.empty((min(MOST_FRAMES, len(frames.places)), *reader.grid.shape), np.uint8)
     work = _Tiles(frames, voting(config, reader.grid, taxonomy), threads)
     origin = {"map": VERSION, "labels": reader.manifest.fingerprint, "scenes": scenes, "things": things,
               "votes": dataclasses.asdict(config)}  # fmt: skip
@@ -222,7 +225,7 @@ def make_map(
         "taxonomy": taxonomy.name,
         "classes": list(taxonomy.classes),
     }
-    arrays = _arrays(zarr, folder, work.shape, digest, about)
+    arrays = _arrays(zarr, folder, work.shape, digest=digest, about=about)
     work.made.total = len(work.shards)
     done = folder / "done"
     done.mkdir(exist_ok=True)
@@ -249,7 +252,7 @@ def make_map(
     return work.made
 
 
-def _arrays(zarr: Any, folder: Path, shape: tuple[int, ...], digest: str, about: dict) -> dict[str, Any]:
+def _arrays(zarr: Any, folder: Path, shape: tuple[int, ...], *, digest: str, about: dict) -> dict[str, Any]:
     """The group's arrays, made unless they are there. Raises ValueError if the folder holds another map."""
     if folder.exists() and any(folder.iterdir()):
         mark = folder / "digest"
@@ -288,7 +291,9 @@ class _Tiles:
     def __init__(self, frames: _Frames, rule: Rule, threads: int) -> None:
         grid = frames.reader.grid
         self.frames, self.rule, self.threads, self.grid, self.made = frames, rule, threads, grid, Made()
-        self.tile = VoxelGrid("tile", (0, 0, 0), tuple(TILE * v for v in grid.voxel), grid.voxel)
+        self.tile = VoxelGrid(
+            "tile", (0, 0, 0), (TILE * grid.voxel[0], TILE * grid.voxel[1], TILE * grid.voxel[2]), grid.voxel
+        )
         self.edge = TILE * np.asarray(grid.voxel)
         self.poses = np.stack(frames.poses)
         corners = np.array(list(itertools.product(*zip(grid.lower, grid.upper))))
@@ -305,7 +310,7 @@ class _Tiles:
         self.first = first * per_shard  # of the map, in tiles
         self.origin = self.first * self.edge
         self.shape = tuple(int(n) for n in (places.max(0) + 1 - first) * per_shard * TILE)
-        self.shards = list(OrderedDict.fromkeys(tuple(int(v) for v in place - first) for place in places))
+        self.shards = list(OrderedDict.fromkeys(_place(place - first) for place in places))
 
     def shard(self, place: tuple[int, int, int]) -> dict[str, np.ndarray]:
         """Arrays of one shard by name."""
@@ -340,6 +345,7 @@ class _Tiles:
         self.made.tiles += 1
         slots = self.frames.load(numbers)
         before = np.full(self.tile.shape, IGNORE, np.uint8)
+        said = numbers.tolist()
         return pull(
-            self.rule, maps, self.frames.volumes, slots, before, details=True, numbers=numbers, threads=self.threads
+            self.rule, maps, self.frames.volumes, slots, before=before, details=True, numbers=said, threads=self.threads
         )

@@ -61,15 +61,26 @@ class Row:
     values: dict[str, list[float]] = field(default_factory=dict)
 
 
-def all_runs(client: MlflowClient, experiment: str) -> list[MlflowRun]:
-    """Every run of an experiment, oldest first. Raises ValueError that lists the experiments if there is none by this name."""
+def experiment_id(client: MlflowClient, experiment: str) -> str:
+    """Of an experiment by name. Raises ValueError that lists the experiments if there is none by this name."""
     found = client.get_experiment_by_name(experiment)
     if found is None:
         names = ", ".join(e.name for e in client.search_experiments() if e.name != "Default") or "none"
         raise ValueError(f"MLflow has no experiment {experiment!r}; it has: {names}")
+    return found.experiment_id
+
+
+def run_name(run: MlflowRun) -> str:
+    """What people call a run; its id where nobody named it."""
+    return run.info.run_name or run.info.run_id
+
+
+def all_runs(client: MlflowClient, experiment: str) -> list[MlflowRun]:
+    """Every run of an experiment, oldest first. Raises ValueError as ``experiment_id``."""
+    number = experiment_id(client, experiment)
     runs, token = [], None
     while True:
-        page = client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
+        page = client.search_runs([number], order_by=["attributes.start_time ASC"], page_token=token)
         runs += page
         token = page.token
         if not token:
@@ -89,7 +100,7 @@ def collect(client: MlflowClient, experiment: str) -> list[Run]:
     newest: dict[tuple, Run] = {}
     for r in runs:
         tags = {k: v for k, v in r.data.tags.items() if not k.startswith("mlflow.")}
-        newest[tuple(sorted(tags.items()))] = Run(r.info.run_name, tags, dict(r.data.metrics))
+        newest[tuple(sorted(tags.items()))] = Run(run_name(r), tags, dict(r.data.metrics))
     if not newest:
         raise ValueError(f"experiment {experiment!r} has no finished run")
     return list(newest.values())

@@ -116,11 +116,17 @@ class BoxSet:
         places = {name: i for i, name in enumerate(rules.classes)}
         ids = np.array([places.get(name, -1) for name in boxes.names], np.int64)
         rows = {"boxes": boxes.boxes, "classes": ids, "velocity": boxes.velocity, **more}
-        return cls(**{name: None if a is None else np.asarray(a)[ids >= 0] for name, a in rows.items()})
+        return replace(cls(boxes.boxes, ids), **rows).where(ids >= 0)
+
+    def scored(self) -> np.ndarray:
+        """``scores`` of boxes that must have them. Raises ValueError."""
+        if self.scores is None:
+            raise ValueError("predicted boxes have no scores")
+        return self.scores
 
     def where(self, keep: np.ndarray) -> BoxSet:
         """Those of a mask or of indices."""
-        return BoxSet(**{name: None if a is None else a[keep] for name, a in vars(self).items()})
+        return replace(self, **{name: np.asarray(a)[keep] for name, a in vars(self).items() if a is not None})
 
 
 def default_attributes(classes: np.ndarray, velocity: np.ndarray, rules: DetectionRules = NUSCENES) -> np.ndarray:
@@ -158,7 +164,8 @@ def _inside(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     c, s = np.cos(boxes[:, 6]), np.sin(boxes[:, 6])
     x, y = offset[..., 0] * c + offset[..., 1] * s, offset[..., 1] * c - offset[..., 0] * s
     half = boxes[:, 3:6] / 2
-    return ((abs(x) <= half[:, 0]) & (abs(y) <= half[:, 1]) & (abs(offset[..., 2]) <= half[:, 2])).any(1)
+    inside = (abs(x) <= half[:, 0]) & (abs(y) <= half[:, 1]) & (abs(offset[..., 2]) <= half[:, 2])
+    return np.asarray(inside.any(1))
 
 
 class DetectionMetric:
@@ -202,7 +209,7 @@ class DetectionMetric:
         rows[:, 4 : 4 + k] = 0
         for c in np.unique(predicted.classes):
             mine = np.flatnonzero(predicted.classes == c)
-            mine = mine[_by_score(predicted.scores[mine], mine)]
+            mine = mine[_by_score(predicted.scored()[mine], mine)]
             theirs = np.flatnonzero(truth.classes == c)
             offset = predicted.boxes[mine, None, :2].astype(np.float64) - truth.boxes[None, theirs, :2]
             pairs = _match(np.sqrt((offset**2).sum(-1)), self.rules.distances)
@@ -290,7 +297,7 @@ def check_boxes(key: str, found: BoxSet, rules: DetectionRules, *, predicted: bo
     wrong["a size that is not positive"] = ~(found.boxes[:, 3:6] > 0).all(-1) if n else np.zeros(0, bool)
     wrong[f"a class outside 0..{len(rules.classes) - 1}"] = ~np.isin(found.classes, np.arange(len(rules.classes)))
     if predicted:
-        wrong["a score that is not finite"] = ~np.isfinite(found.scores)
+        wrong["a score that is not finite"] = ~np.isfinite(found.scored())
         if found.velocity is not None:
             wrong["a velocity that is not finite"] = ~np.isfinite(found.velocity).all(-1)
     if found.attributes is not None:

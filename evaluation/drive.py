@@ -15,7 +15,7 @@ from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.labels import box_poses, grid_to_global
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.poses import apply, compose, inverse
-from occstream.sharding.schema import IGNORE, Boxes, Frame
+from occstream.sharding.schema import IGNORE, Boxes, Frame, posed
 from occstream.sharding.stream import ShardReader
 
 Votes = Literal["all", "known"]
@@ -65,7 +65,7 @@ class Source:
 
     frame: Frame
     pose: np.ndarray
-    semantic: np.ndarray | None
+    semantic: np.ndarray
     masks: dict[str, np.ndarray | None]
     boxes: BoxMotion | None = None
 
@@ -103,6 +103,7 @@ class DriveReader:
         group: str,
         votes: Votes = "all",
         view: bool = True,
+        *,
         tracks: bool = False,
         silent: Sequence[int] = (),
     ) -> None:
@@ -110,7 +111,7 @@ class DriveReader:
         self._spoken[list(silent)] = IGNORE
         self.base, self.group, self.votes, self.view, self.tracks = base, group, votes, view, tracks
         self.manifest = label_manifest(base, group)
-        self.grid: VoxelGrid = self.manifest.grid
+        self.grid = self.manifest.label_grid
         groups = (group, "lidar") if self.grid.frame == "lidar" else (group,)
         if self.grid.frame == "lidar" and "lidar" not in base.groups:
             raise ValueError(
@@ -133,8 +134,8 @@ class DriveReader:
                 self.bytes_read += reader.bytes_read
                 reader.close()
 
-    def read(self, scene: int, index: int) -> tuple[Source, np.ndarray]:
-        """One frame, and what cameras saw in it, (X, Y, Z) bool.
+    def read(self, scene: int, index: int) -> tuple[Source, np.ndarray | None]:
+        """One frame, and what cameras saw in it, (X, Y, Z) bool; None: everything.
 
         Raises:
             ValueError: it has no pose, no classes or another grid.
@@ -160,7 +161,7 @@ class DriveReader:
             name: None if mask is None else np.packbits(mask.reshape(-1))
             for name, mask in (("mask_lidar", labels.mask_lidar), ("mask_camera", labels.mask_camera))
         }
-        boxes = self._box_motion(scene, index, pose) if self._boxes else None
+        boxes = self._box_motion(self._boxes.frame(scene, index), pose) if self._boxes else None
         bare = Frame(frame.scene, frame.index, frame.token, frame.timestamp, frame.ego_to_global)
         return Source(bare, pose, self._spoken[labels.semantic], masks, boxes), view
 
@@ -176,16 +177,15 @@ class DriveReader:
             return None
         if self._frustum[0] != scene:
             cameras = self._cameras.frame(scene, 0).cameras.values()
-            to_ego = compose(inverse(frame.ego_to_global), pose)
+            to_ego = compose(inverse(posed(frame)), pose)
             self._frustum = scene, in_frustum(self.grid, to_ego, cameras)
         self.view_from = "the cameras' calibration, as of each scene's first frame"
         return self._frustum[1]
 
-    def _box_motion(self, scene: int, index: int, pose: np.ndarray) -> BoxMotion | None:
-        frame = self._boxes.frame(scene, index)
+    def _box_motion(self, frame: Frame, pose: np.ndarray) -> BoxMotion:
         if frame.boxes is None:
             raise ValueError(f"{self.base.url}: frame {frame.key} has no boxes, which movers by tracks need")
-        return box_motion(frame.boxes, compose(inverse(pose), frame.ego_to_global), frame.key, self.grid)
+        return box_motion(frame.boxes, compose(inverse(pose), posed(frame)), frame.key, self.grid)
 
 
 def box_motion(boxes: Boxes, ego_to_grid: np.ndarray, key: str, grid: VoxelGrid) -> BoxMotion:

@@ -192,7 +192,8 @@ def _in_step(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
         return
     source, last = iter(batches), None
     while True:
-        batch = error = None
+        batch: Batch | None = None
+        error: Exception | None = None
         try:
             batch = next(source, None)
         except Exception as problem:
@@ -204,8 +205,9 @@ def _in_step(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
             raise error or ValueError("another rank could not read its frames to evaluate; see its message")
         if not most:
             return
-        yield (batch, True) if batch is not None else (last, False)
-        last = batch if batch is not None else last
+        last = last if batch is None else batch
+        assert last is not None, "a rank without frames has failed above"
+        yield last, batch is not None
 
 
 _FAILED = 2

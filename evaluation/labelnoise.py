@@ -18,7 +18,7 @@ from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.labels import grid_to_global
 from occstream.sharding.manifest import Manifest, SceneEntry
 from occstream.sharding.poses import apply
-from occstream.sharding.schema import IGNORE, Frame, Labels, get_taxonomy
+from occstream.sharding.schema import IGNORE, Frame, Labels, get_taxonomy, labeled
 from occstream.sharding.shardfile import ShardWriter
 from occstream.sharding.stream import ShardReader
 
@@ -62,7 +62,7 @@ def uniform(keys: np.ndarray, seed: int) -> np.ndarray:
 
 
 def corrupted(
-    frame: Frame, grid: VoxelGrid, num_classes: int, in_view: np.ndarray, number: int, config: NoiseConfig
+    frame: Frame, grid: VoxelGrid, num_classes: int, in_view: np.ndarray, *, number: int, config: NoiseConfig
 ) -> np.ndarray:
     """(X, Y, Z) uint8 labels of a frame with errors.
 
@@ -74,7 +74,7 @@ def corrupted(
         number: of the scene.
         config: settings.
     """
-    centers, exact = grid.centers(), frame.labels.semantic
+    centers, exact = grid.centers(), labeled(frame).classes()
     x, y, _ = np.moveaxis(centers, -1, 0)
     grows = 1 + (config.far - 1) * np.minimum(np.sqrt(x * x + y * y) / 51.2, 1)
     grows = grows * np.where(in_view, 1, config.out_of_view)
@@ -110,7 +110,7 @@ def _cubes(points: np.ndarray, edge: float, *numbers: int) -> np.ndarray:
 
 
 def attach_corrupted(
-    url: str, name: str, config: NoiseConfig, in_view: np.ndarray | None = None, level: int = 3
+    url: str, name: str, config: NoiseConfig, in_view: np.ndarray | None = None, *, level: int = 3
 ) -> Manifest:
     """Attaches a set's own labels with errors, as if a network had predicted them.
 
@@ -133,7 +133,7 @@ def attach_corrupted(
     sidecar = Sidecar(
         base,
         name,
-        grid=base.grid,
+        grid=base.label_grid,
         taxonomy=base.taxonomy,
         classes=base.classes,
         labels="exact labels with errors",
@@ -144,14 +144,16 @@ def attach_corrupted(
         for scene in scenes:
             for index in range(scene.frames):
                 frame = reader.frame(numbers[scene.name], index)
-                own = frame.labels
+                own = labeled(frame)
                 view = own.mask_camera if in_view is None else in_view
-                view = np.ones(own.semantic.shape, bool) if view is None else view
-                said = corrupted(frame, base.grid, free, view, numbers[scene.name], config)
+                view = np.ones(own.binary.shape, bool) if view is None else view
+                said = corrupted(frame, base.label_grid, free, view, number=numbers[scene.name], config=config)
                 frame.labels, frame.boxes = Labels(said < free, said, own.mask_lidar, view), None
                 writer.add(frame.key, encode(frame, "labels", Coding(level=level)))
 
     for number in sorted(sidecar.scenes):
         sidecar.write(number, fill)
     reader.close()
-    return sidecar.publish()
+    made = sidecar.publish()
+    assert made is not None, "all of its tars are written"
+    return made

@@ -50,7 +50,7 @@ def write_ply(city: CityMap, path: Path) -> int:
         f"comment origin {' '.join(repr(float(v)) for v in city.origin)}",
         f"comment classes {' '.join(city.taxonomy.classes)}",
         f"element vertex {count}",
-        *(f"property {kinds[kind[-2:]]} {name}" for name, kind in _PLY.descr),
+        *(f"property {kinds[kind[-2:]]} {name}" for name, kind, *_ in _PLY.descr),
         "end_header",
     ]
     colors = _colors(city)

@@ -63,7 +63,7 @@ class ConfusionMatrix:
             valid: bool of the same shape.
         """
         truth = truth if valid is None else torch.where(valid, truth, IGNORE)
-        self.counts += _histograms(prediction, truth, None, self.num_classes, 1)[0]
+        self.counts += _histograms(prediction, truth, None, num_classes=self.num_classes, shells=1)[0]
 
     def _counted(self) -> Tensor:
         counts = self.counts.double()
@@ -152,7 +152,8 @@ class RangedCounts:
     def update(self, prediction: Tensor, truth: Tensor) -> None:
         """Adds voxels, (S, X, Y, Z) integers; where ``truth`` is 255 they are left out."""
         shell = self.ranges.shell.to(truth.device)[:, :, None].expand(truth.shape) if self.ranges else None
-        self.counts += _histograms(prediction, truth, shell, self.num_classes, len(self.counts))
+        shells = len(self.counts)
+        self.counts += _histograms(prediction, truth, shell, num_classes=self.num_classes, shells=shells)
 
     def all_reduce(self, device: torch.device | str = "cpu") -> None:
         """Sums the counts over ranks (collective)."""
@@ -161,12 +162,15 @@ class RangedCounts:
     def matrix(self, part: str | None = None) -> ConfusionMatrix:
         """Of a range, or of everything."""
         matrix = ConfusionMatrix(self.num_classes, self.convention)
-        chosen = self.ranges.parts[part] if part else range(len(self.counts))
-        matrix.counts = self.counts[list(chosen)].sum(0)
+        if part is None:
+            matrix.counts = self.counts.sum(0)
+        else:
+            assert self.ranges is not None, "parts are those of ranges"
+            matrix.counts = self.counts[list(self.ranges.parts[part])].sum(0)
         return matrix
 
 
-def _histograms(prediction: Tensor, truth: Tensor, shell: Tensor | None, num_classes: int, shells: int) -> Tensor:
+def _histograms(prediction: Tensor, truth: Tensor, shell: Tensor | None, *, num_classes: int, shells: int) -> Tensor:
     """(shells, K + 1, K + 1) int64 on the CPU: truth by prediction in each shell."""
     keep, n = truth != IGNORE, num_classes + 1
     index = truth[keep].long() * n + prediction[keep].long()

@@ -12,7 +12,7 @@ from torch import Tensor
 from occstream.evaluation.evaluate import EvalResult
 from occstream.evaluation.metrics import CONVENTIONS, RangedCounts, ranges_of, sum_over_ranks
 from occstream.models import Batch, OccOutputs
-from occstream.models.batch import pool_binary
+from occstream.models.batch import Occupancy, pool_binary
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.schema import IGNORE, Taxonomy
 
@@ -104,7 +104,8 @@ class OccupancyMetric:
         kind: Head = "sigmoid_focal",
         threshold: float = 0.25,
     ) -> None:
-        self.taxonomy, self.grid, self.kind, self.threshold = taxonomy, grid, kind, threshold
+        self.taxonomy, self.grid, self.threshold = taxonomy, grid, threshold
+        self.kind: Head = kind
         self.mask, self.unknown, self.convention = mask, unknown, convention
         self.rule = CONVENTIONS[convention]
         self.classes = RangedCounts(taxonomy.num_classes, self.rule, ranges_of(grid) if grid else None)
@@ -116,16 +117,17 @@ class OccupancyMetric:
 
     def update(self, outputs: OccOutputs, batch: Batch) -> int:
         """Counts a batch; returns its number of valid voxels."""
-        labels = batch.occupancy
+        labels = batch.part(Occupancy)
         if outputs.binary_logits is not None:
-            shape = tuple(outputs.binary_logits.shape[1:])
+            x, y, z = outputs.binary_logits.shape[1:]
+            shape = (x, y, z)
             truth, valid = pool_binary(labels.binary, labels.binary_valid, shape)
             ranges = ranges_of(self.grid, shape) if self.grid and not self.binary else None
             self.binary = self.binary or RangedCounts(1, self.rule, ranges)
             self.binary.update((outputs.binary_logits <= 0).byte(), torch.where(valid, (~truth).byte(), IGNORE))
         if outputs.semantic_logits is not None and batch.labeled:
             self.semantic = True
-            self.classes.update(classify(outputs.semantic_logits, self.kind, self.threshold), labels.semantic)
+            self.classes.update(classify(outputs.semantic_logits, self.kind, self.threshold), labels.classes())
         return int(labels.binary_valid.sum())
 
     def all_reduce(self, device: torch.device) -> None:
@@ -158,7 +160,8 @@ def _add_scores(
         result.per_class = {name: 100 * v for name, v in named[matrix.convention.first :]}
     counts = confusion or binary
     for part in counts.ranges.parts if counts and counts.ranges else ():
-        coarse = binary and binary.ranges and part in binary.ranges.parts  # its voxels may be too large for a range
-        scores = result.ranges[part] = {"binary_iou": 100 * binary.matrix(part).iou()} if coarse else {}
+        scores = result.ranges[part] = {}
+        if binary and binary.ranges and part in binary.ranges.parts:  # its voxels may be too large for a range
+            scores["binary_iou"] = 100 * binary.matrix(part).iou()
         if confusion:
             scores |= {"iou": 100 * confusion.matrix(part).iou(), "miou": 100 * confusion.matrix(part).miou()}

@@ -55,6 +55,7 @@ class PanopticMetric:
         instances: np.ndarray,
         true_classes: np.ndarray,
         true_instances: np.ndarray,
+        *,
         near: np.ndarray | None = None,
     ) -> None:
         """Adds a frame.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from occstream.evaluation.occupancy import Head, free_logit
 from occstream.models import Batch
+from occstream.models.batch import Occupancy
 from occstream.sharding.schema import Labels
 
 Keep = Literal["top1", "top2", "logits"]
@@ -48,21 +50,20 @@ def predict(
     mirrors = [(False, False), (True, False), (False, True), (True, True)] if flips else [(False, False)]
     for batch in batches:
         batch = dataclasses.replace(batch.unlabeled(), labeled=batch.size)
-        total = None
-        for mirror in mirrors:
-            logits = model(batch.mirrored(*mirror)).semantic_logits
-            if logits is None:
-                raise ValueError(
-                    "this network predicts no classes (pre-training ends at the binary head); fine-tune it"
-                )
-            logits = logits.flip(_dims(mirror, 2))
-            total = logits if total is None else total + logits
-        logits = total / len(mirrors)
+        logits = functools.reduce(torch.add, (_logits(model, batch, m) for m in mirrors)) / len(mirrors)
         wide = torch.cat([logits, torch.full_like(logits[:, :1], free_logit(kind, threshold))], 1)
         for index, key in enumerate(batch.keys):
             # A copy: the batch's buffers go back to the readers, these labels are kept.
-            truth = batch.occupancy.binary[index].clone() if occupied == "labels" else None
+            truth = batch.part(Occupancy).binary[index].clone() if occupied == "labels" else None
             yield key, _labels(wide[index], truth, keep)
+
+
+def _logits(model: nn.Module, batch: Batch, mirror: tuple[bool, bool]) -> Tensor:
+    """What the network says about the mirrored scene, mirrored back."""
+    logits = model(batch.mirrored(*mirror)).semantic_logits
+    if logits is None:
+        raise ValueError("this network predicts no classes (pre-training ends at the binary head); fine-tune it")
+    return logits.flip(_dims(mirror, 2))
 
 
 def _dims(mirror: tuple[bool, bool], first: int) -> list[int]:

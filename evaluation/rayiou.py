@@ -78,7 +78,7 @@ class RayHits:
     voxel: np.ndarray
 
 
-def cast(labels: np.ndarray, origins: np.ndarray, grid: VoxelGrid, free: int, directions: np.ndarray) -> RayHits:
+def cast(labels: np.ndarray, origins: np.ndarray, grid: VoxelGrid, free: int, *, directions: np.ndarray) -> RayHits:
     """Casts every direction from every origin.
 
     Args:
@@ -197,7 +197,7 @@ class RayMetric:
         if not np.isfinite(origins).all():
             raise ValueError(f"origins of rays that are not finite: {origins.tolist()}")
         there = self._true_hits(truth, origins, key)
-        found = cast(labels, origins, self.grid, self.taxonomy.free_id, self.directions)
+        found = cast(labels, origins, self.grid, self.taxonomy.free_id, directions=self.directions)
         k = self.taxonomy.num_classes
         keep = there.classes < k
         a, b = found.classes[keep], there.classes[keep]
@@ -219,7 +219,7 @@ class RayMetric:
                 for classes, i, hits in ((a, instances, found), (b, true_instances, there))
             )
             for limit, metric in zip(LIMITS, self.panoptic):
-                metric.update(a, ids, b, true_ids, apart < limit)
+                metric.update(a, ids, b, true_ids, near=apart < limit)
 
     def _add_speed(self, classes: np.ndarray, mine: np.ndarray, theirs: np.ndarray) -> None:
         error = np.rint(np.sqrt(((mine - theirs) ** 2).sum(-1)) * _SPEED)
@@ -232,7 +232,7 @@ class RayMetric:
         kept = self._truths.get(key) if key is not None else None
         if kept and np.array_equal(kept[0], origins):
             return kept[1]
-        hits = cast(truth, origins, self.grid, self.taxonomy.free_id, self.directions)
+        hits = cast(truth, origins, self.grid, self.taxonomy.free_id, directions=self.directions)
         size = hits.classes.nbytes + hits.depth.nbytes + hits.voxel.nbytes
         if key is not None and kept is None and size <= self._cache_left:
             self._truths[key] = origins.copy(), hits

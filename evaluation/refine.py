@@ -19,7 +19,7 @@ from occstream.evaluation.bayes import (
     naive_bayes,
     scores_by_exponent,
 )
-from occstream.evaluation.drive import DriveReader, Source, Volumes, Votes, label_manifest
+from occstream.evaluation.drive import BoxMotion, DriveReader, Source, Volumes, Votes, label_manifest
 from occstream.evaluation.propagate import Rule, evidence, overlapping, packed, pull, pull_maps
 from occstream.evaluation.votes import VoteConfig, voting
 from occstream.sharding.attach import Sidecar
@@ -103,11 +103,11 @@ def make_rule(config: RefineConfig, manifest: Manifest, table: Confusions | None
     """The rule for a set's labels. Raises ValueError: bayes without a table, or a table of other classes."""
     taxonomy = get_taxonomy(manifest.taxonomy)
     if config.rule == "votes":
-        rule = voting(config.votes, manifest.grid, taxonomy)
+        rule = voting(config.votes, manifest.label_grid, taxonomy)
     elif table is None:
         raise ValueError("rule bayes needs a table of confusions: measure it with --holdout, or give it with --table")
     else:
-        rule = naive_bayes(table, manifest.grid, taxonomy)
+        rule = naive_bayes(table, manifest.label_grid, taxonomy)
     return dataclasses.replace(rule, parked=config.movers == "parked")
 
 
@@ -151,40 +151,40 @@ class SceneRefiner:
         maps = pull_maps(grid, own.pose, grid, np.stack([volumes.sources[i].pose for i in window]))
         near = overlapping(maps, (0, 0, 0), grid.shape, grid.shape)
         chosen = [i for i, wanted in zip(window, near) if wanted]
-        moved = own.boxes is not None and bool(own.boxes.owner.any())
+        boxes = own.boxes if own.boxes is not None and own.boxes.owner.any() else None
         out = pull(
             self.rule,
             maps[near],
             volumes.packed if volumes.standing is None else volumes.standing,
             [volumes.slot(i) for i in chosen],
-            own.semantic,
+            before=own.semantic,
             itself=chosen.index(index),
-            wanted=own.boxes.owner == 0 if moved else None,
+            wanted=None if boxes is None else boxes.owner == 0,
             threads=self.threads,
         ).semantic
-        return self._boxes(volumes, index, window, out) if moved else out
+        return out if boxes is None else self._boxes(volumes, index, window, boxes=boxes, out=out)
 
-    def _boxes(self, volumes: Volumes, index: int, window: range, out: np.ndarray) -> np.ndarray:
+    def _boxes(self, volumes: Volumes, index: int, window: range, *, boxes: BoxMotion, out: np.ndarray) -> np.ndarray:
         """Decides what lies in the boxes of a frame by the same places of the same boxes in other frames."""
-        own, grid = volumes.sources[index], self.reader.grid
-        for number in np.unique(own.boxes.owner)[1:]:
-            track = own.boxes.tracks[number - 1]
-            sharing = [i for i in window if (b := volumes.sources[i].boxes) is not None and track in b.tracks]
+        grid = self.reader.grid
+        for number in np.unique(boxes.owner)[1:]:
+            track = boxes.tracks[number - 1]
+            sharing = {i: b for i in window if (b := volumes.sources[i].boxes) is not None and track in b.tracks}
             # Through the box: the source's grid takes the place of the world.
-            from_box = [b.to_grid[b.tracks.index(track)] for b in (volumes.sources[i].boxes for i in sharing)]
-            to_box = inverse(own.boxes.to_grid[number - 1])
+            from_box = [b.to_grid[b.tracks.index(track)] for b in sharing.values()]
+            to_box = inverse(boxes.to_grid[number - 1])
             maps = pull_maps(grid, to_box, grid, inverse(np.stack(from_box)))
-            where = np.argwhere(own.boxes.owner == number)
+            where = np.argwhere(boxes.owner == number)
             out = pull(
                 self.rule,
                 maps,
                 volumes.packed,
                 [volumes.slot(i) for i in sharing],
-                out,
-                itself=sharing.index(index),
-                wanted=own.boxes.owner == number,
-                begin=where.min(0),
-                end=where.max(0) + 1,
+                before=out,
+                itself=list(sharing).index(index),
+                wanted=boxes.owner == number,
+                begin=where.min(0).tolist(),
+                end=(where.max(0) + 1).tolist(),
             ).semantic
         return out
 
@@ -220,10 +220,10 @@ def refine(
     if name == group:
         raise ValueError(f"{name} would take the place of what it is made from; choose another name")
     base, began = Manifest.load(url), time.perf_counter()
-    reader = DriveReader(base, group, config.voxels, config.view, config.movers == "tracks")
+    reader = DriveReader(base, group, config.voxels, config.view, tracks=config.movers == "tracks")
     rule = make_rule(config, reader.manifest, table)
     refiner = SceneRefiner(reader, rule, config, threads)
-    sidecar = _sidecar(base, reader.manifest, name, group, config, table)
+    sidecar = _sidecar(base, reader.manifest, name, group, config=config, table=table)
     numbers = {scene.name: number for number, scene in enumerate(base.scenes)}
 
     def fill(writer: ShardWriter, scenes: list[SceneEntry]) -> None:
@@ -246,24 +246,25 @@ def refine(
 
 
 def _sidecar(
-    base: Manifest, labels: Manifest, name: str, group: str, config: RefineConfig, table: Confusions | None
+    base: Manifest, labels: Manifest, name: str, group: str, *, config: RefineConfig, table: Confusions | None
 ) -> Sidecar:
     """The group that is written; what it is made from and by is its origin."""
-    rule = dataclasses.asdict(config)
+    rule, digest = dataclasses.asdict(config), None
     if config.rule == "bayes":
-        rule["votes"] = None
+        assert table is not None, "rule bayes has a table, or make_rule has refused it"
+        rule["votes"], digest = None, table.digest
     origin = {
         "refine": VERSION,
         "input": labels.fingerprint,
         "rule": rule,
-        "table": table.digest if table and config.rule == "bayes" else None,
+        "table": digest,
     }
-    said = f"votes of {config.votes.sensor}" if config.rule == "votes" else f"bayes {table.digest}"
+    said = f"votes of {config.votes.sensor}" if config.rule == "votes" else f"bayes {digest}"
     about = f"{said} over {config.window} key-frames to each side, movers {config.movers}, of {group} {labels.fingerprint[:16]}"
     return Sidecar(
         base,
         name,
-        grid=labels.grid,
+        grid=labels.label_grid,
         taxonomy=labels.taxonomy,
         classes=labels.classes,
         labels=about,
@@ -289,7 +290,7 @@ def _write(writer: ShardWriter, source: Source, semantic: np.ndarray, refiner: S
 
 
 def measure(
-    url: str, group: str, scenes: list[int], config: RefineConfig, truth: str = "labels"
+    url: str, group: str, scenes: list[int], config: RefineConfig, *, truth: str = "labels"
 ) -> tuple[Confusions, np.ndarray]:
     """Confusions of a label group against the truth, and λ, on scenes that the network was not trained on.
 
@@ -315,7 +316,8 @@ def measure(
     reader = DriveReader(base, group, config.voxels, view=True)
     manifest, true_manifest = reader.manifest, label_manifest(base, truth)
     known = ShardReader(true_manifest, (truth,))
-    if not manifest.grid.same_voxels(true_manifest.grid) or manifest.classes != true_manifest.classes:
+    grid = manifest.label_grid
+    if not grid.same_voxels(true_manifest.label_grid) or manifest.classes != true_manifest.classes:
         raise ValueError(f"{url}: {truth} and {group} have other grids or classes, so they cannot be compared")
     classes = len(manifest.classes) + 1
     counts = [np.zeros((BINS, 2, classes, classes), np.int64) for _ in range(2)]
@@ -323,14 +325,14 @@ def measure(
         for index in range(base.scenes[scene].frames):
             source, view = reader.read(scene, index)
             true = _truth(known, scene, index)
-            counts[turn % 2] += confusions_of(packed(source.semantic, view), true, manifest.grid, classes)
+            counts[turn % 2] += confusions_of(packed(source.semantic, view), true, grid, classes)
     if not min(c.sum() for c in counts):
         raise ValueError(f"{url}: {truth} knows nothing about the held-out scenes; choose others")
-    rule = naive_bayes(Confusions(counts[0]), manifest.grid, get_taxonomy(manifest.taxonomy))
-    found = sum(_fit(reader, known, rule, scene, config) for scene in scenes[1::2])
+    rule = naive_bayes(Confusions(counts[0]), grid, get_taxonomy(manifest.taxonomy))
+    fitted = [_fit(reader, known, rule, scene, config=config) for scene in scenes[1::2]]
     for each in (reader, known):
         each.close()
-    scores = scores_by_exponent(found)
+    scores = scores_by_exponent(np.sum(fitted, axis=0))
     return Confusions(counts[0] + counts[1], best_exponent(scores)), scores
 
 
@@ -342,11 +344,11 @@ def _truth(reader: ShardReader, scene: int, index: int) -> np.ndarray:
     return np.where(labels.known(), labels.semantic, IGNORE)
 
 
-def _fit(reader: DriveReader, known: ShardReader, rule: Rule, scene: int, config: RefineConfig) -> np.ndarray:
+def _fit(reader: DriveReader, known: ShardReader, rule: Rule, scene: int, *, config: RefineConfig) -> np.ndarray:
     """``bayes.confusions_by_exponent`` of some voxels of some frames of a scene."""
     count, reach, grid = reader.manifest.scenes[scene].frames, config.window, reader.grid
     volumes = Volumes.of(reader, scene, min(count, 2 * reach + 1), [])
-    total, stride = 0, max(1, grid.size // SAMPLED) | 1
+    found, stride = [], max(1, grid.size // SAMPLED) | 1
     for index in range(0, count, EVERY):
         true = _truth(known, scene, index).reshape(-1)
         chosen = np.arange(index % stride, grid.size, stride)
@@ -357,6 +359,6 @@ def _fit(reader: DriveReader, known: ShardReader, rule: Rule, scene: int, config
         poses = np.stack([volumes.sources[i].pose for i in window])
         maps = pull_maps(grid, volumes.sources[index].pose, grid, poses)
         where = np.stack(np.unravel_index(chosen, grid.shape), 1)
-        scores = evidence(rule, maps, volumes.packed, [volumes.slot(i) for i in window], where)
-        total = total + confusions_by_exponent(scores, true[chosen], rule.prior)
-    return total
+        scores = evidence(rule, maps, volumes.packed, [volumes.slot(i) for i in window], index=where)
+        found.append(confusions_by_exponent(scores, true[chosen], rule.prior))
+    return np.sum(found, axis=0)

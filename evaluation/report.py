@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from occstream.evaluation.occupancy import classify
+from occstream.evaluation.occupancy import Head, classify
 from occstream.models import Batch, OccOutputs
+from occstream.models.batch import Cameras, Occupancy
 from occstream.models.lift import project
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import Manifest
@@ -110,7 +111,7 @@ def prediction_picture(
     grid: VoxelGrid,
     taxonomy: Taxonomy,
     cameras: tuple[str, ...],
-    kind: str = "sigmoid_focal",
+    kind: Head = "sigmoid_focal",
     threshold: float = 0.25,
     title: str = "",
 ) -> None:
@@ -123,25 +124,25 @@ def prediction_picture(
         cameras: names, for captions.
         kind, threshold: how semantic logits become classes.
     """
-    has_semantic = index < batch.labeled
-    binary, valid = _numpy(batch.occupancy.binary[index]), _numpy(batch.occupancy.binary_valid[index])
-    truth = _numpy(batch.occupancy.semantic[index]) if has_semantic else None
+    labels = batch.part(Occupancy)
+    binary, valid = _numpy(labels.binary[index]), _numpy(labels.binary_valid[index])
+    truth = _numpy(labels.classes()[index]) if index < batch.labeled else None
     known = binary & valid
-    colors = class_colors(truth, taxonomy) if has_semantic else height_colors(grid.shape)
+    colors = height_colors(grid.shape) if truth is None else class_colors(truth, taxonomy)
     cells = np.argwhere(_surface(known))
     points = batch.scene_aug.new_tensor(grid.centers(cells), device=batch.scene_aug.device)
     # Labels are already mirrored with the scene, and so is the geometry of the batch.
-    [(pixels, depth)] = project([points], batch.select(slice(index, index + 1))) if cameras else [(None, None)]
+    [(pixels, depth)] = project([points], batch.select(slice(index, index + 1))) if cameras else [(points, points)]
     panels, present = (
         [("labels", render(known, colors))],
-        set(np.unique(truth[known]).tolist()) if has_semantic else set(),
+        set(np.unique(truth[known]).tolist()) if truth is not None else set(),
     )
     if outputs.binary_logits is not None:
         logits = outputs.binary_logits[index]
         factors = [a // b for a, b in zip(grid.shape, logits.shape)]
         found = _numpy(logits > 0).repeat(factors[0], 0).repeat(factors[1], 1).repeat(factors[2], 2)
         panels.append(("binary prediction (color: height)", render(found & valid, height_colors(grid.shape))))
-    if has_semantic and outputs.semantic_logits is not None:
+    if truth is not None and outputs.semantic_logits is not None:
         classes = _numpy(classify(outputs.semantic_logits[index : index + 1], kind, threshold)[0])
         shown = (classes != taxonomy.free_id) & valid & (truth != IGNORE)
         panels.append(("semantic prediction", render(shown, class_colors(classes, taxonomy))))
@@ -150,10 +151,10 @@ def prediction_picture(
     dots = colors[tuple(cells.T)] if len(cells) else np.zeros((0, 3), np.uint8)
     images = []
     for i, name in enumerate(cameras):
-        image = _numpy(batch.cameras.images[index, i]).transpose(1, 2, 0)
+        image = _numpy(batch.part(Cameras).images[index, i]).transpose(1, 2, 0)
         images.append((name, overlay(image, _numpy(pixels[i]), _numpy(depth[i]), dots)))
     named = [k for k in range(taxonomy.num_classes) if k in present]
-    _compose(path, images, panels, taxonomy, named, title or batch.keys[index])
+    _compose(path, images, panels, taxonomy, classes=named, title=title or batch.keys[index])
 
 
 def frame_picture(path: Path, frame: Frame, manifest: Manifest) -> None:
@@ -171,7 +172,11 @@ def frame_picture(path: Path, frame: Frame, manifest: Manifest) -> None:
     if labels is not None:
         seen = labels.known()
         known = labels.binary & seen
-        colors = height_colors(grid.shape) if labels.semantic is None else class_colors(labels.semantic, taxonomy)
+        colors = (
+            height_colors(manifest.label_grid.shape)
+            if labels.semantic is None
+            else class_colors(labels.semantic, taxonomy)
+        )
         cells = np.argwhere(_surface(known) & (seen if labels.mask_camera is None else labels.mask_camera))
         dots = colors[tuple(cells.T)]
         panels.append(("labels", render(known, colors)))
@@ -194,7 +199,8 @@ def frame_picture(path: Path, frame: Frame, manifest: Manifest) -> None:
         local = centers @ to_camera[:3, :3].T + to_camera[:3, 3]
         pixels = local @ camera.intrinsics.T / np.maximum(local[:, 2:], 1e-6) * scale
         images.append((name, overlay(image, pixels[:, :2], local[:, 2], dots)))
-    _compose(path, images, panels, taxonomy, classes, f"{frame.key}  ({manifest.labels or 'no'} labels)")
+    title = f"{frame.key}  ({manifest.labels or 'no'} labels)"
+    _compose(path, images, panels, taxonomy, classes=classes, title=title)
 
 
 def _seen_from_above(labels: Labels) -> np.ndarray:
@@ -220,7 +226,7 @@ def _points_from_above(points: np.ndarray, reach: float = 50.0, size: int = 500)
     return image
 
 
-def _compose(path: Path, images: list, panels: list, taxonomy: Taxonomy, classes: list[int], title: str) -> None:
+def _compose(path: Path, images: list, panels: list, taxonomy: Taxonomy, *, classes: list[int], title: str) -> None:
     """Cameras on top, panels below, a legend of classes, saved as one PNG."""
     columns = (len(images) + 1) // 2 if len(images) > 4 else len(images)
     rows = -(-len(images) // columns) if images else 0
@@ -230,7 +236,8 @@ def _compose(path: Path, images: list, panels: list, taxonomy: Taxonomy, classes
     figure = Figure(figsize=(width, camera_height + panel_height + 1.25), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     if images and panels:
-        top, bottom = figure.subfigures(2, 1, height_ratios=[camera_height + 0.3 * rows, panel_height + 0.5])
+        ratios = [camera_height + 0.3 * rows, panel_height + 0.5]
+        top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=ratios)[:, 0]
     else:
         top = bottom = figure
     for i, (name, picture) in enumerate(images):
@@ -244,7 +251,8 @@ def _compose(path: Path, images: list, panels: list, taxonomy: Taxonomy, classes
         axes.set_title(name, fontsize=10, pad=3)
         axes.axis("off")
     if classes:
-        handles = [Patch(color=np.array(taxonomy.colors[k]) / 255, label=taxonomy.classes[k]) for k in classes]
+        shades = {k: (np.array(taxonomy.colors[k]) / 255).tolist() for k in classes}
+        handles = [Patch(color=shades[k], label=taxonomy.classes[k]) for k in classes]
         columns = min(9, len(handles))
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11)

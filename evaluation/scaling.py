@@ -12,12 +12,13 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from scipy import stats
 
 Law = Literal["log", "power"]
+Scenes = TypeVar("Scenes", int, float)  # how many
 LEVEL = 0.95
 EXPONENTS = np.concatenate([np.linspace(0.02, 1.0, 50), np.linspace(1.05, 3.0, 40)])
 
@@ -58,21 +59,25 @@ class Fit:
 
     def formula(self) -> str:
         """For people."""
-        if self.law == "log":
+        if self.c_interval is None:
             return f"{self.a:.2f} + {self.b:.2f} log(1 + n / {self.n0:.3g})"
         low, high = self.c_interval
         return f"{self.a:.2f} - {-self.b:.2f} (1 + n / {self.n0:.3g})^-{self.c:.2f}, exponent {low:.2f} to {high:.2f}"
 
 
 def _basis(law: Law, n: np.ndarray, n0: float | np.ndarray, c: float | np.ndarray | None) -> np.ndarray:
-    return np.log1p(n / n0) if law == "log" else (1 + n / n0) ** (-c)
+    if law == "log":
+        return np.log1p(n / n0)
+    assert c is not None, "a power law has an exponent"
+    return (1 + n / n0) ** (-c)
 
 
 class _Profile:
     """Least squares for every (n0, c) of a grid."""
 
     def __init__(self, law: Law, sizes: np.ndarray, values: np.ndarray) -> None:
-        self.law, self.sizes, self.values = law, sizes, values
+        self.law: Law = law
+        self.sizes, self.values = sizes, values
         positive = sizes[sizes > 0]
         scales = np.geomspace(positive.min() / 20, positive.max() * 5, 60)
         exponents = EXPONENTS if law == "power" else np.array([1.0])
@@ -116,7 +121,7 @@ def _cached(law: Law, sizes: tuple, values: tuple) -> _Profile:
     return _Profile(law, np.array(sizes), np.array(values))
 
 
-def fit(points: Mapping[float, Sequence[float]], law: Law) -> Fit:
+def fit(points: Mapping[Scenes, Sequence[float]], law: Law) -> Fit:
     """Fits a law.
 
     Args:
@@ -184,7 +189,7 @@ class Prediction:
         )
 
 
-def predict_largest(points: Mapping[float, Sequence[float]], law: Law) -> Prediction:
+def predict_largest(points: Mapping[Scenes, Sequence[float]], law: Law) -> Prediction:
     """Leaves out the largest size and predicts it. Raises NotFitted as ``fit``."""
     largest = max(points)
     made = fit({n: v for n, v in points.items() if n != largest}, law)
@@ -222,7 +227,7 @@ class Worth:
         return f"less than {self.ends[0]:g}" if value <= 0 else f"{value:.1f}"
 
 
-def worth_in_labels(curve: Mapping[float, Sequence[float]], scores: Sequence[float], draws: int = 2000) -> Worth:
+def worth_in_labels(curve: Mapping[Scenes, Sequence[float]], scores: Sequence[float], draws: int = 2000) -> Worth:
     """Labeled scenes without pre-training that give the same score.
 
     Args:
@@ -237,7 +242,7 @@ def worth_in_labels(curve: Mapping[float, Sequence[float]], scores: Sequence[flo
         raise NotFitted("labeled scenes without pre-training at one size only; add a label_curve to the study")
     ends = [np.array(curve[n], float) for n in (min(curve), max(curve))]
     rise = ends[1].mean() - ends[0].mean()
-    if min(map(len, ends)) < 2 or not rise > 0 or stats.ttest_ind(*ends, equal_var=False).pvalue > 1 - LEVEL:
+    if min(map(len, ends)) < 2 or not rise > 0 or not _differ(*ends):
         raise NotFitted(
             f"from {min(curve):g} to {max(curve):g} labeled scenes the score changes by {rise:+.2f}, not more than its "
             "spread over seeds: nothing can be read off such a curve; train longer, or take more seeds"
@@ -253,19 +258,25 @@ def worth_in_labels(curve: Mapping[float, Sequence[float]], scores: Sequence[flo
             return 0.0
         return float(np.exp(np.interp(score, means, np.log(sizes))))
 
-    groups = [np.array(curve[n], float) for n in sizes]
-    scores = np.array(scores, float)
+    groups = [np.array(curve[n], float) for n in sorted(curve)]
+    own = np.array(scores, float)
     again = lambda v: v[rng.integers(len(v), size=len(v))].mean()  # noqa: E731
-    drawn = [read(np.array([again(g) for g in groups]), again(scores)) for _ in range(draws)]
+    drawn = [read(np.array([again(g) for g in groups]), again(own)) for _ in range(draws)]
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
-    ends = (float(sizes[0]), float(sizes[-1]))
-    return Worth(read(np.array([g.mean() for g in groups]), scores.mean()), (float(low), float(high)), ends)
+    worth = read(np.array([g.mean() for g in groups]), own.mean())
+    return Worth(worth, (float(low), float(high)), (float(sizes[0]), float(sizes[-1])))
+
+
+def _differ(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two means are further apart than their seeds explain (Welch)."""
+    _, p = np.asarray(stats.ttest_ind(a, b, equal_var=False))
+    return not p > 1 - LEVEL
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean (Student); NaN below two values."""
-    values = np.array(values, float)
-    if len(values) < 2:
+    known = np.array(values, float)
+    if len(known) < 2:
         return math.nan, math.nan
-    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
+    half = stats.t.ppf((1 + LEVEL) / 2, len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known))
+    return float(known.mean() - half), float(known.mean() + half)

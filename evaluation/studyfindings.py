@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 from occstream.evaluation.scaling import LEVEL, NotFitted, fit, predict_largest, worth_in_labels
-from occstream.evaluation.studyscores import METRICS, StudyScores
+from occstream.evaluation.studyscores import METRICS, Arm, StudyScores
 
 
 @dataclass(frozen=True)
@@ -42,49 +42,62 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Difference:
     if va + vb == 0:
         return Difference(mean, mean, mean)
     freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(va + vb)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(va + vb))
     return Difference(mean, mean - half, mean + half)
 
 
 def findings(study: StudyScores) -> list[str]:
     """What the study says, in sentences."""
-    metric, name = "eval/miou", "mIoU"
-    out = []
+    return [*_of_scenes(study), *_of_strategies(study), *_of_compute(study)]
+
+
+def _of_scenes(study: StudyScores) -> Iterator[str]:
+    """The most binary data against none."""
     for arm in study.arms:
-        points = study.points(arm, metric)
+        points = study.points(arm, "eval/miou")
         if len(points) > 1 and 0 in points:
             most = max(points)
-            out.append(
-                f"More binary data, {arm.label(study)}: {most} scenes against 0: {difference(points[0], points[most])} ({name})"
-            )
+            gain = difference(points[0], points[most])
+            yield f"More binary data, {arm.label(study)}: {most} scenes against 0: {gain} (mIoU)"
+
+
+def _of_strategies(study: StudyScores) -> Iterator[str]:
+    """One strategy against another, at the largest size that both have."""
     for a, b in itertools.combinations(study.arms, 2):
         if a.family != b.family or a.finetune_scenes != b.finetune_scenes:
             continue
-        pa, pb = study.points(a, metric), study.points(b, metric)
+        pa, pb = study.points(a, "eval/miou"), study.points(b, "eval/miou")
         shared = sorted(pa.keys() & pb.keys() - {0})
         if shared:
             n = shared[-1]
-            out.append(f"{b.label(study)} against {a.label(study)} at {n} scenes: {difference(pa[n], pb[n])} ({name})")
+            yield f"{b.label(study)} against {a.label(study)} at {n} scenes: {difference(pa[n], pb[n])} (mIoU)"
             iou = difference(study.points(a, "eval/iou")[n], study.points(b, "eval/iou")[n])
-            out.append(f"{b.label(study)} against {a.label(study)} at {n} scenes: {iou} (IoU)")
+            yield f"{b.label(study)} against {a.label(study)} at {n} scenes: {iou} (IoU)"
+
+
+def _of_compute(study: StudyScores) -> Iterator[str]:
+    """Pre-training against controls of equal compute."""
     for (control, arm, n), seeds in study.controls.items():
-        scores = [m[metric] for m in seeds.values()]
-        points = study.points(arm, metric) if arm in study.cells else {}
+        scores = [m["eval/miou"] for m in seeds.values()]
+        points = study.points(arm, "eval/miou") if arm in study.cells else {}
         if control == "longer" and len(points) > 1:
-            for other in study.arms:
-                theirs = study.points(other, metric)
-                if (other.family, other.finetune_scenes) == (arm.family, arm.finetune_scenes) and max(theirs):
-                    most = max(theirs)
-                    out.append(
-                        f"Equal compute: {other.label(study)} with {most} scenes against {arm.label(study)} with 0 that "
-                        f"trained as long: {difference(scores, theirs[most])} ({name})"
-                    )
+            yield from _against_longer(study, arm, scores)
         elif control == "more-s" and n in points:
-            out.append(
+            yield (
                 f"Equal compute: {arm.label(study)} with {n} scenes against S frames in place of the replayed ones: "
-                f"{difference(scores, points[n])} ({name})"
+                f"{difference(scores, points[n])} (mIoU)"
             )
-    return out
+
+
+def _against_longer(study: StudyScores, arm: Arm, scores: Sequence[float]) -> Iterator[str]:
+    for other in study.arms:
+        theirs = study.points(other, "eval/miou")
+        if (other.family, other.finetune_scenes) == (arm.family, arm.finetune_scenes) and max(theirs):
+            most = max(theirs)
+            yield (
+                f"Equal compute: {other.label(study)} with {most} scenes against {arm.label(study)} with 0 that "
+                f"trained as long: {difference(scores, theirs[most])} (mIoU)"
+            )
 
 
 def label_curve(study: StudyScores, family: str) -> dict[float, list[float]]:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from occstream.evaluation.scaling import NotFitted, fit, mean_interval
+from occstream.evaluation.scaling import NotFitted, Scenes, fit, mean_interval
 from occstream.evaluation.studyfindings import label_curve
 from occstream.evaluation.studyscores import METRICS, StudyScores
 
@@ -32,7 +32,7 @@ def _style(axes: Axes, study: StudyScores, ylabel: str) -> None:
 
 
 def _line(
-    axes: Axes, points: Mapping[float, Sequence[float]], number: int, label: str, shift: float = 0.0, **style: Any
+    axes: Axes, points: Mapping[Scenes, Sequence[float]], number: int, label: str, *, shift: float = 0.0, **style: Any
 ) -> None:
     """Mean, its 95 % interval and the seeds; lines are moved apart a little so that bars do not hide each other."""
     color, mark = COLORS[number % len(COLORS)], MARKS[number % len(MARKS)]
@@ -71,7 +71,7 @@ def draw_scenes(study: StudyScores) -> Figure:
         for number, arm in enumerate(study.arms):
             points = study.points(arm, metric)
             if points:
-                _line(axes, points, number, arm.label(study), _shift(number, len(study.arms)))
+                _line(axes, points, number, arm.label(study), shift=_shift(number, len(study.arms)))
         for (control, _, n), seeds in study.controls.items():
             if control in ("longer", "more-s"):
                 values = [m[metric] for m in seeds.values()]
@@ -99,12 +99,12 @@ def draw_binary(study: StudyScores) -> Figure | None:
     for number, arm in enumerate(study.arms):
         after = study.points(arm, "eval/binary_iou")
         if after:
-            _line(axes, after, number, f"{arm.label(study)}, after", _shift(number, len(study.arms)))
+            _line(axes, after, number, f"{arm.label(study)}, after", shift=_shift(number, len(study.arms)))
             drawn = True
         before = dict(sorted(study.before.get(arm, {}).items()))
         if before:
             shift = _shift(number, len(study.arms))
-            _line(axes, before, number, f"{arm.label(study)}, before", shift, ls="--", marker="")
+            _line(axes, before, number, f"{arm.label(study)}, before", shift=shift, ls="--", marker="")
     if not drawn:
         return None
     _style(axes, study, "binary IoU (%)")
@@ -133,7 +133,7 @@ def draw_labels(study: StudyScores) -> Figure | None:
         if most:
             color = COLORS[(number + len(families)) % len(COLORS)]
             name = f"{arm.label(study)}, {most} pre-training scenes"
-            axes.axhline(np.mean(points[most]), color=color, lw=1.2, ls="--", label=name)
+            axes.axhline(float(np.mean(points[most])), color=color, lw=1.2, ls="--", label=name)
             axes.plot([arm.finetune_scenes], [np.mean(points[most])], "o", color=color)
             shown.append(float(np.mean(points[most])))
     _limits(axes, shown)

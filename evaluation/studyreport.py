@@ -7,6 +7,7 @@ import csv
 import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from occstream.evaluation.charts import arrange_charts
+from occstream.evaluation.compare import experiment_id
 from occstream.evaluation.studyfindings import HEAD, class_table, findings, laws, table
 from occstream.evaluation.studypictures import PICTURES
 from occstream.evaluation.studyscores import METRICS, StudyScores, read_study
@@ -50,39 +52,43 @@ def study_report(client: MlflowClient, experiment: str, out: Path | None, partia
             f"{'; …' if missing[5:] else ''}{f' ({stopped})' if stopped else ''}. Run the sweep again, or compare with "
             "--partial"
         )
-    said, fitted = findings(study), laws(study)
-    rows = table(study)
-    lines = [_align([list(HEAD), *rows]), "mean ± sample standard deviation over seeds", "", *said, "", *fitted]
+    report = _Report(study, table(study), findings(study), laws(study), missing)
+    lines = [_align([list(HEAD), *report.rows]), "mean ± sample standard deviation over seeds", ""]
+    lines += [*report.said, "", *report.fitted]
     if missing:
         lines += ["", f"MISSING {len(missing)} cells: {'; '.join(missing)}"]
     if out:
         pictures = {name: draw(study) for name, draw in PICTURES.items()}
         pictures = {name: figure for name, figure in pictures.items() if figure is not None}
-        _write(study, out, rows, said, fitted, missing, pictures)
+        _write(report, out, pictures)
         _log(client, experiment, out)
         lines += ["", f"report: {out / 'report.html'}"]
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _Report:
+    """What is written: a study, rows of its main table, its findings and laws in sentences, and cells that are missing."""
+
+    study: StudyScores
+    rows: list[list[str]]
+    said: list[str]
+    fitted: list[str]
+    missing: list[str]
+
+
 def _log(client: MlflowClient, experiment: str, out: Path) -> None:
-    found = client.get_experiment_by_name(experiment)
-    arrange_charts(client, found.experiment_id, METRICS, ("binary", "semantic"))
-    run = client.create_run(found.experiment_id, run_name="report", tags={"kind": "report"})
+    number = experiment_id(client, experiment)
+    arrange_charts(client, number, METRICS, ("binary", "semantic"))
+    run = client.create_run(number, run_name="report", tags={"kind": "report"})
     for path in sorted(out.iterdir()):
         if path.suffix in (".html", ".png", ".csv", ".md"):
             client.log_artifact(run.info.run_id, str(path))
     client.set_terminated(run.info.run_id, "FINISHED")
 
 
-def _write(
-    study: StudyScores,
-    out: Path,
-    rows: list[list[str]],
-    said: list[str],
-    fitted: list[str],
-    missing: list[str],
-    pictures: Mapping[str, Figure],
-) -> None:
+def _write(report: _Report, out: Path, pictures: Mapping[str, Figure]) -> None:
+    study = report.study
     out.mkdir(parents=True, exist_ok=True)
     images = {}
     for name, figure in pictures.items():
@@ -90,8 +96,12 @@ def _write(
         FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
         images[name] = buffer.getvalue()
         (out / f"{name}.png").write_bytes(buffer.getvalue())
-    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|", *("| " + " | ".join(r) + " |" for r in rows)]
-    (out / "study.md").write_text("\n".join([*lines, "", *(f"* {s}" for s in [*said, *fitted])]) + "\n")
+    lines = [
+        "| " + " | ".join(HEAD) + " |",
+        "|---" * len(HEAD) + "|",
+        *("| " + " | ".join(r) + " |" for r in report.rows),
+    ]
+    (out / "study.md").write_text("\n".join([*lines, "", *(f"* {s}" for s in [*report.said, *report.fitted])]) + "\n")
     with (out / "study.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         metrics = sorted(
@@ -102,7 +112,7 @@ def _write(
             for seed, values in seeds.items():
                 place = [arm.family, arm.strategy, arm.finetune_scenes, n, control, seed]
                 writer.writerow([*place, *(values.get(m, "") for m in metrics)])
-    (out / "report.html").write_text(_page(study, rows, said, fitted, missing, images))
+    (out / "report.html").write_text(_page(report, images))
 
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -112,24 +122,17 @@ td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-s
 td:first-child,th:first-child{text-align:left}.warn{background:#fff3cd;padding:.6rem}li{margin:.2rem 0}"""
 
 
-def _page(
-    study: StudyScores,
-    rows: list[list[str]],
-    said: list[str],
-    fitted: list[str],
-    missing: list[str],
-    images: Mapping[str, bytes],
-) -> str:
-    text = html.escape
+def _page(report: _Report, images: Mapping[str, bytes]) -> str:
+    text, study, missing = html.escape, report.study, report.missing
     parts = [f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{text(study.name)}</title>"]
     parts.append(f"<style>{_STYLE}</style><h1>Scaling study {text(study.name)}</h1>")
     if missing:
         parts.append(f"<p class='warn'>{len(missing)} cells are missing: {text('; '.join(missing))}</p>")
-    parts.append("<h2>Findings</h2>" + _list(said))
+    parts.append("<h2>Findings</h2>" + _list(report.said))
     for name, data in images.items():
         parts.append(f"<p><img alt='{name}' src='data:image/png;base64,{base64.b64encode(data).decode()}'></p>")
-    parts.append(f"<h2>Table</h2>{_table(HEAD, rows)}<p>Mean ± sample standard deviation over seeds.</p>")
-    parts.append("<h2>Laws</h2>" + _list(fitted))
+    parts.append(f"<h2>Table</h2>{_table(HEAD, report.rows)}<p>Mean ± sample standard deviation over seeds.</p>")
+    parts.append("<h2>Laws</h2>" + _list(report.fitted))
     if classes := class_table(study):
         head, *body = classes
         parts.append("<h2>Per class</h2>" + _table(head, body))

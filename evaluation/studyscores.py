@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from occstream.evaluation.compare import all_runs
+from occstream.evaluation.compare import all_runs, run_name
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -98,7 +98,7 @@ def read_study(client: MlflowClient, experiment: str) -> StudyScores | None:
     runs = all_runs(client, experiment)
     study = StudyScores(experiment)
     binary = {
-        r.info.run_name: r.data.metrics.get("eval/binary_iou")
+        run_name(r): r.data.metrics.get("eval/binary_iou")
         for r in runs
         if r.data.tags.get("stage") == "pretrain" and r.info.status == "FINISHED"
     }
@@ -109,11 +109,11 @@ def read_study(client: MlflowClient, experiment: str) -> StudyScores | None:
         if not {"strategy", "pretrain_scenes", "finetune_scenes", "seed"} <= tags.keys():
             continue
         if run.info.status != "FINISHED":
-            study.unfinished[run.info.run_name] = run.info.status
+            study.unfinished[run_name(run)] = run.info.status
             if not tags.get("control"):
                 study.begun |= {(arm, n, tags["seed"]) for arm, n in _places(tags)}
             continue
-        _add(study, tags, dict(run.data.metrics), binary.get(tags.get("pretrain_run")))
+        _add(study, tags, dict(run.data.metrics), binary.get(tags.get("pretrain_run", "")))
     return study if study.cells else None
 
 

@@ -72,7 +72,7 @@ def global_boxes(token: str, found: BoxSet, ego_to_global: np.ndarray) -> list[d
     n = len(found.boxes)
     if not n:
         return []
-    boxes = np.asarray(found.boxes, np.float64)
+    boxes, scores = np.asarray(found.boxes, np.float64), found.scored()
     speed = np.zeros((n, 2)) if found.velocity is None else np.asarray(found.velocity, np.float64)
     attributes = default_attributes(found.classes, speed)
     if found.attributes is not None:
@@ -89,7 +89,7 @@ def global_boxes(token: str, found: BoxSet, ego_to_global: np.ndarray) -> list[d
             "rotation": quaternions[i].tolist(),
             "velocity": velocity[i].tolist(),
             "detection_name": NUSCENES.classes[found.classes[i]],
-            "detection_score": float(found.scores[i]),
+            "detection_score": float(scores[i]),
             "attribute_name": ATTRIBUTES[attributes[i]] if attributes[i] != NO_ATTRIBUTE else "",
         }
         for i in range(n)
@@ -218,7 +218,7 @@ def read_lidarseg(root: str, split: Split, token: str, points: int | None = None
     return classes
 
 
-def write_panoptic(root: str, split: Split, token: str, classes: np.ndarray, instances: np.ndarray) -> None:
+def write_panoptic(root: str, split: Split, token: str, classes: np.ndarray, *, instances: np.ndarray) -> None:
     """``panoptic/SPLIT/TOKEN_panoptic.npz``: ``data``, uint16 class * 1000 + instance.
 
     Args:

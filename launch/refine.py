@@ -115,7 +115,7 @@ def _table(args: argparse.Namespace, config: RefineConfig) -> Confusions:
     if path and path.exists():
         data = load_json(path.read_bytes(), str(path), "measure it again with --holdout")
         table = Confusions.from_dict(data, str(path))
-        names = data.get("scenes") if isinstance(data.get("scenes"), list) else []
+        names = scenes if isinstance(scenes := data.get("scenes"), list) else []
         print(f"table {table.digest} of {path}: measured on {len(names)} scenes of {data.get('input', 'unknown labels')!s:.60}, "
               f"λ {table.exponent:g}")  # fmt: skip
         return table
@@ -128,7 +128,7 @@ def _table(args: argparse.Namespace, config: RefineConfig) -> Confusions:
     if args.holdout > len(base.scenes):
         raise ValueError(f"--holdout {args.holdout}: {args.url} has {len(base.scenes)} scenes")
     scenes = base.held_out(args.holdout, args.subset_seed)
-    table, scores = measure(args.url, args.input, scenes, dataclasses.replace(config), args.truth)
+    table, scores = measure(args.url, args.input, scenes, dataclasses.replace(config), truth=args.truth)
     said = ", ".join(f"{exponent:g}: {100 * a:.1f} / {100 * b:.1f}" for exponent, (a, b) in zip(LAMBDAS, scores))
     print(f"table {table.digest}: measured on {len(scenes)} held-out scenes; IoU / mIoU of a sample by λ: {said}")
     print(f"λ {table.exponent:g}; scores on these scenes flatter the rule, evaluate it on others")

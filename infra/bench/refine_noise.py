@@ -59,7 +59,7 @@ class Scorer:
         """Prints IoU / mIoU by range, in percent, of a group refined by a rule."""
         began, ranges = time.process_time(), ranges_of(GRID)
         counts = RangedCounts(len(self.base.classes), CONVENTIONS["occ3d"], ranges)
-        reader = DriveReader(self.base, group, config.voxels, config.view, config.movers == "tracks")
+        reader = DriveReader(self.base, group, config.voxels, config.view, tracks=config.movers == "tracks")
         refiner = SceneRefiner(reader, make_rule(config, self.base, table), config)
         for scene in self.scenes:
             for (_, said), true in zip(refiner.frames(scene), self.truth[scene]):

@@ -89,7 +89,7 @@ def write_points(scenes: list[dict[str, np.ndarray]], out: Path) -> None:
         classes, instances = split_labels(scene["predicted"])
         counts[token(i)] = len(classes)
         write_lidarseg(str(out), "val", token(i), classes)
-        write_panoptic(str(out), "val", token(i), classes, instances)
+        write_panoptic(str(out), "val", token(i), classes, instances=instances)
         np.savez_compressed(out / f"truth-{token(i)}.npz", data=scene["truth"])
     for kind in ("lidarseg", "panoptic"):
         check_sweeps(str(out), kind, "val", counts)

@@ -59,7 +59,7 @@ def test_tiles_are_the_whole(place):
     maps = pull_maps(grid, corner, GRID, np.stack([s.pose for s in found]))
     volumes = np.stack([packed(s.semantic) for s in found])
     before = np.full(shape, IGNORE, np.uint8)
-    whole = pull(voting(PLAIN, GRID, OCC3D), maps, volumes, range(len(found)), before, details=True)
+    whole = pull(voting(PLAIN, GRID, OCC3D), maps, volumes, range(len(found)), before=before, details=True)
     assert (city.array("class")[:] == whole.semantic).all()
     assert (city.array("confidence")[:] == whole.confidence).all()
     assert (city.array("frames")[:] == whole.frames).all()

@@ -80,7 +80,7 @@ def run(rule, grid, poses, target, volumes, views, itself=-1, **options):
     sources = np.stack([packed(v, w) for v, w in zip(volumes, views)])
     before = volumes[itself] if itself >= 0 else np.full(grid.shape, IGNORE, np.uint8)
     maps = pull_maps(grid, target, grid, np.stack(poses))
-    return pull(rule, maps, sources, range(len(poses)), before, itself=itself, **options)
+    return pull(rule, maps, sources, range(len(poses)), before=before, itself=itself, **options)
 
 
 def some_confusions(rng, classes, exponent=1.0):
@@ -135,7 +135,7 @@ def test_posteriors_of_the_worked_example():
         volumes = [np.full((1, 1, 1), "ctf".index(word), np.uint8) for word in words]
         sources = np.stack([packed(v) for v in volumes])
         maps = pull_maps(grid, np.eye(4), grid, np.stack([np.eye(4)] * len(words)))
-        score = evidence(rule, maps, sources, range(len(words)), np.zeros((1, 3), np.int64))[0] + rule.prior
+        score = evidence(rule, maps, sources, range(len(words)), index=np.zeros((1, 3), np.int64))[0] + rule.prior
         values = np.exp((score - score.max()) / LOG_UNIT)
         pulled = run(rule, grid, [np.eye(4)] * len(words), np.eye(4), volumes, [v < 9 for v in volumes], details=True)
         assert pulled.semantic.item() == score.argmax()

@@ -41,7 +41,7 @@ def test_a_ray_ends_where_it_leaves_the_voxel(x, depth):
     labels = np.full(GRID.shape, FREE, np.uint8)
     if x:
         labels[x, 100, 8] = 4
-    hits = cast(labels, meters((100.5, 100.5, 8.5)), GRID, FREE, np.array([[1, 0, 0]], np.float32))
+    hits = cast(labels, meters((100.5, 100.5, 8.5)), GRID, FREE, directions=np.array([[1, 0, 0]], np.float32))
     assert hits.depth == pytest.approx([depth])
     assert np.unravel_index(hits.voxel[0], GRID.shape) == (x or 199, 100, 8)
     assert hits.classes.tolist() == [4 if x else FREE]
@@ -73,7 +73,7 @@ def test_of_equal_faces_z_goes_before_y_before_x(direction, first):
     labels = np.full(grid.shape, 2, np.uint8)
     for other in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):  # what may come next
         labels[other] = 0
-    hits = cast(labels, [[0.5, 0.5, 0.5]], grid, 2, np.array([direction], np.float32))
+    hits = cast(labels, [[0.5, 0.5, 0.5]], grid, 2, directions=np.array([direction], np.float32))
     assert np.unravel_index(hits.voxel[0], grid.shape) == first
 
 
@@ -87,7 +87,7 @@ def test_random_rays_equal_a_walk_written_out():
     labels = random_labels(1)
     origins, directions = rng.uniform(-3.9, 3.9, (6, 3)) * [1, 1, 0.2], rng.normal(size=(80, 3)).astype(np.float32)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    hits = cast(labels, origins, SMALL, 2, directions)
+    hits = cast(labels, origins, SMALL, 2, directions=directions)
     for n in range(6 * 80):
         kind, depth = slow_cast(labels, origins[n // 80], directions[n % 80].astype(float), SMALL, 2)
         assert hits.classes[n] == kind
@@ -100,10 +100,10 @@ def test_rays_from_outside_enter_or_are_dropped():
     center = SMALL.centers(np.array([3, 10, 2]))
     start = center - [10, 0, 0]
     ahead, away = np.array([[1, 0, 0]], np.float32), np.array([[-1, 0, 0], [0, 1, 0]], np.float32)
-    hits = cast(labels, [start], SMALL, 2, ahead)
+    hits = cast(labels, [start], SMALL, 2, directions=ahead)
     assert hits.classes.tolist() == [1]
     assert hits.depth == pytest.approx([10.2])
-    gone = cast(labels, [start], SMALL, 2, away)
+    gone = cast(labels, [start], SMALL, 2, directions=away)
     assert gone.classes.tolist() == [2, 2]
     assert np.isnan(gone.depth).all()
 
@@ -111,7 +111,7 @@ def test_rays_from_outside_enter_or_are_dropped():
 def fake_hits(monkeypatch, *pairs):
     """``cast`` answers with these (classes, depths), one call after the other."""
     queue = [RayHits(np.array(c, np.uint8), np.array(d, float), np.arange(len(c))) for c, d in pairs]
-    monkeypatch.setattr(rayiou, "cast", lambda *a: queue.pop(0))
+    monkeypatch.setattr(rayiou, "cast", lambda *_, **__: queue.pop(0))
 
 
 def empty(k=2):
@@ -195,7 +195,7 @@ def test_perfect_and_empty_predictions():
 def test_the_truth_of_a_frame_is_cast_once(monkeypatch):
     origins, truth, calls = np.array([[0, 0, 1.0]]), random_labels(3), []
     real = rayiou.cast
-    monkeypatch.setattr(rayiou, "cast", lambda *a: calls.append(1) or real(*a))
+    monkeypatch.setattr(rayiou, "cast", lambda *a, **b: calls.append(1) or real(*a, **b))
     metric = RayMetric(TWO, SMALL)
     metric.update(truth, truth, origins, key="f")
     first = metric.result()

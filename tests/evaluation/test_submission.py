@@ -127,7 +127,7 @@ def test_point_labels_are_read_again(tmp_path):
     check_sweeps(tmp_path, "lidarseg", "val", {"abc": 4})
     assert json.loads((tmp_path / "val/submission.json").read_text()) == {"meta": Inputs(lidar=True).meta()}
     write_meta(tmp_path, "val", Inputs(lidar=True), task="segmentation")
-    write_panoptic(tmp_path, "val", "abc", classes, instances)
+    write_panoptic(tmp_path, "val", "abc", classes, instances=instances)
     data = np.load(tmp_path / "panoptic/val/abc_panoptic.npz")["data"]
     assert (data.dtype, data.tolist()) == (np.uint16, [4001, 4999, 11000, 16000])
     found = read_panoptic(tmp_path, "val", "abc", 4)
@@ -145,11 +145,11 @@ def test_point_labels_that_the_benchmark_refuses(tmp_path):
         with pytest.raises(ValueError, match=f"sweep abc: .*{words}"):
             write_lidarseg(tmp_path, "val", "abc", np.array(classes, int))
         with pytest.raises(ValueError, match=f"sweep abc: .*{words}"):
-            write_panoptic(tmp_path, "val", "abc", np.array(classes, int), np.zeros(len(classes), int))
+            write_panoptic(tmp_path, "val", "abc", np.array(classes, int), instances=np.zeros(len(classes), int))
     with pytest.raises(ValueError, match="1 points of stuff have an instance"):
-        write_panoptic(tmp_path, "val", "abc", np.array([11, 4]), np.array([1, 0]))
+        write_panoptic(tmp_path, "val", "abc", np.array([11, 4]), instances=np.array([1, 0]))
     with pytest.raises(ValueError, match="instance 1000 does not fit"):
-        write_panoptic(tmp_path, "val", "abc", np.array([4]), np.array([1000]))
+        write_panoptic(tmp_path, "val", "abc", np.array([4]), instances=np.array([1000]))
     with pytest.raises(ValueError, match="split 'dev' is not known"):
         write_lidarseg(tmp_path, "dev", "abc", np.array([4]))
     with pytest.raises(ValueError, match="not a token"):
