@@ -168,7 +168,9 @@ class _Job:
         config, trained = self.trained.config, self.trained
         numbers, frames = [self.numbers[s.name] for s in scenes], [s.frames for s in scenes]
         plan = evaluation_batches(numbers, frames, config.eval.batch, rank=0, world=1)
-        with open_stream(self.base, plan, self.sample, config.eval.batch, config, trained.world) as stream:
+        with open_stream(
+            self.base, plan, self.sample, capacity=config.eval.batch, config=config, world=trained.world
+        ) as stream:
             batches = device_batches(stream, trained.world.device)
             return dict(self.task.predict(trained.model, batches, self.keep, self.flips))
 

@@ -127,6 +127,10 @@ class Occupancy(Part):
             raise ValueError("the batch has no semantic labels")
         return self.semantic
 
+    def soft(self) -> tuple[Tensor, Tensor] | None:
+        """``second`` and ``confidence``; None where labels are hard."""
+        return None if self.second is None or self.confidence is None else (self.second, self.confidence)
+
 
 @dataclass
 class Points(Part):
@@ -382,7 +386,7 @@ def _cat(f: dataclasses.Field, a: Tensor, b: Tensor | None) -> Tensor:
     return torch.cat([a, b])
 
 
-def pool_binary(binary: Tensor, valid: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def pool_binary(binary: Tensor, valid: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Binary labels on a coarser grid over the same box (our default; B2S does not say).
 
     A coarse voxel is occupied if any valid child is occupied, ignored if it has no valid child, else free.

@@ -61,6 +61,7 @@ def resample_beams(
     points: np.ndarray,
     rows: np.ndarray,
     ratio: float,
+    *,
     mode: Mode = "rows",
     phase: float = 0.0,
     lidar: np.ndarray | None = None,
@@ -92,7 +93,7 @@ def resample_beams(
         )
     _kept_count(1, ratio)
     kept_ranks(1, 1.0, phase)
-    finite = np.isfinite(points[:, :3]).all(1)
+    finite = np.logical_and.reduce(np.isfinite(points[:, :3]), axis=1)
     if ratio >= 1:
         return finite
     stay = np.zeros(len(points), dtype=bool)

@@ -95,7 +95,7 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sta
     return final
 
 
-def prune(root: Path, keep: int, every: int = 0, best: str = "", busy: Iterable[Path] = ()) -> None:
+def prune(root: Path, keep: int, *, every: int = 0, best: str = "", busy: Iterable[Path] = ()) -> None:
     """Removes checkpoints that nothing asks to keep.
 
     Args:
@@ -110,8 +110,8 @@ def prune(root: Path, keep: int, every: int = 0, best: str = "", busy: Iterable[
     if every:
         stay |= {p for p in there if step_of(p) % every == 0}
     if best:
-        scores = {int(step): values.get(best) for step, values in read_scores(root).items()}
-        known = [p for p in there if scores.get(step_of(p)) is not None]
+        scores = {int(step): values[best] for step, values in read_scores(root).items() if best in values}
+        known = [p for p in there if step_of(p) in scores]
         stay |= {max(known, key=lambda p: scores[step_of(p)])} if known else set()
     for path in there:
         if path not in stay:
@@ -156,10 +156,12 @@ def latest_remote(url: str) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        return int(re.fullmatch(r"step-(\d{8})", json.loads(found)["checkpoint"])[1])
+        named = re.fullmatch(r"step-(\d{8})", json.loads(found)["checkpoint"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        where = storage.join(url, LATEST)
-        raise Damaged(f"{where}: does not name a checkpoint; remove it to start without") from None
+        named = None
+    if named is None:
+        raise Damaged(f"{storage.join(url, LATEST)}: does not name a checkpoint; remove it to start without")
+    return int(named[1])
 
 
 def remote_steps(url: str) -> list[int]:
@@ -368,21 +370,24 @@ def sensors(state: Mapping[str, Any]) -> list[str]:
 
 def _check_state(state: object, where: Path) -> None:
     """Raises Damaged if fields of a state are of another type or out of range."""
+    bad = _wrong_fields(state) if isinstance(state, dict) else ["it"]
+    if bad:
+        raise Damaged(f"{where}: {bad[0]} is not what was written; take another checkpoint")
+
+
+def _wrong_fields(state: dict) -> list[str]:
     kinds = {"config": dict, "data": dict, "fingerprints": (dict, list, str), "groups": list} | dict.fromkeys(
         SENSORS, list
     )
-    bad = [] if isinstance(state, dict) else ["it"]
-    if not bad:
-        bad = [name for name, kind in kinds.items() if name in state and not isinstance(state[name], kind)]
-        whole = (name for name in ("step", "ema_updates") if state.get(name) is not None)
-        bad += [name for name in whole if type(state[name]) is not int or not 0 <= state[name] < 2**53]
-        for key in SENSORS:
-            if key not in bad and not all(isinstance(name, str) for name in state.get(key, ())):
-                bad.append(key)
-        if "groups" not in bad and not all(isinstance(g, dict) for g in state.get("groups", ())):
-            bad.append("groups")
-    if bad:
-        raise Damaged(f"{where}: {bad[0]} is not what was written; take another checkpoint")
+    bad = [name for name, kind in kinds.items() if name in state and not isinstance(state[name], kind)]
+    whole = (name for name in ("step", "ema_updates") if state.get(name) is not None)
+    bad += [name for name in whole if type(state[name]) is not int or not 0 <= state[name] < 2**53]
+    for key in SENSORS:
+        if key not in bad and not all(isinstance(name, str) for name in state.get(key, ())):
+            bad.append(key)
+    if "groups" not in bad and not all(isinstance(g, dict) for g in state.get("groups", ())):
+        bad.append("groups")
+    return bad
 
 
 def _verified(path: Path, hashed: bool = True) -> dict:
@@ -447,6 +452,7 @@ def load_declared(
     module: nn.Module,
     weights: Mapping[str, Tensor],
     expected: Iterable[str],
+    *,
     origin: str,
     dropped: tuple[str, ...] = (),
 ) -> list[str]:

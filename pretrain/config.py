@@ -308,25 +308,7 @@ def build_section(cls: type, data: Any, path: str, known: list[str]) -> Any:
         full = f"{path}.{key}" if path else str(key)
         if key not in fields:
             raise ValueError(f"unknown key {full!r}{_nearest(full, str(key), known)}")
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            values[key] = value if isinstance(value, hint) else build_section(hint, value, full, known)
-        elif (
-            isinstance(value, Mapping)
-            and typing.get_origin(hint) is dict
-            and dataclasses.is_dataclass(typing.get_args(hint)[1])
-        ):
-            inner = typing.get_args(hint)[1]
-            values[key] = {n: build_section(inner, v or {}, f"{full}.{n}", known) for n, v in value.items()}
-        elif isinstance(value, dict) and any(dataclasses.is_dataclass(a) for a in typing.get_args(hint)):
-            inner = next(a for a in typing.get_args(hint) if dataclasses.is_dataclass(a))
-            values[key] = build_section(inner, value, full, known)
-        else:
-            try:
-                values[key] = TypeAdapter(hint).validate_python(value)
-            except ValidationError as error:
-                reasons = "; ".join(dict.fromkeys(e["msg"] for e in error.errors()))
-                raise ValueError(f"{full} = {value!r}: {reasons}") from None
+        values[key] = _build_value(hints[key], value, full, known)
     _check_numbers(cls, values, path)
     for key, value in values.items():
         for text in _strings(value):
@@ -335,6 +317,27 @@ def build_section(cls: type, data: Any, path: str, known: list[str]) -> Any:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}" if path else str(error)) from None
+
+
+def _build_value(hint: Any, value: Any, path: str, known: list[str]) -> Any:
+    """The value of a field from a plain one. A field may be a section, a dict of sections by free names, or a section or
+    something else."""
+    inner = [arg for arg in typing.get_args(hint) if _is_section(arg)]
+    if _is_section(hint):
+        return value if isinstance(value, hint) else build_section(hint, value, path, known)
+    if isinstance(value, Mapping) and typing.get_origin(hint) is dict and inner:
+        return {name: build_section(inner[-1], v or {}, f"{path}.{name}", known) for name, v in value.items()}
+    if isinstance(value, dict) and inner:
+        return build_section(inner[0], value, path, known)
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        reasons = "; ".join(dict.fromkeys(e["msg"] for e in error.errors()))
+        raise ValueError(f"{path} = {value!r}: {reasons}") from None
+
+
+def _is_section(hint: Any) -> typing.TypeGuard[type]:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
 def _check_numbers(cls: type, values: Mapping[str, Any], path: str) -> None:

@@ -7,6 +7,7 @@ lets the decoder shrink them, and warped.
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ class DeviceImages:
     """
 
     def __init__(self, image_size: tuple[int, int], device: torch.device, threads: int) -> None:
+        nvimgcodec: Any  # compiled: it has no types
         try:
             from nvidia import nvimgcodec
         except ImportError as error:
@@ -80,7 +82,7 @@ class DeviceImages:
                 chosen = tuple(np.transpose([place for place, _ in part]))
                 pixels = torch.stack([image for _, image in part])
                 out[chosen] = warp(pixels, affines[chosen], factor, self.image_size)
-        batch.arrays["cameras.images"] = out
+        batch.made["cameras.images"] = out
 
     def _decode(self, samples: list[list[tuple[str, Camera]]]) -> list[Tensor]:
         """(3, h, w) uint8 of every image of every sample."""

@@ -73,7 +73,11 @@ _timeout = datetime.timedelta(minutes=10)
 def control_group() -> dist.ProcessGroup:
     """A gloo group for small agreements on the CPU, besides NCCL, with its time-out; all ranks must call it first at the same
     place."""
-    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=_timeout)
+    own = dist.get_backend() == "gloo"
+    group = dist.group.WORLD if own else dist.new_group(backend="gloo", timeout=_timeout)
+    if not isinstance(group, dist.ProcessGroup):
+        raise RuntimeError("the process group has not been joined")
+    return group
 
 
 def init_distributed(timeout_minutes: float = 10.0) -> World:

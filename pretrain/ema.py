@@ -33,7 +33,10 @@ class Ema:
         decay = self.decay * (1 - math.exp(-self.updates / 2000))
         state = [(old, local_values(p).float()) for old, p in self._parameters]
         state += [(old, getattr(owner, leaf).float()) for old, owner, leaf in self._buffers]
-        torch._foreach_lerp_([old for old, _ in state], [new for _, new in state], 1 - decay)
+        # One call for all of them; torch exports no public name of it.
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            [old for old, _ in state], [new for _, new in state], 1 - decay
+        )
 
     @contextlib.contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:

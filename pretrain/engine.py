@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,12 +16,61 @@ from occstream.pretrain.distributed import World
 from occstream.pretrain.optim import describe_groups, make_optimizer
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
+
+    class EngineOptimizer(torch.optim.Optimizer):
+        """What an engine updates with: Adam (stage 0), or what ZeRO puts around it. DeepSpeed's own annotation is a union of
+        all that it has, most of which have none of these.
+
+        Attributes:
+            found_inf: Adam, fused: () float32, not 0: its next step changes nothing.
+            optimizer: ZeRO: Adam.
+            overflow: ZeRO: the last step changed nothing.
+            single_partition_of_fp32_groups, fp32_partitioned_groups_flat: stages 1 and 2, and 3: what Adam updates.
+        """
+
+        found_inf: Tensor
+        optimizer: torch.optim.Optimizer
+        overflow: bool
+        single_partition_of_fp32_groups: list[Tensor]
+        fp32_partitioned_groups_flat: list[Tensor]
+        _hp_optimizer_states_linked: bool
+
+        def _lazy_init_hp_params_optimizer_state(self) -> None: ...
+
+    class Engine(nn.Module):
+        """What is used of a ``DeepSpeedEngine``, with the types that it has here.
+
+        Attributes:
+            micro_steps: its own count, by which it knows where a step ends.
+        """
+
+        module: nn.Module
+        optimizer: EngineOptimizer
+        micro_steps: int
+
+        def backward(self, loss: Tensor) -> Any:
+            """Adds gradients of a micro-batch (collective for ZeRO)."""
+
+        def step(self) -> None:
+            """Ends a micro-batch; at a boundary updates (collective)."""
+
+        def is_gradient_accumulation_boundary(self) -> bool:
+            """Whether the micro-batch is the last one of its step."""
+            ...
+
+        def zero_optimization_stage(self) -> int:
+            """0 to 3."""
+            ...
+
+        def get_global_grad_norm(self) -> float:
+            """Of the last step, before clipping; ZeRO alone."""
+            ...
+
 
 BUCKET = 50_000_000  # elements; buckets of DeepSpeed's default size (5e8) would take 2 GB each
 
 
-def build_engine(model: nn.Module, config: Config, world: World) -> DeepSpeedEngine:
+def build_engine(model: nn.Module, config: Config, world: World) -> Engine:
     """DeepSpeed engine with ZeRO ``train.zero_stage``; fp32 parameters and optimizer state always.
 
     Args:
@@ -65,7 +114,7 @@ def build_engine(model: nn.Module, config: Config, world: World) -> DeepSpeedEng
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     with _quiet(world):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    return engine
+    return cast("Engine", engine)
 
 
 def fuses(device: torch.device) -> bool:
@@ -73,19 +122,19 @@ def fuses(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def clip_gradients(engine: DeepSpeedEngine, limit: float, world: World) -> Tensor:
+def clip_gradients(engine: Engine, limit: float, world: World) -> Tensor:
     """Stage 0, at the end of a step's last backward: scales gradients to a norm of at most ``limit`` (0: leaves them).
 
     Returns:
         Scalar float32 on the device: their L2 norm before; the same on every rank, not finite if any gradient is not.
     """
-    params = [p for p in engine.module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    learned = [(p, p.grad) for p in engine.module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([grad for _, grad in learned])
     if world.size > 1:
         norm = norm / world.size
         dist.all_reduce(norm)
     if limit:
-        torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
+        torch.nn.utils.clip_grads_with_norm_([p for p, _ in learned], limit, norm)
     return norm
 
 
@@ -113,10 +162,10 @@ def put_back(model: nn.Module, buffers: dict[str, Tensor]) -> None:
             buffer.copy_(buffers[name])
 
 
-def drop_step(engine: DeepSpeedEngine) -> None:
+def drop_step(engine: Engine) -> None:
     """Stage 0: in place of ``engine.step()`` at the end of a step that must change nothing."""
     engine.module.zero_grad(set_to_none=True)
-    engine.micro_steps += 1  # the engine's own count, by which it knows where a step ends
+    engine.micro_steps += 1
 
 
 @contextlib.contextmanager

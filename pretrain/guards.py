@@ -28,7 +28,7 @@ from occstream.pretrain.engine import buffers_of, clip_gradients, drop_step, fus
 from occstream.sharding import threads
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
+    from occstream.pretrain.engine import Engine
 
 STOP = "STOP"
 LOCK = ".lock"
@@ -47,37 +47,38 @@ class RunLock:
 
     def __init__(self, run: Path, world: World) -> None:
         self.file: TextIO | None = None
-        error = None
+        error: Exception | None = None
         if world.is_main:
             try:
                 run.mkdir(parents=True, exist_ok=True)
                 self.file = (run / LOCK).open("a+")
-                error = self._take(run)
+                error = _take(self.file, run)
             except OSError as problem:
                 error = problem
         world.agree(error)
-
-    def _take(self, run: Path) -> ValueError | None:
-        """Takes the lock; an error if another job has it."""
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.seek(0)
-            return ValueError(
-                f"{run}: another job trains there ({self.file.read().strip()}): wait for it, stop it (touch {run / STOP}), "
-                "or give another output="
-            )
-        except OSError:
-            return None  # a file system without locks: the user's care
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self.file.flush()
-        return None
 
     def close(self) -> None:
         """Lets others in."""
         if self.file:
             self.file.close()
+
+
+def _take(file: TextIO, run: Path) -> ValueError | None:
+    """Takes the lock of a run's folder; an error if another job has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return ValueError(
+            f"{run}: another job trains there ({file.read().strip()}): wait for it, stop it (touch {run / STOP}), "
+            "or give another output="
+        )
+    except OSError:
+        return None  # a file system without locks: the user's care
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return None
 
 
 def in_use(run: Path) -> bool:
@@ -106,7 +107,7 @@ class Stopper:
         # Without a launcher, a parent that ends is a shell that somebody has left.
         watched = world.launched or WATCHED in os.environ
         self.parent = os.getppid() if watched else 0
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> Stopper:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -227,10 +228,11 @@ class FiniteGuard:
 
     def __init__(
         self,
-        engine: DeepSpeedEngine,
+        engine: Engine,
         config: Config,
         run: Path,
         world: World,
+        *,
         heard: Callable[[float, float], None],
     ) -> None:
         self.engine, self.config, self.run, self.world, self.heard = engine, config, run, world, heard
@@ -273,14 +275,14 @@ class FiniteGuard:
             engine.step()  # with NaN or infinity in any gradient, it changes nothing
             self.norm = math.nan if engine.optimizer.overflow else float(engine.get_global_grad_norm())
             return self._judge(self._now, self._now.flags, self.norm)
-        self.norm = clip_gradients(engine, self.config.optim.clip, self.world)
+        self.norm = norm = clip_gradients(engine, self.config.optim.clip, self.world)
         if self._late:
             self.settle()
-            engine.optimizer.found_inf = (~torch.isfinite(self.norm)).float()
-            self._hold()
+            engine.optimizer.found_inf = (~torch.isfinite(norm)).float()
+            self._hold(norm)
             engine.step()
             return True
-        taken = self._judge(self._now, self._now.flags, float(self.norm))
+        taken = self._judge(self._now, self._now.flags, float(norm))
         if taken:
             engine.step()
         else:
@@ -296,13 +298,13 @@ class FiniteGuard:
             copied.synchronize()
         self._judge(step, flags[0] if flags else None, float(norm))
 
-    def _hold(self) -> None:
+    def _hold(self, norm: Tensor) -> None:
         """Brings the norm and the flags to the host, without waiting for them."""
         host, copied = [], None
-        for value in (self.norm, self._now.flags):
+        for value in (norm, self._now.flags):
             if value is not None:
                 host.append(torch.empty(value.shape, pin_memory=value.is_cuda).copy_(value, non_blocking=True))
-        if self.norm.is_cuda:
+        if norm.is_cuda:
             copied = torch.cuda.Event()
             copied.record()
         self._held = self._now, host, copied

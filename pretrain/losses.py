@@ -12,7 +12,7 @@ from torch import Tensor
 
 from occstream.models import kernels
 from occstream.models.autograd import Context
-from occstream.models.batch import Batch, OccOutputs, pool_binary
+from occstream.models.batch import Batch, Cameras, OccOutputs, Occupancy, pool_binary
 from occstream.models.layers import full_precision, row
 from occstream.sharding.schema import IGNORE
 
@@ -68,8 +68,8 @@ def sums(outputs: OccOutputs, batch: Batch, config: LossConfig) -> dict[str, Ten
     with full_precision(batch.device):
         if outputs.binary_logits is not None:
             logits = outputs.binary_logits.float()
-            labels = batch.occupancy
-            target, valid = pool_binary(labels.binary, labels.binary_valid, tuple(logits.shape[1:]))
+            labels = batch.part(Occupancy)
+            target, valid = pool_binary(labels.binary, labels.binary_valid, logits.shape[1:])
             errors = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
             errors = torch.where(valid, errors, 0.0)
             found |= {f"binary{role}": errors[frames].sum() for role, frames in roles.items()}
@@ -89,13 +89,13 @@ def counts(outputs: OccOutputs, batch: Batch, config: LossConfig) -> dict[str, T
         outputs: of any of the step's micro-batches: which parts there are, and their grids.
     """
     found: dict[str, Tensor] = {}
-    labels, roles = batch.occupancy, _roles(outputs, batch, config)
+    labels, roles = batch.part(Occupancy), _roles(outputs, batch, config)
     if outputs.binary_logits is not None:
-        valid = pool_binary(labels.binary, labels.binary_valid, tuple(outputs.binary_logits.shape[1:]))[1]
+        valid = pool_binary(labels.binary, labels.binary_valid, outputs.binary_logits.shape[1:])[1]
         found |= {f"binary{role}": valid[frames].sum() for role, frames in roles.items()}
     if outputs.semantic_logits is not None:
-        valid = labels.semantic != IGNORE
-        occupied = labels.semantic < outputs.semantic_logits.shape[1]
+        valid = labels.classes() != IGNORE
+        occupied = labels.classes() < outputs.semantic_logits.shape[1]
         found["semantic"] = (valid & occupied if config.normalizer == "occupied" else valid).sum()
     if config.depth_weight:
         known = _known_depth(outputs, batch)[1]
@@ -128,9 +128,9 @@ def _semantic(logits: Tensor, batch: Batch, config: LossConfig) -> Tensor:
     classes = logits.shape[1]
     if not batch.labeled:
         return torch.nan_to_num(logits, 0.0, 0.0, 0.0).sum() * 0.0
-    semantic, second = batch.occupancy.semantic.flatten(), None
-    if batch.occupancy.second is not None:
-        second = torch.where(batch.occupancy.second.flatten() == IGNORE, semantic, batch.occupancy.second.flatten())
+    target = batch.part(Occupancy)
+    semantic, soft = target.classes().flatten(), target.soft()
+    second = None if soft is None else torch.where(soft[0].flatten() == IGNORE, semantic, soft[0].flatten())
     valid = semantic != IGNORE
     sets = [semantic] if second is None else [semantic, second]
     # The one place where the host waits: how many voxels are known, and how many have a class.
@@ -138,11 +138,11 @@ def _semantic(logits: Tensor, batch: Batch, config: LossConfig) -> Tensor:
     index = torch.nonzero_static(valid, size=size).squeeze(1)
     labels = semantic[index].long()  # (N,)
     known = logits.movedim(1, -1).flatten(0, -2)[index]  # (N, K): masks leave a third of the voxels or less
-    targets = [(labels, None)]
-    if second is not None:
+    targets: list[tuple[Tensor, Tensor | None]] = [(labels, None)]
+    if soft is not None and second is not None:
         # Two candidates with their probabilities: the loss is linear in the target, so it is that of each, weighted
         # (B2S, App. D).
-        first = batch.occupancy.confidence.flatten()[index]
+        first = soft[1].flatten()[index]
         targets = [(labels, first), (second[index].long(), 1 - first)]
     columns = None
     if config.class_weights:
@@ -151,7 +151,7 @@ def _semantic(logits: Tensor, batch: Batch, config: LossConfig) -> Tensor:
             raise ValueError(f"loss.class_weights has {len(config.class_weights)} values, must have {expected}")
         columns = row(known, config.class_weights)
     if config.kind == "sigmoid_focal":
-        return sigmoid_focal_sum(known, targets, config.gamma, config.alpha, columns, occupied)
+        return sigmoid_focal_sum(known, targets, config.gamma, config.alpha, columns=columns, occupied=occupied)
     wide = torch.cat([known, known.new_zeros(len(known), 1)], 1)
     total = known.new_zeros(())
     for index, weight in targets:
@@ -162,12 +162,20 @@ def _semantic(logits: Tensor, batch: Batch, config: LossConfig) -> Tensor:
     return total
 
 
+def _predicted_depth(outputs: OccOutputs) -> tuple[Tensor, Tensor]:
+    """Distribution (B, V, D, h, w) and bins (D,)."""
+    if outputs.depth is None or outputs.depth_bins is None:
+        raise ValueError("loss.depth_weight is set, but this model predicts no depth; use a lifting model (b2s_ls)")
+    return outputs.depth, outputs.depth_bins
+
+
 def _known_depth(outputs: OccOutputs, batch: Batch) -> tuple[Tensor, Tensor]:
     """Bin of the LiDAR's distance (B, V, h, w) int64, and where there is one."""
-    if outputs.depth is None:
-        raise ValueError("loss.depth_weight is set, but this model predicts no depth; use a lifting model (b2s_ls)")
-    bins = outputs.depth_bins
-    distances = batch.cameras.depth.to(bins.device)  # meters, 0 = none
+    _, bins = _predicted_depth(outputs)
+    depth = batch.part(Cameras).depth
+    if depth is None:
+        raise ValueError("loss.depth_weight is set, but the batch has no depth of LiDAR points")
+    distances = depth.to(bins.device)  # meters, 0 = none
     index = ((distances - bins[0]) / (bins[1] - bins[0])).floor().long()
     return index, (distances > 0) & (index >= 0) & (index < len(bins))
 
@@ -175,11 +183,12 @@ def _known_depth(outputs: OccOutputs, batch: Batch) -> tuple[Tensor, Tensor]:
 def _depth(outputs: OccOutputs, batch: Batch, frames: slice) -> Tensor:
     """Sum over frames of the binary cross-entropy of the depth distribution against one-hot LiDAR depth, where there is any."""
     index, known = (part[frames] for part in _known_depth(outputs, batch))
-    predicted = outputs.depth[frames].movedim(2, -1)[known]  # (N, D)
-    target = F.one_hot(index[known], len(outputs.depth_bins)).float()
+    depth, bins = _predicted_depth(outputs)
+    predicted = depth[frames].movedim(2, -1)[known]  # (N, D)
+    target = F.one_hot(index[known], len(bins)).float()
     # Clamped: a softmax may round to exactly 0 or 1.
     total = F.binary_cross_entropy(predicted.clamp(1e-7, 1 - 1e-7), target, reduction="sum")
-    return total + outputs.depth.sum() * 0.0
+    return total + depth.sum() * 0.0
 
 
 def sigmoid_focal_sum(
@@ -187,6 +196,7 @@ def sigmoid_focal_sum(
     targets: Sequence[tuple[Tensor, Tensor | None]],
     gamma: float,
     alpha: float,
+    *,
     columns: Tensor | None = None,
     occupied: Sequence[int] | None = None,
 ) -> Tensor:

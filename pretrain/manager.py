@@ -19,7 +19,7 @@ from occstream.pretrain.tracking import Tracker
 from occstream.sharding import storage
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
+    from occstream.pretrain.engine import Engine
 
 
 class CheckpointManager:
@@ -33,12 +33,13 @@ class CheckpointManager:
     def newest(self) -> checkpoint.Checkpoint | None:
         """What to resume from, the same on every rank; see ``resume.newest``."""
         saved, uploaded = resume.newest(self.root, self.config.train.upload, self.world)
-        for path in checkpoint.complete_steps(self.root) if self.uploader else ():
-            if checkpoint.step_of(path) > uploaded:
-                self.uploader.add(path)  # what an earlier start did not get to
+        if self.uploader:
+            for path in checkpoint.complete_steps(self.root):
+                if checkpoint.step_of(path) > uploaded:
+                    self.uploader.add(path)  # what an earlier start did not get to
         return saved
 
-    def save(self, data: TrainData, engine: DeepSpeedEngine, ema: Ema | None, step: int, tracker: Tracker) -> Path:
+    def save(self, data: TrainData, engine: Engine, ema: Ema | None, *, step: int, tracker: Tracker) -> Path:
         """Returns on all ranks once the checkpoint is complete. Raises on all if it cannot be written."""
         began = time.perf_counter()
         config, world = self.config, self.world
@@ -103,7 +104,7 @@ class CheckpointManager:
         """Removes what the recipe does not keep (``train.keep`` and so on), apart from what waits for its upload."""
         train = self.config.train
         busy = list(self.uploader.busy) if self.uploader else []
-        checkpoint.prune(self.root, train.keep, train.keep_every, train.keep_best, busy)
+        checkpoint.prune(self.root, train.keep, every=train.keep_every, best=train.keep_best, busy=busy)
 
     def close(self) -> None:
         """Waits for uploads, as long as a store may be away."""

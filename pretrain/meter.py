@@ -34,7 +34,7 @@ class Meter:
     """
 
     def __init__(
-        self, step: int, total: int, data: TrainData, world: World, bf16: bool = False, count: bool = True
+        self, step: int, total: int, data: TrainData, world: World, *, bf16: bool = False, count: bool = True
     ) -> None:
         self.total, self.data, self.world, self.count = total, data, world, count
         self.first, self.now = step, step

@@ -23,6 +23,7 @@ def accelerate(
     model: nn.Module,
     device: torch.device,
     with_kernels: bool,
+    *,
     tf32: bool = False,
     compiled: Callable[[nn.Module, str], None] | None = None,
 ) -> None:

@@ -16,13 +16,13 @@ from occstream.pretrain.distributed import World
 from occstream.pretrain.partition import is_partitioned, to_full, to_local
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
+    from occstream.pretrain.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 GROUP = ("name", "lr_factor", "weight_decay")  # what a group is; rates are the schedule's
 
 
-def optimizer_state(engine: DeepSpeedEngine, world: World) -> tuple[dict[str, Tensor], list[dict]]:
+def optimizer_state(engine: Engine, world: World) -> tuple[dict[str, Tensor], list[dict]]:
     """Adam's full moments by ``<moment>/<parameter>`` plus ``step`` (collective; {} on ranks that do not save), and what each
     group is (``GROUP``)."""
     from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
@@ -44,7 +44,7 @@ def optimizer_state(engine: DeepSpeedEngine, world: World) -> tuple[dict[str, Te
                 value = to_full(p, safe_get_local_optimizer_state(p, moment).reshape(-1), world)
             else:
                 value = safe_get_full_optimizer_state(p, moment)
-            if world.is_main:
+            if world.is_main and value is not None:
                 tensors[f"{moment}/{name}"] = value.detach().reshape(_shape(p)).to("cpu", copy=True)
     steps = {float(s["step"]) for s in base.state.values() if "step" in s}
     if world.is_main:
@@ -52,7 +52,7 @@ def optimizer_state(engine: DeepSpeedEngine, world: World) -> tuple[dict[str, Te
     return tensors, [{k: g[k] for k in GROUP} for g in base.param_groups]
 
 
-def load_optimizer_state(engine: DeepSpeedEngine, tensors: dict[str, Tensor], groups: list[dict], world: World) -> None:
+def load_optimizer_state(engine: Engine, tensors: dict[str, Tensor], groups: list[dict], world: World) -> None:
     """Puts back what ``optimizer_state`` gave, at any stage and world size. Parameters must be loaded already.
 
     Raises:

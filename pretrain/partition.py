@@ -6,7 +6,8 @@ It leans on ``ds_tensor``, an attribute of DeepSpeed (pinned exactly in pyprojec
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,25 @@ from torch import Tensor, nn
 
 from occstream.pretrain.distributed import World
 
+if TYPE_CHECKING:
 
-def is_partitioned(param: Tensor) -> bool:
+    class Slice(Tensor):
+        """One rank's values of a ZeRO-3 parameter, zero-padded: ``ds_numel`` of them."""
+
+        ds_numel: int
+
+    class Partitioned(Tensor):
+        """A ZeRO-3 parameter; ``ds_numel`` and ``ds_shape`` are those of the whole one."""
+
+        ds_tensor: Slice
+        ds_numel: int
+        ds_shape: torch.Size
+
+        def partition(self) -> None:
+            """Frees a gathered copy."""
+
+
+def is_partitioned(param: Tensor) -> TypeGuard[Partitioned]:
     """True for a ZeRO-3 parameter, whose values live in ``ds_tensor``, 1/world of them on each rank, zero-padded."""
     return hasattr(param, "ds_tensor")
 
@@ -47,8 +65,7 @@ def to_full(tensor: Tensor, local: Tensor, world: World) -> Tensor | None:
 
 def full_state(module: nn.Module, values: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     """``to_full`` of every parameter and floating buffer (collective); {} on ranks that do not save."""
-    state = {name: to_full(t, values[name], world) for name, t in float_state(module)}
-    return state if world.is_main else {}
+    return _kept((name, to_full(t, values[name], world)) for name, t in float_state(module))
 
 
 def float_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -63,9 +80,13 @@ def float_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def module_state(module: nn.Module, world: World) -> dict[str, Tensor]:
     """Full parameters and buffers on the CPU, by name (collective); {} on ranks that do not save. fp32 masters: we never
     train in lower precision."""
-    state = {name: to_full(p, local_values(p), world) for name, p in module.named_parameters()}
+    state = _kept((name, to_full(p, local_values(p), world)) for name, p in module.named_parameters())
     if not world.is_main:
         return {}
     state.update({name: b.detach().to("cpu", copy=True) for name, b in module.named_buffers()})
     persistent = set(module.state_dict().keys())
     return {name: value for name, value in state.items() if name in persistent}
+
+
+def _kept(values: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
+    return {name: value for name, value in values if value is not None}

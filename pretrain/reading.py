@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 def to_batch(got: StreamBatch, device: torch.device) -> Batch:
     """Stream arrays as tensors; on the CPU they share memory with the ring, to a GPU they are being copied."""
-    batch = Batch.of({name: torch.as_tensor(array) for name, array in got.arrays.items()}, got.keys)
+    arrays = {**got.arrays, **got.made}
+    batch = Batch.of({name: torch.as_tensor(array) for name, array in arrays.items()}, got.keys)
     return batch if device.type == "cpu" else batch.to(device)
 
 
@@ -41,7 +42,7 @@ def device_batches(stream: Iterable[StreamBatch], device: torch.device) -> Itera
 
 
 def open_stream(
-    manifest: Manifest, batches: Plan, sample: Sample, capacity: int, config: Config, world: World
+    manifest: Manifest, batches: Plan, sample: Sample, *, capacity: int, config: Config, world: World
 ) -> Stream:
     """A stream of a data set's frames as a task's samples.
 
@@ -50,10 +51,9 @@ def open_stream(
         capacity: most samples in a batch.
     """
     threads = config.train.threads
+    groups = tuple(manifest.label_group if group == "labels" else group for group in sample.groups)
     return Stream(
-        ShardReader(
-            manifest, [manifest.label_group if g == "labels" else g for g in sample.groups], cache(manifest.url)
-        ),
+        ShardReader(manifest, groups, cache=cache(manifest.url)),
         batches,
         sample.fields(),
         sample,

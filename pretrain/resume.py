@@ -62,7 +62,7 @@ def newest(root: Path, url: str, world: World) -> tuple[Checkpoint | None, int]:
     here, there = _steps(root, url, world)
     if not here and not there:
         return None, -1
-    here, there = _everywhere(root, url, world, here, there)
+    here, there = _everywhere(root, url, world, here=here, there=there)
     aside: list[Path] = []
     error: Exception | None = None
     for step in sorted({*here, *there}, reverse=True):
@@ -103,7 +103,9 @@ def _steps(root: Path, url: str, world: World) -> tuple[list[int], list[int]]:
     return found[0], found[1]
 
 
-def _everywhere(root: Path, url: str, world: World, here: list[int], there: list[int]) -> tuple[list[int], list[int]]:
+def _everywhere(
+    root: Path, url: str, world: World, *, here: list[int], there: list[int]
+) -> tuple[list[int], list[int]]:
     """Those of the main rank's checkpoints that every rank's disk has, and the uploaded ones."""
     if world.size == 1 or not here:
         return here, there

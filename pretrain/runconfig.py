@@ -14,7 +14,7 @@ from occstream.pretrain.tracking import Tracker
 from occstream.sharding import storage
 
 
-def write_config(run: Path, config: Config, ranks: int, saved: Checkpoint | None, tracker: Tracker) -> None:
+def write_config(run: Path, config: Config, ranks: int, *, saved: Checkpoint | None, tracker: Tracker) -> None:
     """Keeps ``config.yaml`` as what the run does now; what a resumed one changes is said, and noted in MLflow.
 
     Args:

@@ -51,6 +51,13 @@ class Sender:
         """MLflow's id of the run, once the server has it."""
         return self.state["run_id"]
 
+    @property
+    def _run(self) -> str:
+        """``run_id`` of a run that has begun: the first event of every file begins it."""
+        if self.run_id is None:
+            raise ValueError(f"{self.folder / EVENTS} does not begin with a run")
+        return self.run_id
+
     def done(self) -> bool:
         """True when the server has acknowledged every complete event of the file."""
         return self.state["sent"] >= (self.folder / EVENTS).read_bytes().rfind(b"\n") + 1
@@ -119,7 +126,7 @@ class Sender:
                 raise ConnectionError(
                     f"{len(left)} of {len(wanted)} metrics do not stay at {redact(self.uri)}; check the server"
                 )
-        known, files = client.get_run(self.run_id), {a.path for a in client.list_artifacts(self.run_id)}
+        known, files = client.get_run(self._run), {a.path for a in client.list_artifacts(self._run)}
         for event in events:
             if "params" in event or "run" in event:
                 self._params(client, event.get("run", event)["params"], known.data.params)
@@ -133,7 +140,7 @@ class Sender:
     def _has(self, client: MlflowClient, key: str, step: int) -> bool:
         """Whether the server has a number of a metric at a step."""
         if key not in self._there:
-            self._there[key] = {m.step for m in client.get_metric_history(self.run_id, key)}
+            self._there[key] = {m.step for m in client.get_metric_history(self._run, key)}
         return step in self._there[key]
 
     def _flush(self, client: MlflowClient, metrics: list[tuple], at: int) -> None:
@@ -163,7 +170,7 @@ class Sender:
         """Logs items, the first of each its name, as arguments of ``log_batch`` that ``batch`` makes of them; those that the
         server refuses for good are found, named and left out."""
         try:
-            client.log_batch(self.run_id, **batch(items))
+            client.log_batch(self._run, **batch(items))
         except Exception as error:
             if status_of(error) not in (400, 413, 422):
                 raise
@@ -199,27 +206,31 @@ class Sender:
         if "run" in event:
             self._begin(client, event["run"])
         elif "params" in event:
-            self._params(client, event["params"], client.get_run(self.run_id).data.params)
+            self._params(client, event["params"], client.get_run(self._run).data.params)
         elif "changed" in event:
             tags = [(f"changed/{k}", f"{a} -> {b} at step {event['step']}") for k, (a, b) in event["changed"].items()]
             for start in range(0, len(tags), 100):
                 part = tags[start : start + 100]
                 self._log(client, part, lambda part: {"tags": [RunTag(k, v[:5000]) for k, v in part]})
         elif "artifact" in event:
-            path = (self.folder / event["artifact"]).resolve()
-            if path.is_relative_to(self.folder.resolve()) and path.is_file():
-                try:
-                    client.log_artifact(self.run_id, str(path))
-                except Exception as error:
-                    if status_of(error) not in (400, 413, 422):
-                        raise
-                    self._refuse(event["artifact"], error)
+            self._artifact(client, event["artifact"])
         elif "status" in event:
-            client.log_batch(self.run_id, tags=[RunTag("status", event["status"])])
+            client.log_batch(self._run, tags=[RunTag("status", event["status"])])
             if event["status"] == "RUNNING":
-                client.update_run(self.run_id, status="RUNNING")
+                client.update_run(self._run, status="RUNNING")
             else:
-                client.set_terminated(self.run_id, event["status"])
+                client.set_terminated(self._run, event["status"])
+
+    def _artifact(self, client: MlflowClient, name: str) -> None:
+        path = (self.folder / name).resolve()
+        if not path.is_relative_to(self.folder.resolve()) or not path.is_file():
+            return
+        try:
+            client.log_artifact(self._run, str(path))
+        except Exception as error:
+            if status_of(error) not in (400, 413, 422):
+                raise
+            self._refuse(name, error)
 
     def _begin(self, client: MlflowClient, about: dict) -> None:
         """Goes on with the run that the server has of this one, or creates it; then its parameters."""
@@ -235,7 +246,7 @@ class Sender:
                 client.update_run(found.info.run_id, status="RUNNING")
             self.state["run_id"] = found.info.run_id
             self._remember()
-        self._params(client, about["params"], client.get_run(self.run_id).data.params)
+        self._params(client, about["params"], client.get_run(self._run).data.params)
 
     @staticmethod
     def _find(client: MlflowClient, experiment: str, key: str, run_id: str) -> Run | None:

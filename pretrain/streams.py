@@ -72,7 +72,7 @@ class TrainData:
         self.unknown: dict[str, float] = {}
         self._feeds: dict[str, _Feed] = {}
         micro = cfg.batch // cfg.accumulate
-        self._add("data", "main", manifest, data, scenes, order, micro, micro)
+        self._add("data", "main", manifest, data, scenes=scenes, order=order, batch=micro, most=micro)
         if config.replay.url and self._task.replays:
             self._add_replay(len(scenes))
         if micro // world.size == 0 and not any(f.least // world.size for f in self._feeds.values()):
@@ -98,7 +98,7 @@ class TrainData:
             name = f"replay-{number}" if number else "replay"
             order = self._order(name, pool, source, chosen, draw=draw, lanes=most * cfg.accumulate)
             batch = most if len(sources) == 1 else functools.partial(quotas.of, number)
-            self._add(name, "replay", pool, source, chosen, order, batch, most)
+            self._add(name, "replay", pool, source, scenes=chosen, order=order, batch=batch, most=most)
         self.frames_per_step += total
 
     def _add(
@@ -107,6 +107,7 @@ class TrainData:
         role: Role,
         manifest: Manifest,
         source: DataConfig | ReplaySource,
+        *,
         scenes: list[int],
         order: Order,
         batch: int | Callable[[int], int],
@@ -120,7 +121,7 @@ class TrainData:
         sample = self._task.sample(role, source, self.sensors)
         check_manifest(manifest, sample, self.config)
         self._feeds["main" if name == "data" else name] = _Feed(
-            manifest, order, sample, batch, most, self.config, self.world
+            manifest, order, sample, batch=batch, most=most, config=self.config, world=self.world
         )
         self.scenes |= {manifest.scenes[i].name for i in scenes}
         self.fingerprints[name] = manifest.fingerprint
@@ -170,6 +171,7 @@ class TrainData:
         except Exception as problem:
             error = problem
         self.stopping = self.world.agree(error, stop)
+        assert batch is not None  # else there was an error
         return batch
 
     def micro_batches(self, count: int, stop: bool = False) -> list[Batch]:
@@ -193,7 +195,10 @@ class TrainData:
             self.flags = torch.zeros(2, device=self.world.device)
             for flag, said in zip(self.flags, (self._error is not None, stop)):
                 flag.fill_(float(said))
-        return batches if self._error is None else [self._spare] * count
+        if self._error is None:
+            return batches
+        assert self._spare is not None  # an error in the first step is raised above
+        return [self._spare] * count
 
     def heard(self, errors: float, stops: float) -> None:
         """Sums of ``flags`` over all ranks (collective where there are errors).
@@ -228,7 +233,7 @@ class TrainData:
                 )
             feed.state = _position(state[name], name)
             if rule == BY_CONTENT:
-                feed.order.identify(by_content(feed.manifest.fingerprint, feed.order.scenes))
+                feed.order.identify(by_content(feed.manifest.fingerprint, feed.order.scenes.tolist()))
 
     def shares(self) -> dict[str, float]:
         """Share of each source of B frames among all B frames so far, by name; empty with fewer than two sources."""
@@ -278,6 +283,7 @@ class _Feed:
         manifest: Manifest,
         order: Order,
         sample: Sample,
+        *,
         batch: int | Callable[[int], int],
         most: int,
         config: Config,
@@ -295,7 +301,9 @@ class _Feed:
             batches = training_batches(self.order, self.batch, self.world.rank, self.world.size, **self.state)
             # No share of a batch is larger than this.
             capacity = -(-self.most // self.world.size)
-            self.stream = open_stream(self.manifest, batches, self.sample, capacity, self.config, self.world)
+            self.stream = open_stream(
+                self.manifest, batches, self.sample, capacity=capacity, config=self.config, world=self.world
+            )
         if self.world.device.type == "cpu":
             got = next(self.stream)
             self.state = got.state
@@ -347,7 +355,7 @@ class EvalData:
 
         def batches() -> Iterator[Batch]:
             plan = evaluation_batches(scenes, counts, ev.batch, rank=world.rank, world=world.size)
-            with open_stream(manifest, plan, sample, ev.batch, config, world) as stream:
+            with open_stream(manifest, plan, sample, capacity=ev.batch, config=config, world=world) as stream:
                 yield from device_batches(without_replaced(stream, manifest, sample), world.device)
 
         self._batches = batches
@@ -400,10 +408,11 @@ def _balance_note(name: str, manifest: Manifest, wanted: Sequence[str], holds: n
 
 def _position(state: object, name: str) -> dict[str, int]:
     """A stream's position as a checkpoint has it. Raises ValueError if it is none."""
-    names = {"epoch", "offset", "batches"}
-    good = isinstance(state, dict) and state.keys() == names
-    if not good or any(type(n) is not int or not 0 <= n < 2**53 for n in state.values()):
-        raise ValueError(
-            f"the checkpoint's position of the {name} stream is {str(state)[:80]}: it is damaged, take another"
-        )
-    return dict(state)
+    found = state if isinstance(state, dict) else {}
+    if found.keys() == {"epoch", "offset", "batches"} and all(
+        type(n) is int and 0 <= n < 2**53 for n in found.values()
+    ):
+        return dict(found)
+    raise ValueError(
+        f"the checkpoint's position of the {name} stream is {str(state)[:80]}: it is damaged, take another"
+    )

@@ -6,6 +6,7 @@ DeepSpeed averages gradients over ranks. So that this equals one process with th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -48,13 +49,19 @@ def combine(
         sums: by term; what follows an "@" is a role, and roles are reported together.
         counts: of ``joint_counts``.
         weights: by term without role; None: only reported.
+
+    Raises:
+        ValueError: all of them are only reported.
     """
-    loss, parts = 0.0, {}
+    weighted: list[Tensor] = []
+    parts: dict[str, Tensor] = {}
     for name, total in sums.items():
         term = name.partition("@")[0]
         value = total * world_size() / counts[name]
-        parts[term] = parts.get(term, 0.0) + value.detach()
+        parts[term] = parts[term] + value.detach() if term in parts else value.detach()
         weight = weights[term]
         if weight is not None:
-            loss = loss + weight * value
-    return loss, parts
+            weighted.append(weight * value)
+    if not weighted:
+        raise ValueError(f"none of the losses ({', '.join(parts)}) has a weight: there is nothing to learn")
+    return functools.reduce(torch.add, weighted), parts

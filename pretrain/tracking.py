@@ -43,6 +43,7 @@ class Tracker:
     def __init__(
         self,
         folder: Path,
+        *,
         uri: str,
         experiment: str,
         name: str,
@@ -75,9 +76,9 @@ class Tracker:
             if any("status" in e for e in events):
                 self._append({"status": "RUNNING"})
         if uri:
-            self._sender = Sender(folder, uri, experiment)
+            self._sender = sender = Sender(folder, uri, experiment)
             self._stop, self._wake = threading.Event(), threading.Event()
-            self._thread = threads.start("mlflow", self._send_loop, self._ended)
+            self._thread = threads.start("mlflow", lambda: self._send_loop(sender), self._ended)
 
     @property
     def run_id(self) -> str | None:
@@ -141,18 +142,18 @@ class Tracker:
             flush=True,
         )
 
-    def _send_loop(self) -> None:
+    def _send_loop(self, sender: Sender) -> None:
         pause, told = 1.0, ""
         while True:
             stopping = self._stop.is_set()
             try:
-                self._sender.send()
+                sender.send()
                 if told:
                     print("MLflow answers again and has all metrics so far", file=sys.stderr, flush=True)
                 pause, told = 1.0, ""
             except Exception as error:  # whatever MLflow raises must not reach training
                 pause = min(60.0, pause * 3)
-                said = trouble(self._sender.uri, error)
+                said = trouble(sender.uri, error)
                 if said.split(" (")[0] != told:
                     told = said.split(" (")[0]
                     print(

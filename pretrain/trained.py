@@ -23,7 +23,9 @@ from occstream.pretrain.tasks.registry import task_of
 
 
 def evaluate_on(model: nn.Module, frames: EvalData, drawer: Drawer | None = None) -> EvalResult:
-    """Evaluates as the recipe's task scores (collective)."""
+    """Evaluates as the recipe's task scores (collective). Raises ValueError if there is nothing to evaluate on."""
+    if frames.scoring is None:
+        raise ValueError("there is nothing to evaluate on; set data.holdout or eval.url")
     return evaluate(model, frames, frames.scoring.metric(), expected=frames.total, watch=drawer)
 
 
@@ -46,7 +48,10 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), picture
     for note in frames.notes:
         print(note)
     # Asked for by name: at least one, whatever the recipe was trained with.
-    drawer = Drawer(config, frames.sensors, max(1, config.eval.pictures), picture, trained.step) if picture else None
+    drawer = None
+    if picture:
+        scenes = max(1, config.eval.pictures)
+        drawer = Drawer(config, frames.sensors, scenes=scenes, folder=picture, step=trained.step)
     result = evaluate_on(trained.model, frames, drawer)
     for path in drawer.done if drawer else ():
         print(f"wrote {path}")
@@ -92,8 +97,8 @@ def load_trained(path: str | Path, overrides: Sequence[str] = (), number: int = 
     config = parse_config(merge(saved_settings(saved.state), parse_overrides(overrides)))
     world, cfg = World(0, 1, device), config.train
     model = create_model(config)
-    checkpoint.load_declared(model, saved.weights(), model.state_dict(), str(saved.path))
-    accelerate(model.to(device), device, cfg.kernels, cfg.tf32)
+    checkpoint.load_declared(model, saved.weights(), model.state_dict(), origin=str(saved.path))
+    accelerate(model.to(device), device, cfg.kernels, tf32=cfg.tf32)
     used = "with Triton kernels" if cfg.kernels and device.type == "cuda" else "without Triton kernels"
     print(f"computes in {cfg.precision}, {used} (train.precision, train.kernels)", flush=True)
     return Trained(
@@ -114,7 +119,7 @@ class Drawer:
         done: files written.
     """
 
-    def __init__(self, config: Config, sensors: tuple[str, ...], scenes: int, folder: Path, step: int) -> None:
+    def __init__(self, config: Config, sensors: tuple[str, ...], *, scenes: int, folder: Path, step: int) -> None:
         self.config, self.sensors, self.scenes, self.folder, self.step = config, sensors, scenes, folder, step
         self.task = task_of(config)
         self.done: list[Path] = []

@@ -108,7 +108,7 @@ class _Training:
             self._restore(saved)
         self.tracker = self._tracker(saved.state if saved else {})
         if world.is_main:
-            write_config(self.folder, config, world.size, saved, self.tracker)
+            write_config(self.folder, config, world.size, saved=saved, tracker=self.tracker)
 
     def _model(self, saved: Checkpoint | None) -> nn.Module:
         """The network with the weights to resume or start from."""
@@ -117,17 +117,21 @@ class _Training:
         self.task.check(model)
         if saved:
             check_same_run(config, self.data.fingerprints, saved)
-            checkpoint.load_declared(model, saved.tensors("model"), model.state_dict(), str(saved.path))
+            checkpoint.load_declared(model, saved.tensors("model"), model.state_dict(), origin=str(saved.path))
         elif cfg.init:
             weights = self.task.adopt(checkpoint.read_weights(cfg.init))
             declared = self.task.transfer(model)
-            fresh = checkpoint.load_declared(model, weights, declared.expected, cfg.init, declared.dropped)
+            fresh = checkpoint.load_declared(
+                model, weights, declared.expected, origin=cfg.init, dropped=declared.dropped
+            )
             left = len(weights) - len(declared.expected)
             self.world.say(
                 f"started from {cfg.init}: all {len(declared.expected)} declared tensors loaded, {len(fresh)} new"
                 f"{f', {left} left behind' if left else ''}"
             )
-        accelerate(model, self.world.device, cfg.kernels, cfg.tf32, self.task.compile if cfg.compile else None)
+        accelerate(
+            model, self.world.device, cfg.kernels, tf32=cfg.tf32, compiled=self.task.compile if cfg.compile else None
+        )
         return model
 
     def _restore(self, saved: Checkpoint) -> None:
@@ -162,8 +166,8 @@ class _Training:
         }
         tracker = Tracker(
             self.folder,
-            config.track.uri,
-            config.track.experiment,
+            uri=config.track.uri,
+            experiment=config.track.experiment,
             name=self.folder.name,
             tags={**about, **headline_tag(self.task.headline), **config.track.tags},
             params={
@@ -184,9 +188,9 @@ class _Training:
     def run(self) -> Result:
         """Trains to the end, or until the run is asked to stop; saved either way."""
         cfg, world, data = self.config.train, self.world, self.data
-        self.guard = FiniteGuard(self.engine, self.config, self.folder, world, data.heard)
+        self.guard = FiniteGuard(self.engine, self.config, self.folder, world, heard=data.heard)
         self.watchdog = Watchdog(self.folder, world, cfg.timeout_minutes)
-        self.meter = Meter(self.step, self.total, data, world, cfg.precision == "bf16", not cfg.compile)
+        self.meter = Meter(self.step, self.total, data, world, bf16=cfg.precision == "bf16", count=not cfg.compile)
         status, evaluation = "FAILED", None
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(Stopper(self.folder, world))
@@ -287,7 +291,7 @@ class _Training:
             self._log(parts)
         if save or self.data.stopping:
             with self.meter.paused(), self.watchdog.off():
-                self.path = self.manager.save(self.data, self.engine, self.ema, step, self.tracker)
+                self.path = self.manager.save(self.data, self.engine, self.ema, step=step, tracker=self.tracker)
         if evaluate and not self.data.stopping:
             self._evaluate()
 
@@ -317,7 +321,9 @@ class _Training:
         with self.meter.paused(), self.watchdog.off():
             with self.ema.applied(module) if self.ema else contextlib.nullcontext():
                 folder = self.folder / "pictures"
-                drawer = Drawer(config, frames.sensors, pictures if world.is_main else 0, folder, step)
+                drawer = Drawer(
+                    config, frames.sensors, scenes=pictures if world.is_main else 0, folder=folder, step=step
+                )
                 result = evaluate_on(self.engine, frames, drawer)
             self.tracker.log_result(step, result.metrics())
             for picture in drawer.done:

@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -242,6 +242,7 @@ class StreamBatch:
         samples: the n draws.
         state: position after this batch, for a checkpoint.
         returned: what ``fill`` returned for each of the n.
+        made: what ``finish`` adds by field name, arrays of whatever library.
     """
 
     arrays: dict[str, np.ndarray]
@@ -249,6 +250,7 @@ class StreamBatch:
     samples: list[Sample]
     state: dict[str, int]
     returned: list
+    made: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

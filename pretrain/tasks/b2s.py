@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from occstream.evaluation.occupancy import HEADLINE
-from occstream.evaluation.predict import predict
+from occstream.evaluation.predict import Keep, predict
 from occstream.evaluation.report import prediction_picture
 from occstream.models import build_model, model_entry
 from occstream.models.batch import Batch, OccOutputs
@@ -40,6 +40,26 @@ PARTS = {
     "sparse part": "semantic",
     "full head": "full",
 }
+
+if TYPE_CHECKING:
+
+    class ImageLevels(nn.Module):
+        """The image encoder; ``levels`` is its backbone."""
+
+        levels: Callable[..., Any]
+
+    class Network(nn.Module):
+        """What a model gives that B2S trains, beside its forward."""
+
+        predicts_binary: bool
+        images: ImageLevels
+
+        def transfer_keys(self) -> list[str]: ...
+        def dropped_keys(self) -> tuple[str, ...]: ...
+
+
+def _network(model: nn.Module) -> Network:
+    return cast("Network", model)
 
 
 @dataclass
@@ -105,13 +125,13 @@ class B2STask(Task):
             config.model,
             grid=config.voxel_grid,
             num_classes=config.classes.num_classes,
-            image_size=tuple(config.augment.image_size),
+            image_size=config.augment.image_size,
             semantic=self.semantic,
         )
 
     def check(self, model: nn.Module) -> None:
         config = self.config
-        if config.replay.url and self.semantic and not model.predicts_binary:
+        if config.replay.url and self.semantic and not _network(model).predicts_binary:
             raise ValueError(
                 f"strategy {config.model.strategy} has no binary head, so replayed binary frames teach nothing: set "
                 "replay.url= (empty), or model.strategy to intermediate or multi"
@@ -120,12 +140,14 @@ class B2STask(Task):
             raise ValueError("strategy offboard has no pre-training stage: set train.init= (empty)")
 
     def transfer(self, model: nn.Module) -> Transfer:
-        return Transfer(model.transfer_keys(), model.dropped_keys())
+        network = _network(model)
+        return Transfer(network.transfer_keys(), network.dropped_keys())
 
     def compile(self, model: nn.Module, backend: str) -> None:
         # The backbone alone: it is most of the FLOPs, and its shapes do not change. Activation checkpointing stays outside: it
         # runs the compiled function again.
-        model.images.levels = torch.compile(model.images.levels, dynamic=False, backend=backend)
+        images = _network(model).images
+        images.levels = torch.compile(images.levels, dynamic=False, backend=backend)
 
     def parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
         found = {part: getattr(model, name, None) for part, name in PARTS.items()}
@@ -154,7 +176,8 @@ class B2STask(Task):
 
     def facts(self, key: str, source: Any, manifest: Manifest, scenes: Sequence[int]) -> Facts:
         replayed = key.startswith("replay")
-        return mask_facts(key, source.mask, manifest, scenes, "labels" if replayed else self.config.data.binary_from)
+        binary_from = "labels" if replayed else self.config.data.binary_from
+        return mask_facts(key, source.mask, manifest, scenes, binary_from=binary_from)
 
     def counts(self, outputs: OccOutputs, batch: Batch) -> dict[str, Tensor]:
         return losses.counts(outputs, batch, self.config.loss)
@@ -199,7 +222,7 @@ class B2STask(Task):
             raise ValueError("is of a pre-training run, which predicts no classes; give a fine-tuned one")
 
     def predict(
-        self, model: nn.Module, batches: Iterable[Batch], keep: str, flips: bool
+        self, model: nn.Module, batches: Iterable[Batch], keep: Keep, flips: bool
     ) -> Iterator[tuple[str, Labels]]:
         return predict(
             model,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from occstream.evaluation.evaluate import Metric
+from occstream.evaluation.predict import Keep
 from occstream.models.batch import Batch
 from occstream.pretrain.config import Config
 from occstream.pretrain.terms import combine, joint_counts
@@ -48,7 +49,7 @@ class Sample(Protocol):
         ...
 
     def finish(self, device: torch.device, threads: int) -> Callable[[StreamBatch], None] | None:
-        """What completes each batch of the stream, such as by arrays that a GPU makes; None: nothing."""
+        """What completes each batch of the stream, such as by arrays that a GPU makes (``made``); None: nothing."""
         ...
 
     def invalidate(self, arrays: dict[str, np.ndarray], index: int) -> None:
@@ -251,7 +252,7 @@ class Task(ABC):
         """Raises ValueError if the recipe's network predicts nothing that shards can hold."""
 
     def predict(
-        self, model: nn.Module, batches: Iterable[Batch], keep: str, flips: bool
+        self, model: nn.Module, batches: Iterable[Batch], keep: Keep, flips: bool
     ) -> Iterator[tuple[str, Labels]]:
         """Key and labels of each frame, in the order of the batches.
 

@@ -103,9 +103,11 @@ def camera_sample(
     )
 
 
-def mask_facts(key: str, mask: Mask, manifest: Manifest, scenes: Sequence[int], binary_from: str = "labels") -> Facts:
+def mask_facts(
+    key: str, mask: Mask, manifest: Manifest, scenes: Sequence[int], *, binary_from: str = "labels"
+) -> Facts:
     """The share of unknown voxels that a mask makes count, by the mask's setting."""
-    share = unknown_share(manifest, scenes, mask, binary_from)
+    share = unknown_share(manifest, scenes, mask, binary_from=binary_from)
     numbers = {} if share is None else {f"{key}.mask": share}
     return Facts(numbers, [unknown_line(f"{key}.mask", mask, share)] if share else [])
 
@@ -148,7 +150,7 @@ def occupancy_scoring(
 
 
 def unknown_share(
-    manifest: Manifest, scenes: Sequence[int], mask: Mask, binary_from: str = "labels", frames: int = 8
+    manifest: Manifest, scenes: Sequence[int], mask: Mask, *, binary_from: str = "labels", frames: int = 8
 ) -> float | None:
     """Share (0..1) of the voxels that count under a mask although the labels do not know them, over evenly spaced frames;
     None for the masks that never count one."""
@@ -160,9 +162,11 @@ def unknown_share(
     try:
         for n in np.unique(np.linspace(0, len(places) - 1, min(frames, len(places))).astype(int)):
             labels = reader.frame(*places[n]).labels
-            if labels is None or (mask == "camera" and labels.mask_camera is None):
+            if labels is None:
                 continue  # the streams say which frame lacks what
             counts = labels.mask_camera if mask == "camera" else np.ones(labels.binary.shape, bool)
+            if counts is None:
+                continue
             if binary_from == "semantic" and labels.semantic is not None:
                 counts = counts & (labels.semantic != IGNORE)
             counted += int(counts.sum())

@@ -64,6 +64,8 @@ def _import(name: str) -> None:
     if known in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(known, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[known] = module
     try:

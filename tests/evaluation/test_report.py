@@ -75,14 +75,20 @@ def test_compare_reads_finished_runs_from_mlflow(tmp_path, capsys):
         for seed, miou in enumerate(values):
             folder = tmp_path / f"{arm}-{seed}"
             tracker = Tracker(
-                folder, uri, "study", folder.name, {"arm": arm, "seed": str(seed)}, {"optim": {"lr": 0.1}}
+                folder,
+                uri=uri,
+                experiment="study",
+                name=folder.name,
+                tags={"arm": arm, "seed": str(seed)},
+                params={"optim": {"lr": 0.1}},
             )
             tracker.log(1, {"perf/samples_per_s": 5.0})
             tracker.log_result(
                 1, {"eval/miou": miou, "eval/iou": 30.0, "eval/class/car": miou / 2, "eval/class/bus": float("nan")}
             )
             tracker.close()
-    Tracker(tmp_path / "failed", uri, "study", "failed", {"arm": "scratch", "seed": "9"}, {}).close("FAILED")
+    tags = {"arm": "scratch", "seed": "9"}
+    Tracker(tmp_path / "failed", uri=uri, experiment="study", name="failed", tags=tags, params={}).close("FAILED")
     text = compare(uri, "study", out=tmp_path / "out")
     assert "10.20 ± 0.28" in text
     assert "12.10 ± 0.14" in text

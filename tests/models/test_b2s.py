@@ -70,7 +70,9 @@ def test_pretraining_ends_at_the_binary_head_and_what_is_loaded_and_dropped_is_d
     with torch.no_grad():
         for p in first.parameters():
             p.add_(1)
-    fresh = load_declared(second, first.state_dict(), second.transfer_keys(), "test", second.dropped_keys())
+    fresh = load_declared(
+        second, first.state_dict(), second.transfer_keys(), origin="test", dropped=second.dropped_keys()
+    )
     assert fresh
     assert all(k.startswith(("semantic.", "full.heads.semantic.")) for k in fresh)
     for key in second.transfer_keys():
@@ -82,11 +84,11 @@ def test_checkpoints_of_another_strategy_or_family_are_refused_by_name():
     for theirs, ours in (("intermediate", "multi"), ("multi", "intermediate"), ("intermediate", "replacing")):
         model = build(strategy=ours)
         with pytest.raises(ValueError, match=r"missing \((full|binary_head)"):
-            load_declared(model, binary[theirs], model.transfer_keys(), "theirs", model.dropped_keys())
+            load_declared(model, binary[theirs], model.transfer_keys(), origin="theirs", dropped=model.dropped_keys())
     model = build()
     more = binary["intermediate"] | {"other.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"neither uses nor drops on purpose \(other\.weight\)"):
-        load_declared(model, more, model.transfer_keys(), "theirs", model.dropped_keys())
+        load_declared(model, more, model.transfer_keys(), origin="theirs", dropped=model.dropped_keys())
     with pytest.raises(ValueError, match="nothing to pre-train"):
         build(semantic=False, strategy="offboard")
 

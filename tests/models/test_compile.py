@@ -53,9 +53,9 @@ def test_fp32_is_fp32_unless_tf32_is_asked_for(tf32):
     before = products.allow_tf32, convolutions.allow_tf32
     try:
         products.allow_tf32 = convolutions.allow_tf32 = not tf32
-        accelerate(torch.nn.Identity(), torch.device("cuda"), False, config.train.tf32)
+        accelerate(torch.nn.Identity(), torch.device("cuda"), False, tf32=config.train.tf32)
         assert products.allow_tf32 == convolutions.allow_tf32 == tf32
-        accelerate(torch.nn.Identity(), torch.device("cpu"), False, not tf32)
+        accelerate(torch.nn.Identity(), torch.device("cpu"), False, tf32=not tf32)
         assert products.allow_tf32 == convolutions.allow_tf32 == tf32, "nothing changes on the CPU"
     finally:
         products.allow_tf32, convolutions.allow_tf32 = before

@@ -74,11 +74,11 @@ def test_rows_are_ranked_by_their_height_not_their_number(mode, expected):
     """A sensor that numbers its rows in the order of firing."""
     firing = np.array([5, 0, 3, 7, 1, 6, 2, 4])
     points, rows = rig(UNEVEN[firing])
-    stay = resample_beams(points, 10 + rows, 0.5, mode)
+    stay = resample_beams(points, 10 + rows, 0.5, mode=mode)
     assert sorted(UNEVEN[firing][np.unique(rows[stay])]) == expected
     assert stay.sum() == 4 * 50  # whole rows
     order = np.random.default_rng(0).permutation(len(points))
-    assert (resample_beams(points[order], 10 + rows[order], 0.5, mode) == stay[order]).all()
+    assert (resample_beams(points[order], 10 + rows[order], 0.5, mode=mode) == stay[order]).all()
 
 
 def test_each_lidar_is_thinned_from_its_own_origin():

@@ -318,9 +318,9 @@ def test_transfer_is_all_or_nothing():
         (good, r"1 tensors that this model neither uses nor drops on purpose \(unrelated\)"),
     ]:
         with pytest.raises(ValueError, match=reason):
-            load_declared(model, bad, expected, "here")
+            load_declared(model, bad, expected, origin="here")
         assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert load_declared(model, good, expected, "here", ("unr",)) == ["1.weight", "1.bias"]
+    assert load_declared(model, good, expected, origin="here", dropped=("unr",)) == ["1.weight", "1.bias"]
     assert torch.equal(model[0].weight, torch.ones(4, 3))
     assert torch.equal(model[1].weight, before["1.weight"])
 

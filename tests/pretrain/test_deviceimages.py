@@ -99,7 +99,7 @@ def completed(*samples):
     }
     batch = StreamBatch(arrays | {"cameras.intrinsics": np.zeros((n, 1, 3, 3))}, [], [], {}, list(samples))
     DeviceImages((64, 176), CPU, 1)(batch)
-    return batch.arrays["cameras.images"]
+    return batch.made["cameras.images"]
 
 
 def test_empty_shares_and_damage():

@@ -101,7 +101,7 @@ def test_numbers_of_a_step_are_asked_for_one_step_later():
     made.backward, made.step = (lambda loss: None), mock.Mock()
     heard = []
     with mock.patch.object(guards, "fuses", return_value=True):
-        guard = FiniteGuard(made, Config(), None, ALONE, lambda *flags: heard.append(flags))
+        guard = FiniteGuard(made, Config(), None, ALONE, heard=lambda *flags: heard.append(flags))
     for step in range(3):
         guard.begin(step)
         guard.backward(torch.tensor(1.0), ["a-0"], torch.tensor([0.0, float(step)]))
@@ -143,7 +143,7 @@ def test_ending_a_step_reads_nothing_back_before_the_next(monkeypatch):
     made.is_gradient_accumulation_boundary, made.zero_optimization_stage = (lambda: True), (lambda: 0)
     made.backward, made.step = (lambda loss: None), mock.Mock()
     with mock.patch.object(guards, "fuses", return_value=True):
-        guard = FiniteGuard(made, Config(), None, ALONE, lambda *flags: None)
+        guard = FiniteGuard(made, Config(), None, ALONE, heard=lambda *flags: None)
     for step in range(2):
         with Ops() as ops:
             guard.begin(step)

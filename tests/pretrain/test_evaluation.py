@@ -50,7 +50,7 @@ def test_a_frame_that_cannot_be_read_is_left_out_and_no_other_counts_twice(tmp_p
         return call(self, frame, epoch, views)
 
     monkeypatch.setattr(FrameFiller, "__call__", fill)
-    drawer = trained.Drawer(config, held_out.sensors, 5, tmp_path, 0)
+    drawer = trained.Drawer(config, held_out.sensors, scenes=5, folder=tmp_path, step=0)
     drawn = []
     monkeypatch.setattr(b2s, "prediction_picture", lambda path, *_, **words: drawn.append(path.name))
     found = trained.evaluate_on(Says(other), held_out, drawer)

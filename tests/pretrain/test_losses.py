@@ -54,7 +54,7 @@ def test_fast_sum_of_soft_labels_and_class_weights_equals_the_reference():
     columns = torch.rand(5, generator=g, dtype=torch.float64) + 0.5
     hard = lambda labels: (sigmoid_focal(logits, F.one_hot(labels, 6)[:, :5].double(), 2.0, 0.25) * columns).sum(1)  # noqa: E731
     slow = (share * hard(first) + (1 - share) * hard(second)).sum()
-    fast = sigmoid_focal_sum(logits, [(first, share), (second, 1 - share)], 2.0, 0.25, columns)
+    fast = sigmoid_focal_sum(logits, [(first, share), (second, 1 - share)], 2.0, 0.25, columns=columns)
     torch.testing.assert_close(fast, slow)
     torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (fast, slow)))
 

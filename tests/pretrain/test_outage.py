@@ -18,7 +18,7 @@ def test_numbers_and_checkpoints_arrive_after_both_were_away(tmp_path, monkeypat
     server, store, run = Server(), tmp_path / "store", tmp_path / "run"
     monkeypatch.setattr(Sender, "_connect", lambda self: server)
     monkeypatch.setattr(checkpoint.Uploader, "AGAIN", 0.01)
-    tracker = Tracker(run, "http://tracker", "study", "run", {}, {"seed": 0})
+    tracker = Tracker(run, uri="http://tracker", experiment="study", name="run", tags={}, params={"seed": 0})
     uploader = checkpoint.Uploader(f"file://{store}")
     for step in range(1, 31):
         if step == 11:

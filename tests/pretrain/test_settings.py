@@ -233,7 +233,7 @@ def test_the_class_threshold_decides_in_evaluations_pictures_and_predictions(dat
     assert bus(0.5).iou == 0, "all free"
     assert bus(0.3).iou > 0
     monkeypatch.setattr(b2s, "prediction_picture", lambda *_, **words: seen.append(words["threshold"]))
-    drawer = trained.Drawer(c, held_out.sensors, 1, tmp_path, 0)
+    drawer = trained.Drawer(c, held_out.sensors, scenes=1, folder=tmp_path, step=0)
     for batch in held_out:
         drawer(batch, Says()(batch))
     assert seen == [0.5]
@@ -333,7 +333,7 @@ def test_only_the_image_encoder_is_compiled_and_only_on_cuda(monkeypatch):
     levels = model.images.levels
     assert c.compile
     for kind, count in (("cpu", 0), ("cuda", 1)):
-        networks.accelerate(model, types.SimpleNamespace(type=kind), False, False, task_of(config()).compile)
+        networks.accelerate(model, types.SimpleNamespace(type=kind), False, compiled=task_of(config()).compile)
         assert len(compiled) == count
     assert compiled == [levels]
 

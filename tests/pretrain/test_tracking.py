@@ -21,7 +21,15 @@ from tests.pretrain.small import RECIPE
 
 
 def _tracker(folder, uri, **more):
-    return Tracker(folder, uri, "study", "run-1", {"arm": "a"}, {"optim": {"lr": 0.1}, "grid": "tiny"}, **more)
+    return Tracker(
+        folder,
+        uri=uri,
+        experiment="study",
+        name="run-1",
+        tags={"arm": "a"},
+        params={"optim": {"lr": 0.1}, "grid": "tiny"},
+        **more,
+    )
 
 
 def _uri(tmp_path):
@@ -328,7 +336,7 @@ def test_what_a_resumed_run_changes_is_noted(tmp_path, capsys):
     before, now = load_config(RECIPE, ["train.steps=2"]), load_config(RECIPE, ["train.steps=4"])
     saved = SimpleNamespace(state={"config": before.to_dict(), "world_size": 1, "step": 2})
     tracker = _tracker(tmp_path, "")
-    write_config(tmp_path, now, 1, saved, tracker)
+    write_config(tmp_path, now, 1, saved=saved, tracker=tracker)
     tracker.close()
     assert "changed from step 2 on: train.steps 2 -> 4" in capsys.readouterr().out
     kept = tmp_path / "config-step-00000002.yaml"
@@ -345,7 +353,7 @@ def test_settings_that_an_older_run_did_not_have_yet_are_not_changes(tmp_path, c
     del older["loss"]["replay_normalizer"], older["augment"]["resize_relative"]
     saved = SimpleNamespace(state={"config": older, "world_size": 1, "step": 2})
     tracker = _tracker(tmp_path, "")
-    write_config(tmp_path, config, 1, saved, tracker)
+    write_config(tmp_path, config, 1, saved=saved, tracker=tracker)
     tracker.close()
     assert "changed" not in capsys.readouterr().out
     assert not any("changed" in event for event in read_events(tmp_path / EVENTS))
