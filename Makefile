@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export DS_BUILD_OPS = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# The type checker would ask npm for newer versions.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .PHONY: demo test bounds lint types docs install dev clean
 
