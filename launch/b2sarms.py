@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -126,7 +127,7 @@ class _Cells:
             "control": control,
             "seed": seed,
         }
-        before = self._pretrain(family, arm, scenes, seed, strategy) if scenes else None
+        before = self._pretrain(family, strategy, scenes, seed) if scenes else None
         settings = [study.set, study.families[family] or {}, study.finetune.set, arm.finetune]
         settings.append({"data": {"scenes": labelled}, "train": {"seed": seed}})
         if arm.replay and scenes and control != "more-s":
@@ -134,12 +135,12 @@ class _Cells:
         elif arm.replay:
             settings.append(arm.without_replay)
         if control:
-            settings.append(self._equal_compute(control, settings, family, arm, seed, strategy))
+            settings.append(self._equal_compute(control, settings, place))
         name = f"{family}-{strategy}-{scenes}-{labelled}{f'-{control}' if control else ''}-s{seed}"
-        self.grid.add(name, "finetune", study.finetune.recipe, settings, before).cells.append(place)
+        self.grid.add(name, "finetune", study.finetune.recipe, settings, parent=before).cells.append(place)
 
-    def _pretrain(self, family: str, arm: ArmSpec, scenes: int, seed: int, strategy: str) -> Training:
-        study = self.study
+    def _pretrain(self, family: str, strategy: str, scenes: int, seed: int) -> Training:
+        study, arm = self.study, self.study.strategies[strategy]
         settings = [study.set, study.families[family] or {}, study.pretrain.set, arm.pretrain]
         if arm.source:
             own = self.grid.config("pretrain", study.pretrain.recipe, settings)
@@ -149,10 +150,8 @@ class _Cells:
         settings.append({"data": {"scenes": scenes}, "train": {"seed": seed}})
         return self.grid.add(f"pre-{family}-{strategy}-{scenes}-s{seed}", "pretrain", study.pretrain.recipe, settings)
 
-    def _equal_compute(
-        self, control: str, settings: list[dict[str, Any]], family: str, arm: ArmSpec, seed: int, strategy: str
-    ) -> dict:
-        """Steps or batch that make a control as expensive as what it is compared with."""
+    def _equal_compute(self, control: str, settings: list[dict[str, Any]], place: Mapping[str, Any]) -> dict:
+        """Steps or batch that make a control, at a place in the grid, as expensive as what it is compared with."""
         study = self.study
         if control == LABELS:
             first = [*settings, {"data": {"scenes": study.finetune.scenes[0]}}]
@@ -160,7 +159,7 @@ class _Cells:
         config = self.grid.config("finetune", study.finetune.recipe, settings)
         steps, _ = self.grid.size(config)
         if control == "longer":
-            most = self._pretrain(family, arm, max(study.pretrain.scenes), seed, strategy)
+            most = self._pretrain(place["family"], place["strategy"], max(study.pretrain.scenes), place["seed"])
             return {"train": {"steps": steps + math.ceil(most.frames / config.train.batch)}}
         replayed = study.replay.get("batch")
         extra = config.train.batch if replayed is None else replayed

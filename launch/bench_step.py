@@ -7,7 +7,7 @@ import contextlib
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from occstream.pretrain.networks import accelerate, create_model
 from occstream.pretrain.tasks.registry import task_of
 
 
-def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, batch: int, repeats: int) -> dict:
+def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, *, batch: int, repeats: int) -> dict:
     """Times steps with data from memory.
 
     Args:
@@ -37,23 +37,26 @@ def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, batch: int, 
     task = task_of(config)
     labeled = (batch - batch // 2 if config.replay.url and task.replays else batch) if task.labeled else 0
     frames = task.synthetic_batch(labeled, batch - labeled).to(device)
-    builds: dict[str, Callable] = {"plain fp32": _Build(config, device, frames, "fp32", False)}
+    plain = _Build(config, device, frames, precision="fp32", tf32=False)
+    builds = {"plain fp32": plain}
     if device.type == "cuda":
-        builds["plain TF32"] = _Build(config, device, frames, "fp32", True)
+        builds["plain TF32"] = _Build(config, device, frames, precision="fp32")
     precision = config.train.precision
     if precision != "fp32":
-        builds[precision] = _Build(config, device, frames, precision, True)
+        builds[precision] = _Build(config, device, frames, precision=precision)
     if device.type == "cuda":
-        builds[f"{precision} kernels"] = _Build(config, device, frames, precision, True, True)
-        builds[f"{precision} kernels compile"] = _Build(config, device, frames, precision, True, True, True)
+        builds[f"{precision} kernels"] = _Build(config, device, frames, precision=precision, with_kernels=True)
+        builds[f"{precision} kernels compile"] = _Build(
+            config, device, frames, precision=precision, with_kernels=True, compiled=True
+        )
     for build in builds.values():
         build.step()
-    flops = _flops(builds["plain fp32"])
+    flops = _flops(plain)
     for _ in range(repeats):
         for build in builds.values():
             build.step()
     found: dict = {"device": _device(device), "batch": batch, "flops": flops, "ceilings": _ceilings(device)}
-    found["parts"] = list(builds["plain fp32"].task.parts(builds["plain fp32"].model))
+    found["parts"] = list(plain.task.parts(plain.model))
     found["builds"] = {name: build.summary() for name, build in builds.items()}
     _show(found, recipe, config.stage)
     return found
@@ -67,8 +70,9 @@ class _Build:
         config: Config,
         device: torch.device,
         frames: Batch,
+        *,
         precision: str,
-        tf32: bool,
+        tf32: bool = True,
         with_kernels: bool = False,
         compiled: bool = False,
     ) -> None:

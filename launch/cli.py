@@ -443,7 +443,7 @@ def _bench(args: argparse.Namespace) -> int:
     if args.what == "step":
         from occstream.launch.bench_step import bench_step
 
-        found = bench_step(args.recipe, tuple(args.settings), args.stage, args.batch, args.repeats)
+        found = bench_step(args.recipe, tuple(args.settings), args.stage, batch=args.batch, repeats=args.repeats)
     elif args.what == "pack":
         found = _from_checkout("pack").bench_pack(args.scenes or 12, workers=args.workers, repeats=args.repeats)
     elif args.what == "refine":

@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from occstream.sharding.codec import Coding
-    from occstream.sharding.grid import VoxelGrid
     from occstream.sharding.labelconfig import LabelConfig
     from occstream.sharding.manifest import Manifest
-    from occstream.sharding.pack import LabelStep, Progress
-    from occstream.sharding.prepare import Images
+    from occstream.sharding.pack import Progress, Settings
     from occstream.sharding.schema import Source
 
 
@@ -144,14 +141,15 @@ def shard(args: argparse.Namespace) -> int:
         )
     cameras = tuple(c for c in args.cameras.split(",") if c)
     images = Images(args.short_side, args.jpeg_quality, cameras, args.max_black / 100)
-    return _run_job(args, source, groups, grid, label, images, Coding(args.zstd_level, args.lidar_step), reason)
+    coding = Coding(args.zstd_level, args.lidar_step)
+    settings: Settings = {"groups": groups, "grid": grid, "label": label, "images": images, "coding": coding}
+    return _run_job(args, source, reason, settings)
 
 
 def label(args: argparse.Namespace) -> int:
     from occstream.sharding.codec import Coding
     from occstream.sharding.grid import get_grid
     from occstream.sharding.labels import Labeler
-    from occstream.sharding.prepare import Images
     from occstream.sharding.summary import choose_labels
 
     source = _opened(args)
@@ -174,28 +172,27 @@ def label(args: argparse.Namespace) -> int:
         return 0
     label = Labeler(grid, source.taxonomy.name, config)
     _, reason = choose_labels(source, "lidar", grid)
-    return _run_job(args, source, ("labels",), grid, label, Images(), Coding(args.zstd_level), reason)
+    coding = Coding(args.zstd_level)
+    return _run_job(args, source, reason, {"groups": ("labels",), "grid": grid, "label": label, "coding": coding})
 
 
-def _run_job(
-    args: argparse.Namespace,
-    source: Source,
-    groups: tuple[str, ...],
-    grid: VoxelGrid | None,
-    label: LabelStep | None,
-    images: Images,
-    coding: Coding,
-    reason: str,
-) -> int:
+def _run_job(args: argparse.Namespace, source: Source, reason: str, settings: Settings) -> int:
+    """Packs, or estimates what that would take.
+
+    Args:
+        reason: where the labels come from, for people.
+        settings: of the job.
+    """
     from occstream.sharding.pack import Job, estimate, pack
     from occstream.sharding.summary import after, before, plural
 
     if not args.out:
         raise ValueError("no target: give --out FOLDER, file://… or s3://…")
     part = parse_part(args.part)
-    print("\n".join(before(source, reason, grid or source.grid)), flush=True)
+    settings["scenes_per_shard"] = args.scenes_per_shard
+    print("\n".join(before(source, reason, settings.get("grid") or source.grid)), flush=True)
     if args.dry_run:
-        found = estimate(Job(source, args.out, groups, grid, label, images, coding, args.scenes_per_shard))
+        found = estimate(Job(source, args.out, **settings))
         print(f"{source.name} -> {args.out}: {plural(found.scenes, 'scene')}, {plural(found.shards, 'shard')} a group")
         if found.failed:
             name, reason = next(iter(found.failed.items()))
@@ -218,17 +215,12 @@ def _run_job(
     manifest = pack(
         source,
         args.out,
-        groups=groups,
-        grid=grid,
-        label=label,
-        scenes_per_shard=args.scenes_per_shard,
         workers=args.workers,
-        images=images,
-        coding=coding,
         part=part,
         max_failures=args.max_failures,
         recheck=args.recheck,
         progress=show,
+        **settings,
     )
     for reason in show.failed.values():
         print(f"left out: {reason}", file=sys.stderr)

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from occstream.models.layers import SyncBatchNorm
-from occstream.pretrain.config import Config, load_config
+from occstream.pretrain.config import Config, DataConfig, ReplaySource, load_config
 from occstream.pretrain.distributed import World
 from occstream.pretrain.engine import BUCKET
 from occstream.pretrain.networks import create_model
 from occstream.pretrain.optim import parameter_groups
 from occstream.pretrain.streams import EvalData, TrainData, open_manifest, training_scenes
+from occstream.pretrain.tasks.base import Role
 from occstream.pretrain.tasks.registry import task_of
 
 SLACK = 0.2  # measured on the CPU
@@ -118,9 +119,11 @@ def _peak(config: Config, model: nn.Module, labeled: int, other: int) -> float:
         loss, _ = task_of(config).loss(outputs, batch)
         loss.backward()
     live = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+    recorded = profile.profiler and profile.profiler.kineto_results
+    assert recorded is not None  # a profile that has ended has results
+    for event in sorted(recorded.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
-            live += event.nbytes()
+            live += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue] (torch's stub of it has no such method)
             peak = max(peak, live)
     return peak + 3 * batch.nbytes  # the batch itself, and the stream's two spare ones
 
@@ -142,6 +145,7 @@ def dry_run(
     stage: str,
     recipe: str,
     overrides: Sequence[str],
+    *,
     ranks: int,
     memory_gb: float,
     rate: float,
@@ -207,9 +211,10 @@ def dry_run(
 def _volume(config: Config, data: TrainData) -> dict[str, tuple[int, int]]:
     """Scenes and bytes of an epoch by stream; shards are counted whole if any of their scenes is used."""
     found, task = {}, task_of(config)
-    sources = [("data", "main", config.data)]
+    sources: list[tuple[str, Role, DataConfig | ReplaySource]] = [("data", "main", config.data)]
     if config.replay.url and task.replays:
-        sources += [("replay", "replay", source) for source in (config.replay, *config.replay.more)]
+        for source in (config.replay, *config.replay.more):
+            sources.append(("replay", "replay", source))
     for name, role, source in sources:
         manifest = open_manifest(source.url, source.labels)
         chosen = training_scenes(manifest, source)

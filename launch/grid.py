@@ -69,7 +69,7 @@ class Grid:
         return list(self._trainings.values())
 
     def add(
-        self, name: str, stage: str, recipe: str, settings: Sequence[Mapping], parent: Training | None = None
+        self, name: str, stage: str, recipe: str, settings: Sequence[Mapping], *, parent: Training | None = None
     ) -> Training:
         """The training with these settings, new or one that is there.
 
@@ -235,7 +235,7 @@ class AxesStudy(Study):
                     continue
                 settings = [self.set, spec.set, *overrides, {"train": {"seed": seed}}]
                 name = "-".join([spec.stage, *cell.values(), f"s{seed}"])
-                last = grid.add(name, spec.stage, spec.recipe, settings, last)
+                last = grid.add(name, spec.stage, spec.recipe, settings, parent=last)
             if last is None:
                 raise ValueError(f"the cell {cell} has no stage")
             last.cells.append({**cell, "seed": seed})

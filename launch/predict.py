@@ -82,7 +82,7 @@ def predict_checkpoint(
     except ValueError as error:
         raise ValueError(f"{trained.path}: {error}") from None
     config.data.url = url
-    job = _Job(trained, base, keep, flips, truth, holdout)
+    job = _Job(trained, base, keep=keep, flips=flips, truth=truth, holdout=holdout)
     sidecar = job.sidecar(name, overrides)
     try:
         mine = sorted(sidecar.scenes)[part[0] - 1 :: part[1]]
@@ -105,8 +105,9 @@ class _Job:
         kept: scenes that keep the set's own labels.
     """
 
-    def __init__(self, trained: Trained, base: Manifest, keep: Keep, flips: bool, truth: int, holdout: int) -> None:
-        self.trained, self.base, self.keep, self.flips = trained, base, keep, flips
+    def __init__(self, trained: Trained, base: Manifest, *, keep: Keep, flips: bool, truth: int, holdout: int) -> None:
+        self.trained, self.base, self.flips = trained, base, flips
+        self.keep: Keep = keep
         config = trained.config
         self.task, self.labeled = task_of(config), "labels" in base.groups
         if not self.labeled and (self.task.needs_labels or truth):

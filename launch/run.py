@@ -24,8 +24,8 @@ def main(stage: str = "", argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         from occstream.launch.dryrun import dry_run
 
-        words = (args.world_size, args.memory_gb, args.rate, args.price)
-        return guarded(lambda: begin() or dry_run(stage, args.recipe, args.overrides, *words))
+        numbers = {"ranks": args.world_size, "memory_gb": args.memory_gb, "rate": args.rate, "price": args.price}
+        return guarded(lambda: begin() or dry_run(stage, args.recipe, args.overrides, **numbers))
     if args.world_size != 1 or args.memory_gb or args.rate or args.price:
         parser(stage).error("--world-size, --memory-gb, --rate and --price require --dry-run")
     overrides = [*args.overrides, *([f"train.profile={args.profile}"] if args.profile else [])]

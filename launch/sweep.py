@@ -52,11 +52,7 @@ def sweep(
         ValueError: the study is wrong, or a cell could not start.
     """
     study = load_study(path, overrides)
-    for line in study.prepare:
-        print(f"$ occstream {line}", flush=True)
-        command = [sys.executable, "-m", "occstream.launch.cli", *shlex.split(line)]
-        if subprocess.run(command, check=False).returncode:
-            raise ValueError(f"prepare: `occstream {line}` failed")
+    _prepare(study)
     runs = plan(study)
     finish(runs, study)
     jobs = jobs or min(4, os.cpu_count() or 1)
@@ -71,17 +67,8 @@ def sweep(
         for file in write_jobs(write, study, [r for r in runs if r.name not in done]):
             print(f"wrote {file}")
         return 0
-    try:
-        page = _log_card(study, runs)
-    except Exception as error:  # the server's trouble is not training's
-        page = ""
-        print(
-            f"MLflow at {study.uri} does not accept the data card ({str(error).splitlines()[0][:160]}); runs continue and keep "
-            "their metrics, `occstream sync RUN` sends them later",
-            file=sys.stderr,
-            flush=True,
-        )
-    failed = _execute(study, runs, done, jobs)
+    page = _page(study, runs)
+    failed = _Sweep(study, runs, done, jobs).run()
     if failed:
         print(f"\n{len(failed)} of {len(runs)} runs failed; the others are done. Fix the cause and run this again:")
         for name, reason in failed.items():
@@ -93,6 +80,29 @@ def sweep(
     elif page:
         print(f"curves: mlflow ui --backend-store-uri {study.uri}, then http://127.0.0.1:5000/{page}")
     return 0
+
+
+def _prepare(study: Study) -> None:
+    """Calls the commands that make the study's data."""
+    for line in study.prepare:
+        print(f"$ occstream {line}", flush=True)
+        command = [sys.executable, "-m", "occstream.launch.cli", *shlex.split(line)]
+        if subprocess.run(command, check=False).returncode:
+            raise ValueError(f"prepare: `occstream {line}` failed")
+
+
+def _page(study: Study, runs: Sequence[Training]) -> str:
+    """As ``_log_card``; "" where the server does not take it, which is said."""
+    try:
+        return _log_card(study, runs)
+    except Exception as error:  # the server's trouble is not training's
+        print(
+            f"MLflow at {study.uri} does not accept the data card ({str(error).splitlines()[0][:160]}); runs continue and keep "
+            "their metrics, `occstream sync RUN` sends them later",
+            file=sys.stderr,
+            flush=True,
+        )
+        return ""
 
 
 def _log_card(study: Study, runs: Sequence[Training]) -> str:
@@ -167,64 +177,89 @@ def command(study: Study, run: Training) -> list[str]:
     return [sys.executable, str(HERE / f"{run.config.stage}.py"), "--recipe", str(recipe)]
 
 
-def _execute(study: Study, runs: Sequence[Training], done: set[str], jobs: int) -> dict[str, str]:
-    """Runs what is not done, ``jobs`` at a time; returns the reasons, by name, for what failed or could not start."""
-    failed: dict[str, str] = {}
-    waiting = [run for run in runs if run.name not in done]
-    done, busy = set(done), set()
-    running: dict[str, tuple[subprocess.Popen, float]] = {}
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    env = {**os.environ, "PYTHONUNBUFFERED": "1", WATCHED: "1"}
-    env.setdefault("OMP_NUM_THREADS", threads)
-    began, total = time.perf_counter(), len(waiting)
-    try:
-        while waiting or running:
-            for run in [r for r in waiting if r.needs in failed]:
-                failed[run.name] = f"{run.needs}, whose weights it starts from, failed"
-                waiting.remove(run)
-            for run in [r for r in waiting if not r.needs or r.needs in done][: jobs - len(running)]:
-                if in_use(Path(study.output) / run.name):
-                    # What a sweep that was killed has left is about to save and stop; another sweep's is not.
-                    if run.name not in busy:
-                        print(f"{run.name}: another process is training it; waiting for it to finish", flush=True)
-                    busy.add(run.name)
-                    continue
-                if run.name in busy and finished(study, run):
-                    done.add(run.name)
-                    waiting.remove(run)
-                    continue
-                waiting.remove(run)
-                log = Path(study.output) / run.name / "log.txt"
-                log.parent.mkdir(parents=True, exist_ok=True)
-                with log.open("a") as file:
-                    # A group of its own: an interrupt reaches it through us, once.
-                    process = subprocess.Popen(
-                        command(study, run), env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-                    )
-                running[run.name] = process, time.perf_counter()
-            for name, (process, start) in list(running.items()):
-                code = process.poll()
-                if code is None:
-                    continue
-                del running[name]
-                log = Path(study.output) / name / "log.txt"
-                if code == 0:
-                    done.add(name)
-                else:
-                    last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["said nothing"]
-                    failed[name] = f"exit code {code}: {last[0][:200]} ({log})"
-                ended = total - len(waiting) - len(running)
-                took = time.perf_counter() - start
-                print(f"[{ended}/{total}] {name} {'done' if code == 0 else 'FAILED'} in {took:.0f} s", flush=True)
-            time.sleep(0.2)
-    finally:
-        for process, _ in running.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-        for process, _ in running.values():
-            process.wait()
-    print(f"took {time.perf_counter() - began:.0f} s")
-    return failed
+class _Sweep:
+    """Trains what is not done, ``jobs`` at a time.
+
+    Attributes:
+        waiting: not started yet; ``running``: process and time of its start by name; ``done``: names.
+        failed: the reasons, by name, for what failed or could not start.
+    """
+
+    def __init__(self, study: Study, runs: Sequence[Training], done: set[str], jobs: int) -> None:
+        self.study, self.jobs = study, jobs
+        self.waiting = [run for run in runs if run.name not in done]
+        self.running: dict[str, tuple[subprocess.Popen, float]] = {}
+        self.done, self.failed = set(done), {}
+        self._total = len(self.waiting)
+        self._busy: set[str] = set()
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        self._env = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONUNBUFFERED": "1", WATCHED: "1"}
+
+    def run(self) -> dict[str, str]:
+        """Trains until nothing is left; returns ``failed``."""
+        began = time.perf_counter()
+        try:
+            while self.waiting or self.running:
+                self._drop_orphans()
+                ready = [run for run in self.waiting if not run.needs or run.needs in self.done]
+                for run in ready[: self.jobs - len(self.running)]:
+                    self._start(run)
+                self._reap()
+                time.sleep(0.2)
+        finally:
+            for process, _ in self.running.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+            for process, _ in self.running.values():
+                process.wait()
+        print(f"took {time.perf_counter() - began:.0f} s")
+        return self.failed
+
+    def _log(self, name: str) -> Path:
+        return Path(self.study.output) / name / "log.txt"
+
+    def _drop_orphans(self) -> None:
+        for run in [run for run in self.waiting if run.needs in self.failed]:
+            self.failed[run.name] = f"{run.needs}, whose weights it starts from, failed"
+            self.waiting.remove(run)
+
+    def _start(self, run: Training) -> None:
+        """Starts a run unless another process is at it, or was and has finished it."""
+        if in_use(Path(self.study.output) / run.name):
+            # What a sweep that was killed has left is about to save and stop; another sweep's is not.
+            if run.name not in self._busy:
+                print(f"{run.name}: another process is training it; waiting for it to finish", flush=True)
+            self._busy.add(run.name)
+            return
+        self.waiting.remove(run)
+        if run.name in self._busy and finished(self.study, run):
+            self.done.add(run.name)
+            return
+        log = self._log(run.name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            # A group of its own: an interrupt reaches it through us, once.
+            process = subprocess.Popen(
+                command(self.study, run), env=self._env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self.running[run.name] = process, time.perf_counter()
+
+    def _reap(self) -> None:
+        """Says what has ended."""
+        for name, (process, start) in list(self.running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self.running[name]
+            if code == 0:
+                self.done.add(name)
+            else:
+                log = self._log(name)
+                last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["said nothing"]
+                self.failed[name] = f"exit code {code}: {last[0][:200]} ({log})"
+            ended = self._total - len(self.waiting) - len(self.running)
+            took = time.perf_counter() - start
+            print(f"[{ended}/{self._total}] {name} {'done' if code == 0 else 'FAILED'} in {took:.0f} s", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

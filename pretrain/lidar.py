@@ -282,7 +282,7 @@ class LidarFiller:
         sweeps += [near.lidar for o in self.window if (near := frame.window.get(o)) and near.lidar is not None]
         to_grid = inverse(sweeps[0].sensor_to_ego) if self.grid.frame == "lidar" else np.eye(4)
         to_scene = compose(turn.forward, to_grid)
-        taken = [self._points(frame, sweep, to_scene, share, phase) for sweep in sweeps]
+        taken = [self._points(frame, sweep, to_scene, share=share, phase=phase) for sweep in sweeps]
         joined = _Cloud(*(np.concatenate(arrays) for arrays in zip(*taken)))
         xyz = joined.xyz
         views["points.xyz"], views["scene_aug"][...] = xyz, turn.forward[:3, :3]
@@ -295,7 +295,7 @@ class LidarFiller:
         elif self.targets.occupancy:
             views["occupancy.binary"][...] = views["occupancy.binary_valid"][...] = False
         if self.targets.boxes is not None:
-            self._boxes(frame, to_scene, turn.scale, xyz, views)
+            self._boxes(frame, to_scene, turn.scale, xyz=xyz, views=views)
         if self.targets.points:
             views["point_labels.classes"] = joined.classes
 
@@ -308,7 +308,7 @@ class LidarFiller:
             return 1.0, 0.0
         return self.config.beams[int(which * len(self.config.beams))], phase
 
-    def _points(self, frame: Frame, sweep: LidarSweep, to_scene: np.ndarray, share: float, phase: float) -> _Cloud:
+    def _points(self, frame: Frame, sweep: LidarSweep, to_scene: np.ndarray, *, share: float, phase: float) -> _Cloud:
         """Points of a sweep in the augmented scene."""
         keep, kept = np.isfinite(sweep.xyz).all(1), np.ones(len(sweep.xyz), bool)
         if share < 1:
@@ -316,7 +316,7 @@ class LidarFiller:
                 raise ValueError(
                     f"frame {frame.key}: its LiDAR points have no beam numbers; pack them with ring, or set lidar.beams=[]"
                 )
-            kept = resample_beams(sweep.xyz, sweep.ring, share, self.config.beams_mode, phase=phase)
+            kept = resample_beams(sweep.xyz, sweep.ring, share, mode=self.config.beams_mode, phase=phase)
         if not self.targets.all_points:
             keep &= kept
         to_ego = sweep.sensor_to_ego
@@ -382,7 +382,7 @@ class LidarFiller:
         return known
 
     def _boxes(
-        self, frame: Frame, to_scene: np.ndarray, scale: float, xyz: np.ndarray, views: dict[str, np.ndarray]
+        self, frame: Frame, to_scene: np.ndarray, scale: float, *, xyz: np.ndarray, views: dict[str, np.ndarray]
     ) -> None:
         wanted = self.targets.boxes or ()
         found = frame.boxes

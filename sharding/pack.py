@@ -40,7 +40,8 @@ PARTS = "parts"
 class LabelStep(Protocol):
     """Makes labels: a picklable callable with a version that goes into the manifest."""
 
-    version: str
+    @property
+    def version(self) -> str: ...
 
     def __call__(self, scene: Scene) -> Scene: ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from occstream.pretrain.config import Config
+    from occstream.pretrain.tasks.b2s import B2SRecipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "tests/pretrain/small.yaml")  # the smallest that has every part of a network
@@ -59,25 +59,31 @@ class Check:
             pack_small(str(url), scenes=3)
         return str(url)
 
-    def small(self, stage: str, *words: str) -> Config:
+    def small(self, stage: str, *words: str) -> B2SRecipe:
         """The smallest recipe that has every part of a network."""
-        from occstream.pretrain.config import load_config
-
         words = (f"data.url={self.data()}", f"replay.url={self.data()}", "model.dropout=0.0", *words)
-        return load_config(RECIPE, words, stage=stage)
+        return _recipe(RECIPE, words, stage)
 
-    def sized(self, recipe: str, stage: str, *words: str) -> Config:
+    def sized(self, recipe: str, stage: str, *words: str) -> B2SRecipe:
         """A packaged recipe without data, as it is; dry, the smallest one with its kind of network."""
-        from occstream.pretrain.config import load_config
-
+        kind = _recipe(recipe, words, stage)
         if not self.dry:
-            return load_config(recipe, words, stage=stage)
-        kind = load_config(recipe, words, stage=stage)
+            return kind
         keep = [w for w in words if not w.startswith(("data.", "replay.", "augment."))]
         keep += ["model.dropout=0.0", f"model_name={kind.model_name}", f"model.strategy={kind.model.strategy}"]
         keep += ["model.cap=4000"]  # all that labels call occupied must fit
         keep += [f"model.dense_layers={min(1, kind.model.dense_layers)}", f"data.binary_from={kind.data.binary_from}"]
-        return load_config(RECIPE, keep, stage=stage)
+        return _recipe(RECIPE, keep, stage)
+
+
+def _recipe(name: str, words: Sequence[str], stage: str) -> B2SRecipe:
+    from occstream.pretrain.config import load_config
+    from occstream.pretrain.tasks.b2s import B2SRecipe
+
+    config = load_config(name, words, stage=stage)
+    if not isinstance(config, B2SRecipe):
+        raise ValueError(f"{name}: is of task {config.task}, the check is of b2s")
+    return config
 
 
 @dataclass(frozen=True)

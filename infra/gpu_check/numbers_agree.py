@@ -20,6 +20,7 @@ import occstream.models
 from occstream.launch.doctor import examine, report
 from occstream.models import MODELS, Batch, attention, build_model, kernels, lift
 from occstream.models.b2s import Strategy
+from occstream.models.batch import Cameras
 from occstream.models.layers import SyncBatchNorm
 from occstream.pretrain.distributed import World
 from occstream.pretrain.losses import LossConfig, _NegativeFocal
@@ -162,7 +163,7 @@ def full_kernels(check: Check) -> str:
     voxel = torch.randint(-1, voxels, (views, bins, cells), generator=g).to(device)
     keep = (voxel.reshape(-1) >= 0).nonzero().squeeze(1)
     pixel = keep // (bins * cells) * cells + keep % cells
-    cases = {
+    cases: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor], tuple[Tensor, ...]]] = {
         "pooling": (
             lambda: lift._Pool.apply(depth.reshape(-1)[keep], context, pixel, voxel.reshape(-1)[keep], voxels),
             lambda: kernels.pool(depth, context, voxel, voxels),
@@ -240,7 +241,8 @@ def batch_norm(check: Check) -> str:
                 out.backward(torch.linspace(-1, 1, x.numel(), device=device).view(shape).to(dtype))
                 cost.append(so_far() - before)
             slopes = [x.grad, norm.weight.grad, norm.bias.grad]
-            found.append([t.detach().float() for t in (out, *slopes, norm.running_mean, norm.running_var)])
+            results = (out, *slopes, norm.running_mean, norm.running_var)
+            found.append([t.detach().float() for t in results if t is not None])
             with ranks():
                 took = best_time(lambda norm=norm, x=x: norm(x).sum().backward(), device, 1 if check.dry else 6)
             cost[-1] = (cost[-1], took)
@@ -277,7 +279,7 @@ def decoder(check: Check) -> str:
     for way in ("cpu", "nvimagecodec"):
         config = check.small("finetune", f"data.url={url}", "replay.url=", f"train.decoder={way}", *words)
         feed = TrainData(config, World(0, 1, check.device))
-        images = feed.next().cameras.images.float().clone()
+        images = feed.next().part(Cameras).images.float().clone()
         began = time.perf_counter()
         for _ in range(count):
             feed.next()

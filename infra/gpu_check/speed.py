@@ -205,7 +205,7 @@ def _bench(check: Check, recipe: str, stage: str, *, batch: int, faster: float) 
         words = (f"model_name={c.model_name}", f"model.strategy={c.model.strategy}", "replay.url=")
         words += (f"model.dense_layers={c.model.dense_layers}", f"model.cap={c.model.cap}")
         words += (f"data.binary_from={c.data.binary_from}",)
-    found = bench_step(recipe, words, stage, batch, 1 if check.dry else 5)
+    found = bench_step(recipe, words, stage, batch=batch, repeats=1 if check.dry else 5)
     (check.out / f"step-{stage}-{Path(recipe).stem}.json").write_text(json.dumps(found, indent=1))
     builds = found["builds"]
     best = min(builds, key=lambda name: builds[name]["step"])

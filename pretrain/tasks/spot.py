@@ -437,7 +437,7 @@ class SpotTask(Task):
         return outputs.point_logits[:count, first:].argmax(1) + first
 
     def draw(
-        self, path: Path, batch: Batch, outputs: LidarOutputs, index: int, sensors: Sequence[str], title: str
+        self, path: Path, batch: Batch, outputs: LidarOutputs, *, index: int, sensors: Sequence[str], title: str
     ) -> bool:
         if self.detects or self.segments:
             reach, taxonomy = max(self.config.model.point_range), self.config.classes

@@ -134,11 +134,11 @@ def test_dry_run_and_bench_know_it(runs, data, capsys):
     words = [f"data.url={data}", f"output={folder}/x", f"replay.url={data}", *SAME]
     stage = first_and_last(name)[1]
     task = task_of(load_config(RECIPES[name], words, stage=stage))
-    assert dry_run(stage, RECIPES[name], words, 2, 0, 0, 0) == 0
+    assert dry_run(stage, RECIPES[name], words, ranks=2, memory_gb=0, rate=0, price=0) == 0
     out = capsys.readouterr().out
     assert task.title in out
     assert ("plus 4 replayed" in out) == task.replays
-    found = bench_step(RECIPES[name], tuple(words), stage, 2, 1)
+    found = bench_step(RECIPES[name], tuple(words), stage, batch=2, repeats=1)
     assert found["builds"]["plain fp32"]["step"] > 0
     assert set(found["parts"]) & set(found["builds"]["plain fp32"])
 
