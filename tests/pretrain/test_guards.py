@@ -196,6 +196,6 @@ def test_ranks_that_went_away_are_one_line(kind, capsys):
 @pytest.mark.process
 def test_a_short_soak(tmp_path):
     """Four of the kills of soak.py, over one and two processes."""
-    found = soak(tmp_path, kills=4, steps=24, seed=3, worlds=(2, 1))
+    found = soak(tmp_path, kills=4, steps=18, seed=3, worlds=(2, 1))
     assert found["problems"] == []
     assert sum(found["kills"].values()) >= 3, found
