@@ -29,8 +29,10 @@ from occstream.sharding.manifest import Manifest
 from occstream.sharding.pack import pack
 from occstream.sharding.sources import open_source, source_options
 from occstream.sharding.stream import ShardReader
+from tests.forked import Forked
+from tests.launch.test_sweep import FORKING
 from tests.pretrain.inprocess import world  # noqa: F401  a fixture
-from tests.pretrain.small import HERE, RECIPE, losses, run_jobs
+from tests.pretrain.small import HERE, RECIPE, environment, losses, run_jobs
 
 TOY = str(HERE / "toy_task.py")
 RECIPES = {"b2s": RECIPE, "spot": str(HERE / "small-spot.yaml"), "toy": str(HERE / "toy.yaml")}
@@ -169,6 +171,28 @@ seeds: [0, 1]
     assert len(runs) == 6
     assert {run.config.task for run in runs} == {name}
     assert {run.config.stage for run in runs} == {first, last}
+
+
+@pytest.mark.process
+def test_a_sweep_of_somebody_elses_task_runs(data, tmp_path):
+    """The smallest: pre-training, and fine-tuning from it."""
+    study, script = tmp_path / "study.yaml", tmp_path / "sweep.py"
+    study.write_text(f"""
+name: small
+output: {tmp_path}/runs
+set: {{data: {{url: {data}, holdout: 1}}, train: {{batch: 2, steps: 1}}}}
+stages: [{{stage: pretrain, recipe: {RECIPES["toy"]}}}, {{stage: finetune, recipe: {RECIPES["toy"]}}}]
+axes: {{start: {{pretrained: {{}}}}}}
+seeds: [0]
+""")
+    script.write_text(FORKING)
+    words = [script, "sweep", study, "--jobs", "1", "--import", TOY]
+    done = Forked(words, environment(), tmp_path / "log", parent=True)
+    said, _ = done.communicate(200)
+    assert done.returncode == 0, said
+    assert "all 2 runs are done" in said
+    for stage in ("pretrain", "finetune"):
+        assert sorted(losses(tmp_path / f"runs/{stage}-pretrained-s0")) == [1]
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
