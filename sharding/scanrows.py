@@ -33,7 +33,7 @@ def rows_of_scan(points: np.ndarray, beams: int) -> np.ndarray:
         return np.zeros(0, dtype=np.int64)
     x, y, z = points[:, :3].astype(np.float64).T
     starts = [0]
-    for at in np.flatnonzero((y[:-1] < 0) & (y[1:] >= 0)) + 1:
+    for at in (np.flatnonzero((y[:-1] < 0) & (y[1:] >= 0)) + 1).tolist():
         if at - starts[-1] >= _SHORT_ROW:
             starts.append(at)
     if len(starts) > 1 and len(points) - starts[-1] < _SHORT_ROW:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import simplejpeg
+from pyarrow import feather
+from scipy.spatial.transform import Rotation
 
 from tests.sharding import toy_nuscenes
 
@@ -252,6 +255,101 @@ def kitti_object(root: Path) -> dict:
     return {"root": str(root)}
 
 
+AV2_START = 315966265_259836000  # nanoseconds
+
+
+def av2_table(path: Path, **columns: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    feather.write_feather(pa.table(columns), path, compression="lz4")
+
+
+def av2_rows(poses: list[np.ndarray]) -> dict[str, list[float]]:
+    """Columns of poses: quaternion w first, place."""
+    turns = [Rotation.from_matrix(p[:3, :3]).as_quat(scalar_first=True) for p in poses]
+    rows = np.concatenate([np.array(turns), np.array([p[:3, 3] for p in poses])], 1)
+    return dict(zip(("qw", "qx", "qy", "qz", "tx_m", "ty_m", "tz_m"), rows.T.tolist()))
+
+
+def av2_ego(time: float) -> np.ndarray:
+    """Ego -> city ``time`` seconds after the first sweep: 8 m/s ahead, turning left by 0.2 rad/s."""
+    c, s = np.cos(0.4 + 0.2 * time), np.sin(0.4 + 0.2 * time)
+    pose = np.eye(4)
+    pose[:2, :2] = [[c, -s], [s, c]]
+    pose[:3, 3] = 5000 + 40 * (s - np.sin(0.4)), 2400 - 40 * (c - np.cos(0.4)), 60
+    return pose
+
+
+AV2_CARS = {  # by track: category, place in the city at the first sweep, velocity there, heading, length, width, height
+    "a-car": ("REGULAR_VEHICLE", (5010.0, 2409.0, 60.5), (5.0, 2.0, 0.0), 0.38, (4.5, 1.9, 1.6)),
+    "a-bollard": ("BOLLARD", (5004.0, 2402.0, 60.2), (0.0, 0.0, 0.0), 1.0, (0.5, 0.5, 0.9)),
+}
+
+
+def av2_boxes(time: float) -> list[tuple[str, str, np.ndarray, tuple[float, float, float]]]:
+    """Track, category, box -> ego and size at a time."""
+    found = []
+    for track, (category, place, velocity, heading, size) in AV2_CARS.items():
+        box = np.eye(4)
+        box[:2, :2] = [[np.cos(heading), -np.sin(heading)], [np.sin(heading), np.cos(heading)]]
+        box[:3, 3] = np.array(place) + time * np.array(velocity)
+        found.append((track, category, np.linalg.inv(av2_ego(time)) @ box, size))
+    return found
+
+
+def argoverse2(root: Path, logs: tuple[tuple[str, str], ...] = (("val", "log-a"), ("test", "log-b"))) -> dict:
+    """Six sweeps 100 ms apart, a box that moves and one that does not, two ring cameras and a stereo camera."""
+    rng = np.random.default_rng(5)
+    ticks = [-0.3, *(round(-0.1 + 0.005 * i + 0.0007 * (i % 3), 6) for i in range(160)), *(0.1 * i for i in range(6))]
+    ticks = sorted(set(ticks))
+    looks = {"ring_front_center": (48, 64, 0.0), "ring_side_left": (64, 48, 1.7), "stereo_front_left": (64, 48, 0.0)}
+    for split, log in logs:
+        folder = root / "sensor" / split / log
+        stamps = [AV2_START + round(t * 1e9) for t in ticks]
+        av2_table(folder / "city_SE3_egovehicle.feather", timestamp_ns=stamps, **av2_rows(list(map(av2_ego, ticks))))
+        annotations = []
+        for i in range(6):
+            stamp, boxes = AV2_START + round(0.1 * i * 1e9), av2_boxes(0.1 * i)
+            clouds = [ground(rng, 0.33)[:, :3]]
+            for track, category, box, size in boxes:
+                inside = rng.uniform(-0.45, 0.45, (int(rng.integers(5, 40)), 3)) * size
+                clouds.append(inside @ box[:3, :3].T + box[:3, 3])
+                annotations.append((stamp, track, category, *size, len(inside), box))
+            xyz = np.concatenate(clouds).astype(np.float16)
+            lasers = rng.integers(0, 64, len(xyz)).astype(np.uint8)
+            offsets = np.sort(rng.integers(0, 100_000_000, len(xyz))).astype(np.int32)
+            columns = {axis: xyz[:, k] for k, axis in enumerate("xyz")}
+            intensity = rng.integers(0, 256, len(xyz)).astype(np.uint8)
+            path = folder / "sensors" / "lidar" / f"{stamp}.feather"
+            av2_table(path, **columns, intensity=intensity, laser_number=lasers, offset_ns=offsets)
+        if split != "test":
+            names = ("timestamp_ns", "track_uuid", "category", "length_m", "width_m", "height_m", "num_interior_pts")
+            columns = dict(zip(names, map(list, zip(*(row[:-1] for row in annotations)))))
+            av2_table(folder / "annotations.feather", **columns, **av2_rows([row[-1] for row in annotations]))
+        sensors = {name: np.eye(4) for name in (*looks, "up_lidar", "down_lidar")}
+        for name, (_, _, yaw) in looks.items():
+            c, s = np.cos(yaw), np.sin(yaw)
+            sensors[name][:3, :3] = [[s, 0, c], [-c, 0, s], [0, -1, 0]]
+            sensors[name][:3, 3] = 1.5, 0.1, 1.4
+        sensors["up_lidar"][:3, 3], sensors["down_lidar"][:3, 3] = (1.35, 0, 1.64), (1.35, 0.01, 1.52)
+        calibration = folder / "calibration"
+        poses = av2_rows(list(sensors.values()))
+        av2_table(calibration / "egovehicle_SE3_sensor.feather", sensor_name=list(sensors), **poses)
+        widths, heights = (np.array([look[k] for look in looks.values()], np.uint16) for k in (0, 1))
+        numbers = {"fx_px": 50.0, "fy_px": 51.0, "cx_px": 30.5, "cy_px": 24.5, "k1": -0.24, "k2": -0.2, "k3": 0.3}
+        numbers = {name: [value] * len(looks) for name, value in numbers.items()}
+        path = calibration / "intrinsics.feather"
+        av2_table(path, sensor_name=list(looks), **numbers, height_px=heights, width_px=widths)
+        for name, (width, _, _) in looks.items():
+            image = IMAGE if width == 64 else np.ascontiguousarray(IMAGE.transpose(1, 0, 2))
+            for shot in range(3 if name == "ring_side_left" else 11):
+                path = folder / "sensors" / "cameras" / name / f"{AV2_START + 12_000_000 + 50_000_000 * shot}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(simplejpeg.encode_jpeg(image, 90))
+        (folder / "map").mkdir()
+        (folder / "map" / f"log_map_archive_{log}____PIT_city_47896.json").write_text("{}")
+    return {"root": str(root)}
+
+
 def sscbench(root: Path, points: bool = True) -> dict:
     drive = root / "data_2d_raw" / "2013_05_28_drive_0000_sync"
     row = lambda m: " ".join(repr(float(v)) for v in np.ravel(m))  # noqa: E731
@@ -297,6 +395,7 @@ LAYOUTS = {
     "semantickitti": [semantickitti],
     "sscbench": [sscbench],
     "kitti_object": [kitti_object],
+    "argoverse2": [argoverse2],
     "waymo_occ3d": [waymo_occ3d],
     "synthetic": [synthetic],
 }
