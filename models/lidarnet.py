@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from occstream.models.batch import Batch, OccOutputs
+from occstream.models.layers import SyncBatchNorm
 from occstream.models.sparse import choose_backend
 from occstream.models.spot import OccupancyHead, SpotConfig
 from occstream.models.voxelbackbones import LidarEncoder
@@ -73,6 +74,9 @@ class LidarNet(nn.Module):
             bev_layers=config.bev_layers,
             bev_up=config.bev_up,
         )
+        for layer in self.encoder.modules():
+            if isinstance(layer, SyncBatchNorm):
+                layer.momentum = config.norm_momentum
         self.occupancy = OccupancyHead(config, self.encoder.outputs, *occupancy) if occupancy else None
         self.detector = detector(self.encoder, points) if detector else None
         self.segmentor = segmentor(self.encoder, points) if segmentor else None

@@ -43,6 +43,9 @@ class SpotConfig:
     """Convolutions in each of its levels, after the first."""
     bev_up: int = 256
     """Channels to which each of its levels is brought."""
+    norm_momentum: float = 0.01
+    """Share of a batch in the running statistics of the encoder's batch norms. The published 0.01 needs some 500 steps: before,
+    a network is evaluated by statistics that it never had in training. Short runs need 0.1."""
     decoder_channels: tuple[int, int, int] = (256, 128, 64)
     """Channels of the decoder's three transposed convolutions."""
     target: Literal["volume", "bev"] = "volume"
@@ -60,6 +63,8 @@ class SpotConfig:
             numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
             if f.name != "point_range" and any(v <= 0 for v in numbers):
                 raise ValueError(f"{f.name} is {value}, must be positive")
+        if self.norm_momentum > 1:
+            raise ValueError(f"norm_momentum is {self.norm_momentum}, must be at most 1")
         check_points_grid(self.points_grid().shape)
 
     def points_grid(self, frame: str = "ego") -> VoxelGrid:
