@@ -6,15 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from occstream.models.batch import Batch, PointLabels, Points
 from occstream.models.segmentor import PointSegmentor, SegmentorConfig
 from occstream.models.voxelbackbones import VoxelFeatures
 from occstream.models.voxels import voxelize
-from occstream.pretrain.lovasz import lovasz_softmax
-from occstream.pretrain.pointloss import PointLossConfig, point_counts, point_sums
-from occstream.pretrain.terms import combine, joint_counts
 from occstream.sharding.grid import VoxelGrid
-from occstream.sharding.schema import IGNORE
 
 GRID = VoxelGrid("points", (-12.8, -9.6, -2), (12.8, 9.6, 4), (0.4, 0.4, 0.15))  # 64 x 48 x 40; 6 x 8 cells
 WIDTH, MAP, CLASSES = 4, 10, 5
@@ -33,18 +28,6 @@ def cloud(count: int = 300, seed: int = 0, frames: int = 2):
     rows = voxelize(xyz, frame, GRID).rows
     voxels = torch.randn(int(rows.max()) + 1, WIDTH, generator=g)
     return VoxelFeatures(torch.randn(frames, MAP, 6, 8, generator=g), voxels), xyz, frame, rows
-
-
-def labeled(counts: list[int], seed: int = 0, total: int | None = None) -> Batch:
-    g, n = torch.Generator().manual_seed(seed), sum(counts)
-    classes = torch.randint(0, CLASSES, (n,), generator=g, dtype=torch.uint8)
-    classes[::7] = IGNORE
-    return Batch(
-        torch.eye(3).repeat(max(1, len(counts)), 1, 1),
-        len(counts),
-        points=Points(torch.randn(total or n, 3, generator=g), torch.tensor(counts)),
-        point_labels=PointLabels(classes, torch.tensor(counts, dtype=torch.int64)),
-    )
 
 
 def test_each_point_has_its_voxel_its_place_on_the_map_and_in_its_voxel():
@@ -112,49 +95,3 @@ def test_wrong_widths_are_named():
     for channels in ((), (0,)):
         with pytest.raises(ValueError, match="channels are"):
             SegmentorConfig(channels)
-
-
-def test_losses_are_means_over_points_and_over_frames():
-    batch, weights = labeled([40, 0, 25]), (1.0, 2.0, 0.5, 3.0)
-    config = PointLossConfig(class_weights=weights)
-    logits = torch.randn(65, CLASSES, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    counts = joint_counts([point_counts(batch, CLASSES, config, first=1)])
-    loss, parts = combine(point_sums(logits, batch, config, first=1), counts, config.weights())
-    truth = batch.point_labels.classes.long()
-    ignored = torch.where((truth == 0) | (truth == IGNORE), -100, truth - 1)
-    torch.testing.assert_close(parts["points"], F.cross_entropy(logits.detach()[:, 1:], ignored, torch.tensor(weights)))
-    p = logits.detach()[:, 1:].softmax(1)
-    frames = [lovasz_softmax(p[a:b], ignored[a:b], ignore=-100) for a, b in ((0, 40), (40, 65))]
-    torch.testing.assert_close(parts["lovasz"], sum(frames) / 2)
-    loss.backward()
-    assert not logits.grad[:, 0].any(), "noise is not learned"
-
-
-def test_losses_do_not_depend_on_how_frames_are_spread():
-    batch, config = labeled([40, 0, 25]), PointLossConfig()
-    logits = torch.randn(65, CLASSES, generator=torch.Generator().manual_seed(3))
-    whole, count = point_sums(logits, batch, config), point_counts(batch, CLASSES, config)
-    parts = [(batch.select(slice(0, 1)), logits[:40]), (batch.select(slice(1, 3)), logits[40:])]
-    for name in whole:
-        torch.testing.assert_close(sum(point_sums(part, b, config)[name] for b, part in parts), whole[name])
-        assert sum(point_counts(b, CLASSES, config)[name] for b, _ in parts) == count[name]
-
-
-@pytest.mark.parametrize("counts", [[], [0], [3]])
-def test_without_known_points_losses_are_in_the_graph(counts):
-    batch, config = labeled(counts, total=3), PointLossConfig()
-    batch.point_labels.classes.fill_(IGNORE)
-    logits = torch.randn(3, CLASSES, requires_grad=True)
-    sums = point_sums(logits, batch, config)
-    sum(sums.values()).backward()
-    assert not any(v.detach() for v in (*sums.values(), *point_counts(batch, CLASSES, config).values()))
-    assert not logits.grad.any()
-
-
-def test_wrong_losses_are_named():
-    with pytest.raises(ValueError, match="nor both be 0"):
-        PointLossConfig(cross_entropy=0, lovasz=0)
-    with pytest.raises(ValueError, match="3 labels for 2 points"):
-        point_sums(torch.zeros(2, CLASSES), labeled([3]), PointLossConfig())
-    with pytest.raises(ValueError, match="1 class weights for 5 classes"):
-        point_sums(torch.zeros(3, CLASSES), labeled([3]), PointLossConfig(class_weights=(1.0,)))
