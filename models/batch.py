@@ -1,7 +1,8 @@
 """What goes into a network and what comes out: ``Batch``, its parts, and ``OccOutputs``.
 
-Shape legend, here and in every model file: ``B`` frames, ``S`` labeled frames, ``V`` cameras, ``H W`` image rows and
-columns, ``X Y Z`` voxels, ``N`` points of all frames, ``C`` channels, ``K`` classes, ``Q`` queries, ``M`` selected voxels.
+Shape legend, here and in every model file: ``B`` frames, ``S`` labeled frames, ``T`` frames of a window, ``V`` cameras,
+``H W`` image rows and columns, ``X Y Z`` voxels, ``N`` points of all frames, ``C`` channels, ``K`` classes, ``Q`` queries,
+``M`` selected voxels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 Axis = Literal["frame", "labeled", "row", "labeled row"]
-Mirror = Literal["", "voxels", "vector", "boxes"]
+Mirror = Literal["", "voxels", "vector", "boxes", "poses"]
 
 
 def along(axis: Axis, mirror: Mirror = "", **default: Any) -> Any:
@@ -25,9 +26,9 @@ def along(axis: Axis, mirror: Mirror = "", **default: Any) -> Any:
     Args:
         axis: what its first dimension counts: frames (B), labeled frames (S), or rows, as many of each frame (each labeled
             frame) as the part's ``counts`` say, frame after frame.
-        mirror: what mirroring the scene does to it: nothing; reverses the dimensions after the first two, which are x and y
-            (voxels); changes the signs of the last dimension's x and y (vector); or does that to centers x, y and turns the
-            yaw in the last place (boxes).
+        mirror: what mirroring the scene does to it: nothing; reverses x and y of the last three dimensions, which are x, y
+            and z (voxels); changes the signs of the last dimension's x and y (vector); does that to centers x, y and turns the
+            yaw in the last place (boxes); or conjugates poses (..., 4, 4) between two mirrored frames (poses).
         default: ``default=None`` for what may be absent.
     """
     return field(metadata={"axis": axis, "mirror": mirror}, **default)
@@ -186,6 +187,26 @@ class Boxes(Part):
 
 
 @dataclass
+class Volumes(Part):
+    """What a network predicted for a window of key-frames. The first of its T frames is the pivot, which is refined.
+
+    Attributes:
+        classes: (B, T, X, Y, Z) uint8: class id, ``free_id`` = K, or 255 = nothing is said; 255 throughout in absent frames.
+        to_pivot: (B, T, 4, 4) float32 rigid: frame of the grid at that time -> at the pivot, in meters from the *middle of the
+            grid's box*. About the middle, mirrored arrays and conjugated poses fit each other on any grid.
+        exists: (B, T) bool; False: the scene has no such frame. The pivot always is there.
+        second, confidence: (B, T, X, Y, Z) uint8: second class, 255 where there is none, and the probability of the first beside
+            it, 255 for 1; None: predictions are hard.
+    """
+
+    classes: Tensor = along("frame", "voxels")
+    to_pivot: Tensor = along("frame", "poses")
+    exists: Tensor = along("frame")
+    second: Tensor | None = along("frame", "voxels", default=None)
+    confidence: Tensor | None = along("frame", "voxels", default=None)
+
+
+@dataclass
 class Batch:
     """One training or evaluation batch. The first ``labeled`` frames carry semantic labels (S), the rest are replayed or
     pre-training frames without (B).
@@ -195,7 +216,7 @@ class Batch:
         labeled: S.
         scene_aug: (B, 3, 3) float32: scene augmentation, x' = scene_aug x in the ego frame. Labels and points are already
             augmented.
-        cameras, occupancy, points, point_labels, boxes: parts; None: the task does not read it.
+        cameras, occupancy, points, point_labels, boxes, volumes: parts; None: the task does not read it.
     """
 
     scene_aug: Tensor
@@ -206,6 +227,7 @@ class Batch:
     points: Points | None = None
     point_labels: PointLabels | None = None
     boxes: Boxes | None = None
+    volumes: Volumes | None = None
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], keys: Sequence[str] = ()) -> Batch:
@@ -294,7 +316,8 @@ class Batch:
         if not (x or y):
             return self
         scale = self.scene_aug.new_tensor([-1.0 if x else 1.0, -1.0 if y else 1.0, 1.0])
-        dims = [1 + axis for axis, wanted in enumerate((x, y)) if wanted]
+        dims = [axis for axis, wanted in ((-3, x), (-2, y)) if wanted]
+        signs = torch.cat([scale, scale.new_ones(1)])
 
         def turn(f: dataclasses.Field, value: Tensor) -> Tensor:
             mirror: Mirror = f.metadata["mirror"]
@@ -303,6 +326,8 @@ class Batch:
             if mirror == "boxes":
                 yaw = _mirrored_yaw(value[:, -1:], x, y)
                 return torch.cat([value[:, :3] * scale, value[:, 3:-1], yaw], 1)
+            if mirror == "poses":
+                return value * signs[:, None] * signs
             return value * scale[: value.shape[-1]] if mirror == "vector" else value
 
         turned = {name: part.each(turn) for name, part in self.parts()}
@@ -322,6 +347,7 @@ def _mirrored_yaw(yaw: Tensor, x: bool, y: bool) -> Tensor:
 
 PARTS: dict[str, type[Part]] = {
     "cameras": Cameras, "occupancy": Occupancy, "points": Points, "point_labels": PointLabels, "boxes": Boxes,
+    "volumes": Volumes,
 }  # fmt: skip
 """Parts of a batch by name."""
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from occstream.models.batch import PARTS, Batch, Boxes, Occupancy, PointLabels, Points, concat
+from occstream.models.batch import PARTS, Batch, Boxes, Occupancy, PointLabels, Points, Volumes, concat
 from tests.models.helpers import make_batch
 
 
@@ -123,6 +123,45 @@ def test_mirrored_boxes_are_the_boxes_of_the_mirrored_scene(x, y):
     assert torch.equal(turned.velocity, boxes.velocity * signs)
     assert turned.boxes[:, 6].abs().max() <= math.pi + 1e-6
     torch.testing.assert_close(batch.mirrored(x, y).mirrored(x, y).boxes.boxes, boxes.boxes, rtol=0, atol=1e-6)
+
+
+def window(batch: int = 2, frames: int = 3, shape: tuple[int, int, int] = (6, 5, 2)) -> Batch:
+    """Volumes of random classes, seen from turned and shifted places."""
+    g = torch.Generator().manual_seed(0)
+    angle, poses = torch.rand(batch, frames, generator=g), torch.eye(4).repeat(batch, frames, 1, 1)
+    poses[..., 0, 0], poses[..., 0, 1] = angle.cos(), -angle.sin()
+    poses[..., 1, 0], poses[..., 1, 1] = angle.sin(), angle.cos()
+    poses[..., :3, 3] = torch.randn(batch, frames, 3, generator=g)
+    classes = torch.randint(0, 5, (batch, frames, *shape), generator=g, dtype=torch.uint8)
+    volumes = Volumes(classes, poses, torch.ones(batch, frames, dtype=torch.bool), classes.flip(2), classes)
+    return Batch(torch.eye(3).repeat(batch, 1, 1), keys=[f"w-{i}" for i in range(batch)], volumes=volumes)
+
+
+@pytest.mark.parametrize(("x", "y"), [(True, False), (False, True), (True, True)])
+def test_mirrored_windows_show_the_mirrored_world_on_any_grid(x, y):
+    """A voxel and the place where its pose puts it mirror to a voxel and the mirrored place. The grid is of odd size along y
+    and may lie anywhere: meters count from its middle."""
+    batch = window()
+    volumes, turned = batch.volumes, batch.mirrored(x, y).volumes
+    assert torch.equal(turned.exists, volumes.exists)
+    size = torch.tensor(volumes.classes.shape[-3:])
+    signs = torch.tensor([-1.0 if x else 1.0, -1.0 if y else 1.0, 1.0])
+    for i, j, k in [(0, 0, 0), (4, 1, 1), (2, 3, 0)]:
+        index = torch.tensor([i, j, k])
+        other = torch.where(signs < 0, size - 1 - index, index)
+        for name in ("classes", "second", "confidence"):
+            assert torch.equal(getattr(turned, name)[..., *other], getattr(volumes, name)[..., *index])
+        center, mirrored = ((place + 0.5 - size / 2) * 0.4 for place in (index, other))
+        moved = volumes.to_pivot[..., :3, :3] @ center + volumes.to_pivot[..., :3, 3]
+        torch.testing.assert_close(turned.to_pivot[..., :3, :3] @ mirrored + turned.to_pivot[..., :3, 3], moved * signs)
+    assert_equal(batch.mirrored(x, y).mirrored(x, y), batch)
+
+
+def test_windows_are_cut_and_joined_by_frames():
+    batch = window()
+    assert_equal(concat(batch.select(slice(0, 1)), batch.select(slice(1, 2))), batch)
+    with pytest.raises(ValueError, match="classes of the semantic stream are"):
+        concat(batch, window(frames=4))
 
 
 def test_names_make_a_batch_and_a_copy_shares_nothing():
