@@ -7,8 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from occstream.evaluation.metrics import CONVENTIONS, ConfusionMatrix, sum_over_ranks
+from occstream.evaluation.metrics import CONVENTIONS, ConfusionMatrix, Convention, sum_over_ranks
 from occstream.sharding.schema import IGNORE, OCC3D, Taxonomy
+
+
+def convention_of(taxonomy: Taxonomy) -> Convention:
+    """How points of these classes are averaged. Those below its ``first`` are noise: neither learned nor answered."""
+    return CONVENTIONS["lidarseg" if taxonomy.name == "occ3d" else "occ3d"]
 
 
 class PointMetric:
@@ -24,8 +29,7 @@ class PointMetric:
 
     def __init__(self, taxonomy: Taxonomy = OCC3D) -> None:
         self.taxonomy = taxonomy
-        convention = CONVENTIONS["lidarseg" if taxonomy.name == "occ3d" else "occ3d"]
-        self.matrix = ConfusionMatrix(taxonomy.num_classes, convention)
+        self.matrix = ConfusionMatrix(taxonomy.num_classes, convention_of(taxonomy))
 
     def update(self, classes: Tensor, truth: Tensor) -> None:
         """Adds points.

@@ -19,6 +19,7 @@ from occstream.evaluation.detection import rules_of
 from occstream.evaluation.evaluate import JointMetric, Metric
 from occstream.evaluation.lidar import DetectionScores, PointScores
 from occstream.evaluation.lidarpictures import detection_picture, segmentation_picture
+from occstream.evaluation.pointseg import convention_of
 from occstream.evaluation.predict import predict
 from occstream.evaluation.report import prediction_picture
 from occstream.models import handoff
@@ -391,10 +392,12 @@ class SpotTask(Task):
         return self.config.classes.num_classes if self.semantic or not self.pretrains else 1
 
     def _point_labels(self, batch: Batch) -> list[Tensor]:
-        """Of each labeled frame (N,) uint8."""
+        """Of each labeled frame (N,) uint8; noise is not learned."""
         if batch.point_labels is None:
             raise ValueError("the batch has no classes of points")
-        return list(batch.point_labels.classes.split(batch.point_labels.counts.tolist()))
+        classes = batch.point_labels.classes
+        classes = torch.where(classes < convention_of(self.config.classes).first, IGNORE, classes)
+        return list(classes.split(batch.point_labels.counts.tolist()))
 
     def _voxel_labels(self, batch: Batch) -> Tensor:
         """(S, X, Y, Z) uint8 ids of the classes that are trained, free last, or 255."""
@@ -433,7 +436,7 @@ class SpotTask(Task):
         if outputs.point_logits is None:
             raise ValueError("the network has no segmentor")
         count = int(batch.part(PointLabels).counts.sum())
-        first = 1 if self.config.taxonomy == "occ3d" else 0
+        first = convention_of(self.config.classes).first
         return outputs.point_logits[:count, first:].argmax(1) + first
 
     def draw(

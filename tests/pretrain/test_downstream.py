@@ -12,11 +12,12 @@ from occstream.evaluation.detection import rules_of
 from occstream.evaluation.evaluate import evaluate
 from occstream.models.batch import Batch, Boxes, PointLabels, Points
 from occstream.models.layers import SyncBatchNorm
+from occstream.models.lidarnet import LidarOutputs
 from occstream.models.rotated import corners
 from occstream.models.spot import SpotConfig
 from occstream.pretrain.config import parse_config
 from occstream.pretrain.tasks.spot import SpotTask
-from occstream.sharding.schema import OCC3D
+from occstream.sharding.schema import IGNORE, OCC3D
 
 RULES = rules_of(OCC3D)
 RECIPE = {
@@ -83,6 +84,17 @@ def test_norms_of_the_encoder_follow_the_recipe(momentum):
     assert {layer.momentum for layer in norms} == {momentum}
     with pytest.raises(ValueError, match="norm_momentum is 2"):
         SpotConfig(norm_momentum=2)
+
+
+def test_noise_is_not_learned():
+    task, batch = SpotTask(parse_config(RECIPE | {"stage": "segment"})), street()
+    outputs = LidarOutputs(None, point_logits=torch.randn(len(batch.points.xyz), OCC3D.num_classes))
+    found = []
+    for noise in (OCC3D.id("others"), IGNORE):
+        batch.point_labels.classes[:300] = noise
+        found.append(task.counts(outputs, batch) | {f"sum of {n}": v for n, v in task.sums(outputs, batch).items()})
+    assert found[0] == found[1]
+    assert found[0]["ce"] == len(batch.points.xyz) - 300
 
 
 @pytest.mark.slow
