@@ -16,11 +16,12 @@ EIGHT = "CAM_B0, CAM_F0, CAM_L0, CAM_L1, CAM_L2, CAM_R0, CAM_R1, CAM_R2"
 KITTI = "semantickitti, 256x256x32 voxels of 0.2 m, lidar frame"
 NO_MASK = "0.0 %, as these labels have no mask: every voxel counts as known"
 OCC3D = "occ3d, 200x200x16 voxels of 0.4 m, ego frame"
+TINY = "tiny, 48x48x8 voxels of 0.8 m, ego frame"
 # Of each layout: labels, grid, unknown, views (None: whatever the toy has).
 SAID = {
     ("nuscenes", 0): (
         "made from LiDAR: no label set was requested with labels=, and there is none below the root",
-        "tiny, 48x48x8 voxels of 0.8 m, ego frame",
+        TINY,
         None,
     ),
     ("nuscenes", 1): ("native: occ3d, below ", OCC3D, "50.0 % of the voxels of 4 frames"),
@@ -44,7 +45,14 @@ SAID = {
     ("semantickitti", 0): ("native: voxels/*.label", KITTI, "0.0 % of the voxels of 2 frames", "1: image_2"),
     ("sscbench", 0): ("native: voxels/*.label", KITTI, "0.0 % of the voxels of 2 frames", "1: image_00"),
     ("waymo_occ3d", 0): ("native: FFF_04.npz, 0.4 m", OCC3D, "50.0 % of the voxels of 2 frames", "none"),
-    ("synthetic", 0): ("native: the source brings them", "tiny, 48x48x8 voxels of 0.8 m, ego frame", None, f"6: {SIX}"),
+    ("kitti_object", 0): ("made from LiDAR: KITTI object has boxes alone", TINY, None, "1: image_2"),
+    ("argoverse2", 0): (
+        "made from LiDAR: Argoverse 2 has boxes alone",
+        TINY,
+        None,
+        "2: ring_front_center, ring_side_left (ring_side_left in 2 of 4 frames)",
+    ),
+    ("synthetic", 0): ("native: the source brings them", TINY, None, f"6: {SIX}"),
 }
 
 
@@ -81,7 +89,7 @@ def test_every_layout_is_here():
 def test_what_every_source_says(name, number, tmp_path, capsys):
     labels, grid, unknown, *views = SAID[name, number]
     options = layouts.LAYOUTS[name][number](tmp_path / "in")
-    more = ["--grid", "tiny"] if (name, number) == ("nuscenes", 0) else []
+    more = ["--grid", "tiny"] if labels.startswith("made") else []
     assert main(command(name, options, tmp_path / "out", *more)) == 0
     found = lines_of(capsys.readouterr().out)
     scenes = len(open_source(name, options).scene_names())
