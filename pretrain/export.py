@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from occstream.models import handoff
+from occstream.models.spot import SpotConfig
 from occstream.pretrain.checkpoint import Checkpoint, read_scores, sensors, sha256
 from occstream.pretrain.config import parse_config
 from occstream.pretrain.renamed import saved_settings
@@ -100,7 +101,7 @@ def hand_off(
     saved = Checkpoint(path)
     config = parse_config(saved_settings({"config": {}, **saved.state}))
     model = getattr(config, "model", None)
-    if not hasattr(model, "points_grid") or not hasattr(model, "in_features"):
+    if not isinstance(model, SpotConfig):
         raise ValueError(f"{saved.path}: is of task {config.task}, which has no LiDAR encoder to hand on")
     if variant and variant != model.variant:
         raise ValueError(

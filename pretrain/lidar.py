@@ -344,22 +344,23 @@ class LidarFiller:
         return np.full(len(sweep.xyz), lag, np.float32) if sweep.time_lag is None else sweep.time_lag + np.float32(lag)
 
     def _voxels(self, frame: Frame, turn: Turn, views: dict[str, np.ndarray]) -> None:
-        labels = self._labels_of(frame)
-        semantic = self.targets.occupancy == "semantic"
+        labels, semantic = self._labels_of(frame), self.targets.occupancy == "semantic"
         free = self.taxonomy.free_id if semantic else 1
-        if semantic and labels.semantic is None:
+        if not semantic:
+            classes = (~labels.binary).astype(np.uint8)
+        elif labels.semantic is None:
             raise ValueError(
                 f"frame {frame.key} has no semantic labels; set occupancy=binary or use data that has them"
             )
-        classes = labels.semantic if semantic else (~labels.binary).astype(np.uint8)
+        else:
+            classes = labels.semantic
         known = self._known(frame, labels)
         if known is not None:
             classes = np.where(known, classes, np.uint8(IGNORE))
         classes = turned(classes, self.grid, turn, IGNORE)
         if self.columns is not None:
-            classes = column_classes(torch.from_numpy(np.ascontiguousarray(classes))[None], self.columns)[
-                0, ..., None
-            ].numpy()
+            columns = column_classes(torch.from_numpy(np.ascontiguousarray(classes))[None], self.columns)
+            classes = columns[0, ..., None].numpy()
         views["occupancy.binary_valid"][...] = valid = classes != IGNORE
         views["occupancy.binary"][...] = (classes != free) & valid
         views["occupancy.semantic"][...] = classes

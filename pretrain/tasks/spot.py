@@ -20,7 +20,7 @@ from occstream.evaluation.evaluate import JointMetric, Metric
 from occstream.evaluation.lidar import DetectionScores, PointScores
 from occstream.evaluation.lidarpictures import detection_picture, segmentation_picture
 from occstream.evaluation.pointseg import convention_of
-from occstream.evaluation.predict import predict
+from occstream.evaluation.predict import Keep, predict
 from occstream.evaluation.report import prediction_picture
 from occstream.models import handoff
 from occstream.models.batch import Batch, Boxes, Occupancy, PointLabels, Points
@@ -239,9 +239,11 @@ class SpotTask(Task):
         return Transfer(encoder, ("occupancy.", "detector.", "segmentor."))
 
     def parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        return {"sparse backbone": model.encoder.backbone_3d, "2-D backbone": model.encoder.backbone_2d} | {
-            name: module for name, module in model.named_children() if name != "encoder"
+        found = {
+            "sparse backbone": model.get_submodule("encoder.backbone_3d"),
+            "2-D backbone": model.get_submodule("encoder.backbone_2d"),
         }
+        return found | {name: module for name, module in model.named_children() if name != "encoder"}
 
     # Data
 
@@ -425,7 +427,7 @@ class SpotTask(Task):
         if self.segments:
             makers["IoU"] = lambda: PointScores(self.config.classes, self._found_classes)
         if len(makers) == 1:
-            return Scoring(*makers.values())
+            return Scoring(next(iter(makers.values())))
         return Scoring(lambda: JointMetric({kind: make() for kind, make in makers.items()}))
 
     def _found_boxes(self, outputs: LidarOutputs, batch: Batch) -> list[Detections]:
@@ -476,7 +478,7 @@ class SpotTask(Task):
             )
 
     def predict(
-        self, model: nn.Module, batches: Iterable[Batch], keep: str, flips: bool
+        self, model: nn.Module, batches: Iterable[Batch], keep: Keep, flips: bool
     ) -> Iterator[tuple[str, Labels]]:
         return predict(model, batches, keep=keep, kind="softmax_focal", flips=flips)
 
