@@ -92,16 +92,16 @@ class Metric(Protocol):
 class JointResult(EvalResult):
     """Scores of several metrics; those by class have the name of their kind before the class."""
 
-    parts: dict[str, EvalResult] = field(default_factory=dict)
+    results: dict[str, EvalResult] = field(default_factory=dict)
 
     def scores(self) -> dict[str, float]:
         found = {}
-        for kind, part in self.parts.items():
+        for kind, part in self.results.items():
             found |= {name.replace("class/", f"class/{kind} ", 1): value for name, value in part.scores().items()}
         return found
 
     def summary(self) -> str:
-        return "; ".join(part.summary() for part in self.parts.values())
+        return "; ".join(part.summary() for part in self.results.values())
 
 
 class JointMetric:
@@ -126,7 +126,7 @@ class JointMetric:
 
     def result(self) -> JointResult:
         """The scores."""
-        return JointResult(0, parts={kind: metric.result() for kind, metric in self.metrics.items()})
+        return JointResult(0, results={kind: metric.result() for kind, metric in self.metrics.items()})
 
 
 @torch.no_grad()

@@ -90,17 +90,17 @@ class ConfusionMatrix:
 
 @dataclass(frozen=True)
 class Ranges:
-    """Parts of a grid by distance from the ego, for scores by range.
+    """A grid by distance from the ego, for scores by range.
 
     Attributes:
-        shell: (X, Y) int64, disjoint parts, numbered.
+        shell: (X, Y) int64, disjoint shells, numbered.
         shells: how many.
-        parts: by name of a range, the shells that it is made of.
+        named: by name of a range, the shells that it is made of.
     """
 
     shell: Tensor
     shells: int
-    parts: dict[str, tuple[int, ...]]
+    named: dict[str, tuple[int, ...]]
 
 
 def ranges_of(grid: VoxelGrid, shape: tuple[int, int, int] | None = None) -> Ranges:
@@ -129,10 +129,10 @@ def ranges_of(grid: VoxelGrid, shape: tuple[int, int, int] | None = None) -> Ran
     if len(there) == 1:
         return Ranges(torch.zeros_like(shell), 1, {})
     if len(limits) == 1:
-        parts = {"near 25 m": (0,), "far 25 m": (1,)}
+        named = {"near 25 m": (0,), "far 25 m": (1,)}
     else:
-        parts = {f"{limit:g} m": tuple(range(n + 1)) for n, limit in enumerate(limits) if n <= there[-1]}
-    return Ranges(shell, len(limits) + 1, parts)
+        named = {f"{limit:g} m": tuple(range(n + 1)) for n, limit in enumerate(limits) if n <= there[-1]}
+    return Ranges(shell, len(limits) + 1, named)
 
 
 class RangedCounts:
@@ -165,8 +165,8 @@ class RangedCounts:
         if part is None:
             matrix.counts = self.counts.sum(0)
         else:
-            assert self.ranges is not None, "parts are those of ranges"
-            matrix.counts = self.counts[list(self.ranges.parts[part])].sum(0)
+            assert self.ranges is not None, "only where there are ranges"
+            matrix.counts = self.counts[list(self.ranges.named[part])].sum(0)
         return matrix
 
 

@@ -159,9 +159,9 @@ def _add_scores(
         named = list(zip(taxonomy.classes, matrix.class_iou().tolist()))
         result.per_class = {name: 100 * v for name, v in named[matrix.convention.first :]}
     counts = confusion or binary
-    for part in counts.ranges.parts if counts and counts.ranges else ():
+    for part in counts.ranges.named if counts and counts.ranges else ():
         scores = result.ranges[part] = {}
-        if binary and binary.ranges and part in binary.ranges.parts:  # its voxels may be too large for a range
+        if binary and binary.ranges and part in binary.ranges.named:  # its voxels may be too large for a range
             scores["binary_iou"] = 100 * binary.matrix(part).iou()
         if confusion:
             scores |= {"iou": 100 * confusion.matrix(part).iou(), "miou": 100 * confusion.matrix(part).miou()}

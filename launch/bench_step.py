@@ -56,7 +56,7 @@ def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, *, batch: in
         for build in builds.values():
             build.step()
     found: dict = {"device": _device(device), "batch": batch, "flops": flops, "ceilings": _ceilings(device)}
-    found["parts"] = list(plain.task.parts(plain.model))
+    found["parts"] = list(plain.task.timed(plain.model))
     found["builds"] = {name: build.summary() for name, build in builds.items()}
     _show(found, recipe, config.stage)
     return found
@@ -85,7 +85,7 @@ class _Build:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device.type == "cuda")
         self.times: dict[str, list[float]] = defaultdict(list)
         self.peak = 0
-        for part, module in self.task.parts(self.model).items():
+        for part, module in self.task.timed(self.model).items():
             self._watch(part, module)
 
     def _watch(self, part: str, module: nn.Module) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from occstream.evaluation.predict import Keep
+from occstream.evaluation.predictions import Keep
 from occstream.pretrain.reading import device_batches, open_stream
 from occstream.pretrain.streams import check_manifest
 from occstream.pretrain.tasks.registry import task_of
@@ -62,7 +62,7 @@ def predict_checkpoint(
         checkpoint: a run's folder or one of its checkpoints.
         url: the data set.
         name: of the new group, ``pseudo-…``.
-        keep, flips: of ``evaluation.predict``.
+        keep, flips: of ``evaluation.predictions``.
         truth: number of scenes of the nested subset (seed ``data.subset_seed``, ``holdout``) that keep the set's own
             labels: training on ground truth and pseudo-labels is then training on this group.
         part: (i, n): only every n-th shard, on the machine's GPU number i - 1 (counted round). The call that finds all parts

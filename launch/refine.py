@@ -13,7 +13,7 @@ from occstream.launch.data import at_least, parse_part, say_published
 
 if TYPE_CHECKING:
     from occstream.evaluation.bayes import Confusions
-    from occstream.evaluation.refine import RefineConfig
+    from occstream.evaluation.refinement import RefineConfig
 
 
 def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -75,7 +75,7 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from occstream.evaluation.refine import RefineConfig, refine
+    from occstream.evaluation.refinement import RefineConfig, refine
     from occstream.evaluation.votes import VoteConfig
 
     config = RefineConfig(args.rule, args.window, args.movers, VoteConfig(args.sensor, empty=args.empty), args.voxels)
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 def _table(args: argparse.Namespace, config: RefineConfig) -> Confusions:
     """The table of confusions, read or measured."""
     from occstream.evaluation.bayes import LAMBDAS, Confusions
-    from occstream.evaluation.refine import measure
+    from occstream.evaluation.refinement import measure
     from occstream.sharding.manifest import Manifest
     from occstream.sharding.received import load_json
 

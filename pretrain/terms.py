@@ -43,7 +43,7 @@ def joint_counts(batches: Sequence[Mapping[str, Tensor]], flags: Tensor | None =
 def combine(
     sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], weights: Mapping[str, float | None]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The rank's loss (its mean over ranks and micro-batches is the loss of the joint batch) and detached parts.
+    """The rank's loss (its mean over ranks and micro-batches is the loss of the joint batch) and detached terms.
 
     Args:
         sums: by term; what follows an "@" is a role, and roles are reported together.
@@ -54,14 +54,14 @@ def combine(
         ValueError: all of them are only reported.
     """
     weighted: list[Tensor] = []
-    parts: dict[str, Tensor] = {}
+    terms: dict[str, Tensor] = {}
     for name, total in sums.items():
         term = name.partition("@")[0]
         value = total * world_size() / counts[name]
-        parts[term] = parts[term] + value.detach() if term in parts else value.detach()
+        terms[term] = terms[term] + value.detach() if term in terms else value.detach()
         weight = weights[term]
         if weight is not None:
             weighted.append(weight * value)
     if not weighted:
-        raise ValueError(f"none of the losses ({', '.join(parts)}) has a weight: there is nothing to learn")
-    return functools.reduce(torch.add, weighted), parts
+        raise ValueError(f"none of the losses ({', '.join(terms)}) has a weight: there is nothing to learn")
+    return functools.reduce(torch.add, weighted), terms

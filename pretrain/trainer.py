@@ -54,7 +54,7 @@ class Result:
     samples_per_s: float
     evaluation: EvalResult | None
     checkpoint: Path | None
-    parts: dict[str, float] = field(default_factory=dict)
+    terms: dict[str, float] = field(default_factory=dict)
     stopped: str = ""
 
 
@@ -205,10 +205,10 @@ class _Training:
                 self._evaluate()  # the run was stopped between the checkpoint and its evaluation
             while self.step < self.total and not data.stopping:
                 self.watchdog.alive()
-                parts, taken = self._take_step(stop.wanted(), keys)
+                terms, taken = self._take_step(stop.wanted(), keys)
                 self.meter.step()
                 profile.step()
-                self._after_step(parts, taken)
+                self._after_step(terms, taken)
             if self.step < self.total:
                 status = "KILLED"  # MLflow's word for a run that was told to stop; it is RUNNING again when it resumes
                 stop.done()
@@ -223,7 +223,7 @@ class _Training:
             samples_per_s=self.meter.samples_per_s,
             evaluation=evaluation,
             checkpoint=self.path,
-            parts={k: v for k, v in self.last.items() if k.startswith("train/")},
+            terms={k: v for k, v in self.last.items() if k.startswith("train/")},
             stopped="" if status == "FINISHED" else stop.reason or "another rank",
         )
 
@@ -235,13 +235,13 @@ class _Training:
             keys: file that gets the frame keys.
 
         Returns:
-            Loss and its parts, means over micro-batches; and whether the step was taken.
+            Loss and its terms, means over micro-batches; and whether the step was taken.
         """
         cfg, data = self.config.train, self.data
         # Dropout is a function of the step too, so a resumed run draws what an uninterrupted one would.
         seed_everything(cfg.seed, self.step, self.world.rank, 1)
         self.rate = self.schedule.apply(self.engine.optimizer, self.step * cfg.batch)
-        parts: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {}
         self.guard.begin(self.step)
         self.task.progress = self.step / self.total
         counts, batches, taken = None, data.micro_batches(cfg.accumulate, stop), True
@@ -258,12 +258,12 @@ class _Training:
             if keys:
                 print(self.step, *batch.keys, file=keys, flush=True)
             for name, value in {"loss": loss.detach(), **values}.items():
-                parts[name] = parts.get(name, 0.0) + value / cfg.accumulate
+                terms[name] = terms.get(name, 0.0) + value / cfg.accumulate
             taken = self.guard.step()
         if self.ema and taken:
             self.ema.update()
         self.step += 1
-        return parts, taken
+        return terms, taken
 
     def _taught(self, batches: Sequence[Batch]) -> list[Batch]:
         """Batches with what the average of the weights says of them (mean teacher)."""
@@ -278,7 +278,7 @@ class _Training:
             module.train()
         return found
 
-    def _after_step(self, parts: Mapping[str, Tensor], taken: bool) -> None:
+    def _after_step(self, terms: Mapping[str, Tensor], taken: bool) -> None:
         """Logs, saves and evaluates where it is time to."""
         cfg, step = self.config.train, self.step
         log = taken and (step % cfg.log_every == 0 or step == self.total)
@@ -288,15 +288,15 @@ class _Training:
         if log or save or evaluate or self.data.stopping:
             self.guard.settle()
         if log:
-            self._log(parts)
+            self._log(terms)
         if save or self.data.stopping:
             with self.meter.paused(), self.watchdog.off():
                 self.path = self.manager.save(self.data, self.engine, self.ema, step=step, tracker=self.tracker)
         if evaluate and not self.data.stopping:
             self._evaluate()
 
-    def _log(self, parts: Mapping[str, Tensor]) -> None:
-        last = {f"train/{name}": value for name, value in _mean_over_ranks(parts, self.world).items()}
+    def _log(self, terms: Mapping[str, Tensor]) -> None:
+        last = {f"train/{name}": value for name, value in _mean_over_ranks(terms, self.world).items()}
         last["opt/lr"] = self.rate
         last["opt/grad_norm"] = float(self.guard.norm)
         last |= self.meter.metrics()
@@ -333,12 +333,12 @@ class _Training:
         return result
 
 
-def _mean_over_ranks(parts: Mapping[str, Tensor], world: World) -> dict[str, float]:
-    values = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=world.device) for v in parts.values()])
+def _mean_over_ranks(terms: Mapping[str, Tensor], world: World) -> dict[str, float]:
+    values = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=world.device) for v in terms.values()])
     if world.size > 1:
         dist.all_reduce(values)
         values /= world.size
-    return dict(zip(parts, values.tolist()))
+    return dict(zip(terms, values.tolist()))
 
 
 def _code_version() -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from occstream.evaluation.bayes import Confusions, confusions_of
 from occstream.evaluation.drive import DriveReader
 from occstream.evaluation.propagate import packed
-from occstream.evaluation.refine import RefineConfig, SceneRefiner, make_rule, refine
+from occstream.evaluation.refinement import RefineConfig, SceneRefiner, make_rule, refine
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.pack import pack

@@ -19,7 +19,7 @@ from occstream.evaluation.bayes import Confusions
 from occstream.evaluation.drive import DriveReader
 from occstream.evaluation.labelnoise import NoiseConfig, attach_corrupted
 from occstream.evaluation.metrics import CONVENTIONS, RangedCounts, ranges_of
-from occstream.evaluation.refine import RefineConfig, SceneRefiner, make_rule, measure
+from occstream.evaluation.refinement import RefineConfig, SceneRefiner, make_rule, measure
 from occstream.evaluation.votes import VoteConfig, in_frustum
 from occstream.sharding.grid import get_grid
 from occstream.sharding.manifest import Manifest
@@ -65,7 +65,7 @@ class Scorer:
             for (_, said), true in zip(refiner.frames(scene), self.truth[scene]):
                 counts.update(torch.from_numpy(said)[None], torch.from_numpy(true)[None])
         reader.close()
-        matrices = [counts.matrix(part) for part in ranges.parts]
+        matrices = [counts.matrix(part) for part in ranges.named]
         words += f", λ {table.exponent:g}" if table else ""
         found = "  ".join(f"{100 * m.iou():5.1f} /{100 * m.miou():5.1f}" for m in matrices)
         print(f"{words:<44} {found}   {time.process_time() - began:5.0f} CPU s", flush=True)
@@ -80,7 +80,7 @@ def main() -> None:
     base = Manifest.load(url)
     held = base.held_out(scenes // 2)
     scorer = Scorer(url, [i for i in range(scenes) if i not in held])
-    print(f"{len(scorer.scenes)} scenes scored, {len(held)} held out; IoU / mIoU at {', '.join(ranges_of(GRID).parts)}")
+    print(f"{len(scorer.scenes)} scenes scored, {len(held)} held out; IoU / mIoU at {', '.join(ranges_of(GRID).named)}")
     for movers in ("none", "parked", "tracks"):
         scorer.row(f"exact labels, voted, movers {movers}", "labels", RefineConfig(movers=movers))
     for number, (kind, noise) in enumerate(KINDS.items()):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from occstream.evaluation.occupancy import HEADLINE
-from occstream.evaluation.predict import Keep, predict
+from occstream.evaluation.predictions import Keep, predict
 from occstream.evaluation.report import prediction_picture
 from occstream.models import build_model, model_entry
 from occstream.models.batch import Batch, OccOutputs
@@ -149,7 +149,7 @@ class B2STask(Task):
         images = _network(model).images
         images.levels = torch.compile(images.levels, dynamic=False, backend=backend)
 
-    def parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
+    def timed(self, model: nn.Module) -> Mapping[str, nn.Module]:
         found = {part: getattr(model, name, None) for part, name in PARTS.items()}
         return {part: module for part, module in found.items() if isinstance(module, nn.Module)}
 

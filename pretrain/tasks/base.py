@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from occstream.evaluation.evaluate import Metric
-from occstream.evaluation.predict import Keep
+from occstream.evaluation.predictions import Keep
 from occstream.models.batch import Batch
 from occstream.pretrain.config import Config
 from occstream.pretrain.terms import combine, joint_counts
@@ -145,7 +145,7 @@ class Task(ABC):
     def compile(self, model: nn.Module, backend: str) -> None:  # noqa: B027
         """Compiles in place what gains from it: by default nothing."""
 
-    def parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
+    def timed(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """Parts whose time ``bench step`` tells apart."""
         return dict(model.named_children())
 
@@ -200,7 +200,7 @@ class Task(ABC):
         The same names on every rank.
 
         Args:
-            outputs: of any micro-batch of the step: only what parts there are, and their shapes, may matter.
+            outputs: of any micro-batch of the step: only what heads there are, and their shapes, may matter.
         """
 
     @abstractmethod
@@ -227,7 +227,7 @@ class Task(ABC):
         """Weights of the sums by name, without roles; None: only reported."""
 
     def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of one batch alone and its parts (collective)."""
+        """Loss of one batch alone and its terms (collective)."""
         counts = joint_counts([self.counts(outputs, batch)])
         return combine(self.sums(outputs, batch), counts, self.weights)
 

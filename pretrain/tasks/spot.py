@@ -20,7 +20,7 @@ from occstream.evaluation.evaluate import JointMetric, Metric
 from occstream.evaluation.lidar import DetectionScores, PointScores
 from occstream.evaluation.lidarpictures import detection_picture, segmentation_picture
 from occstream.evaluation.pointseg import convention_of
-from occstream.evaluation.predict import Keep, predict
+from occstream.evaluation.predictions import Keep, predict
 from occstream.evaluation.report import prediction_picture
 from occstream.models import handoff
 from occstream.models.batch import Batch, Boxes, Occupancy, PointLabels, Points
@@ -238,7 +238,7 @@ class SpotTask(Task):
         encoder = [key for key in model.state_dict() if key.startswith("encoder.")]
         return Transfer(encoder, ("occupancy.", "detector.", "segmentor."))
 
-    def parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
+    def timed(self, model: nn.Module) -> Mapping[str, nn.Module]:
         found = {
             "sparse backbone": model.get_submodule("encoder.backbone_3d"),
             "2-D backbone": model.get_submodule("encoder.backbone_2d"),

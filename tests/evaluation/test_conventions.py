@@ -182,8 +182,8 @@ def test_the_convention_travels_with_the_manifest(tmp_path):
 def test_ranges_of_semantickitti_are_the_published_columns():
     grid = get_grid("semantickitti")
     ranges = ranges_of(grid)
-    assert list(ranges.parts) == ["12.8 m", "25.6 m", "51.2 m"]
-    inside = {name: torch.isin(ranges.shell, torch.tensor(parts)) for name, parts in ranges.parts.items()}
+    assert list(ranges.named) == ["12.8 m", "25.6 m", "51.2 m"]
+    inside = {name: torch.isin(ranges.shell, torch.tensor(parts)) for name, parts in ranges.named.items()}
     expected = torch.zeros(256, 256, dtype=torch.bool)
     expected[:64, 96:160] = True
     assert torch.equal(inside["12.8 m"], expected)
@@ -195,11 +195,11 @@ def test_ranges_of_semantickitti_are_the_published_columns():
 def test_near_and_far_of_symmetric_grids():
     grid = get_grid("openscene")
     ranges = ranges_of(grid)
-    assert list(ranges.parts) == ["near 25 m", "far 25 m"]
+    assert list(ranges.named) == ["near 25 m", "far 25 m"]
     near = ranges.shell == 0
     assert near.sum() == 100 * 100
     assert near[50:150, 50:150].all()
-    assert ranges_of(get_grid("tiny")).parts == {}, "all of it is near"
+    assert ranges_of(get_grid("tiny")).named == {}, "all of it is near"
     coarse = ranges_of(grid, (100, 100, 16))
     assert torch.equal(coarse.shell, ranges.shell[::2, ::2])
 

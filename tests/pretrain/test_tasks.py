@@ -84,7 +84,7 @@ def test_every_recipe_trains_and_has_the_scores_of_its_headline(runs):
     assert {f"eval/{score}" for score in fine.evaluation.headline} <= set(task.headline)
     assert len(scored) >= 2
     assert all(word in fine.evaluation.summary() for word in scored)
-    assert set(fine.parts) & {f"train/{term}" for term in task.terms[:2]}
+    assert set(fine.terms) & {f"train/{term}" for term in task.terms[:2]}
 
 
 @pytest.mark.parametrize("stage", ["pre", "fine"])

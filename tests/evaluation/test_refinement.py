@@ -10,7 +10,7 @@ import pytest
 
 from occstream.evaluation.bayes import LAMBDAS, Confusions
 from occstream.evaluation.drive import DriveReader
-from occstream.evaluation.refine import RefineConfig, SceneRefiner, measure, refine
+from occstream.evaluation.refinement import RefineConfig, SceneRefiner, measure, refine
 from occstream.evaluation.votes import VoteConfig
 from occstream.launch.cli import main
 from occstream.sharding.manifest import Manifest

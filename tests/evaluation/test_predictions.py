@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from occstream.evaluation.occupancy import classify
-from occstream.evaluation.predict import predict
+from occstream.evaluation.predictions import predict
 from occstream.models import OccOutputs
 from occstream.pretrain.augment import two_best
 from tests.models.helpers import make_batch
