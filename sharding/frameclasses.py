@@ -121,6 +121,11 @@ class FrameClasses:
             found = storage.read_bytes(where)
         except FileNotFoundError:
             raise ValueError(f"{where}: no table of the classes of each frame there; {remedy}") from None
+        return cls.parse(found, manifest, where, remedy)
+
+    @classmethod
+    def parse(cls, found: bytes, manifest: Manifest, where: str, remedy: str) -> FrameClasses:
+        """The table of a manifest from the content of its file. Raises ValueError that names file and remedy."""
         data = load_json(found, where, remedy)
         received = Received(data, where)
         classes = received.texts("classes")

@@ -17,13 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
+from pyarrow import feather
 from safetensors.torch import save
 
 from occstream.pretrain.checkpoint import Checkpoint
 from occstream.pretrain.yamlfile import read_yaml
 from occstream.sharding import pickles, rawfiles
 from occstream.sharding.codec import CorruptSample, decode, encode
+from occstream.sharding.feather import TEXT, read_feather
+from occstream.sharding.frameclasses import FrameClasses
 from occstream.sharding.grid import get_grid
 from occstream.sharding.manifest import Manifest, SceneEntry, ShardEntry
 from occstream.sharding.received import check_manifest, load_json, read_index
@@ -107,6 +111,31 @@ def _manifest() -> bytes:
     return json.dumps({**manifest.content(), "fingerprint": manifest.fingerprint}).encode()
 
 
+def _small() -> Manifest:
+    return Manifest.from_content("x", json.loads(_manifest()))
+
+
+def _classes() -> bytes:
+    table = FrameClasses(("bus", "car", "tram"), ["0 3 7", "1 1 2 4"])
+    return json.dumps({"base": _small().fingerprint, "group": "labels", **table.to_record()}).encode()
+
+
+def _read_classes(data: bytes) -> None:
+    table = FrameClasses.parse(data, _small(), "c", "x")
+    assert table.holds([0, 1], ["car"]).shape == (7, 1)
+
+
+def _feather() -> bytes:
+    out = io.BytesIO()
+    columns = {"a": np.arange(20), "b": np.linspace(0, 1, 20).astype(np.float16), "c": [f"x{i}" for i in range(20)]}
+    feather.write_feather(pa.table(columns), out)
+    return out.getvalue()
+
+
+def _read_feather(path: Path) -> None:
+    read_feather(path, {"a": "int64", "b": "float32", "c": TEXT})
+
+
 def _read_manifest(data: bytes) -> None:
     content = load_json(data, "m", "x")
     check_manifest(content, "m")
@@ -172,6 +201,8 @@ TARGETS = {
     "manifest": Target((_manifest(),), _read_manifest),
     "shard": Target((_tar(),), _shard, members=True),
     "checkpoint": Target((_checkpoint(),), _read_checkpoint, members=True),
+    "classes": Target((_classes(),), _read_classes),
+    "feather": Target((_feather(),), _file(_read_feather, ".feather")),
     "pcd": Target((_pcd("binary"), _pcd("ascii")), _file(rawfiles.read_pcd, ".pcd")),
     "npy": Target((_npy(a=np.ones((2, 3))), _npy(a=np.ones(3), b=np.zeros((2, 2), np.uint8))), _file(rawfiles.read_npy, ".npz")),
     "pickle": Target(tuple(pickle.dumps([_INFO], protocol) for protocol in range(6)), pickles.loads),
