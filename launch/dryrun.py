@@ -18,7 +18,7 @@ from occstream.pretrain.distributed import World
 from occstream.pretrain.engine import BUCKET
 from occstream.pretrain.networks import create_model
 from occstream.pretrain.optim import parameter_groups
-from occstream.pretrain.streams import EvalData, TrainData, open_manifest, training_scenes
+from occstream.pretrain.streams import EvalData, TrainData, check_manifest, open_manifest, training_scenes
 from occstream.pretrain.tasks.base import Role
 from occstream.pretrain.tasks.registry import task_of
 
@@ -219,8 +219,9 @@ def _volume(config: Config, data: TrainData) -> dict[str, tuple[int, int]]:
         manifest = open_manifest(source.url, source.labels)
         chosen = training_scenes(manifest, source)
         numbers = {manifest.scenes[i].shard for i in chosen}
-        wanted = task.sample(role, source, data.sensors).groups
-        groups = {manifest.label_group if group == "labels" else group for group in wanted}
+        sample = task.sample(role, source, data.sensors)
+        manifest = check_manifest(manifest, sample, config)
+        groups = {manifest.label_group if group == "labels" else group for group in sample.groups}
         size = sum(s.size for s in manifest.shards if s.group in groups and s.number in numbers)
         scenes, before = found.get(name, (0, 0))
         found[name] = scenes + len(chosen), before + size

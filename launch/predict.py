@@ -102,6 +102,7 @@ class _Job:
 
     Attributes:
         done: counts so far.
+        read: the data set with what samples read beside its labels.
         kept: scenes that keep the set's own labels.
     """
 
@@ -120,9 +121,9 @@ class _Job:
                 print(note)
         sensors = self.task.sensors(base, 0, trained.sensors)
         self.sample = self.task.sample("predict", config.data, sensors, self.labeled)
-        check_manifest(base, self.sample, config)
+        self.read = check_manifest(base, self.sample, config)
         # Poses and tokens come from the labels' group where there is one: it is the smallest.
-        self.reader = ShardReader(base, ("labels",) if self.labeled else self.sample.groups[:1])
+        self.reader = ShardReader(self.read, ("labels",) if self.labeled else self.sample.groups[:1])
         self.done, self.began = Predicted(None), time.perf_counter()
 
     def sidecar(self, name: str, overrides: tuple[str, ...]) -> Sidecar:

@@ -21,7 +21,7 @@ from occstream.pretrain.reading import Prefetcher, device_batches, open_stream, 
 from occstream.pretrain.tasks.base import Role, Sample, Scoring, without_replaced
 from occstream.pretrain.tasks.registry import task_of
 from occstream.sharding.frameclasses import FrameClasses
-from occstream.sharding.manifest import Manifest
+from occstream.sharding.manifest import Manifest, is_labels
 from occstream.sharding.order import (
     BY_CONTENT,
     BY_SCENES,
@@ -119,7 +119,7 @@ class TrainData:
             name: of its section, and of its position and fingerprint.
         """
         sample = self._task.sample(role, source, self.sensors)
-        check_manifest(manifest, sample, self.config)
+        manifest = check_manifest(manifest, sample, self.config)
         self._feeds["main" if name == "data" else name] = _Feed(
             manifest, order, sample, batch=batch, most=most, config=self.config, world=self.world
         )
@@ -347,7 +347,7 @@ class EvalData:
             )
         self.sensors = task.sensors(manifest, scenes[0], sensors)
         sample = task.sample("eval", ev, self.sensors)
-        check_manifest(manifest, sample, config)
+        manifest = check_manifest(manifest, sample, config)
         facts = task.facts("eval", ev, manifest, scenes)
         self.unknown = next(iter(facts.numbers.values()), None)
         self.scoring = task.scoring(manifest, self.unknown)
@@ -388,11 +388,19 @@ def open_manifest(url: str, labels: str = "labels") -> Manifest:
     return manifest if labels == "labels" else manifest.with_sidecar(labels)
 
 
-def check_manifest(manifest: Manifest, sample: Sample, config: Config) -> None:
-    """Raises ValueError if the data set has another taxonomy than the recipe, lacks a group that samples read, or has labels
-    on another grid."""
+def check_manifest(manifest: Manifest, sample: Sample, config: Config) -> Manifest:
+    """The data set with the sidecar groups that samples read beside the labels in use.
+
+    Raises:
+        ValueError: it has another taxonomy than the recipe, lacks a group that samples read, or has labels on another grid.
+    """
+    for group in sample.groups:
+        if is_labels(group) and group != "labels":
+            manifest.with_sidecar(group).check(config.voxel_grid, config.taxonomy, ())
+            manifest = manifest.with_label_sets([group])
     groups = tuple(manifest.label_group if group == "labels" else group for group in sample.groups)
     manifest.check(config.voxel_grid if "labels" in sample.groups else None, config.taxonomy, groups)
+    return manifest
 
 
 def _balance_note(name: str, manifest: Manifest, wanted: Sequence[str], holds: np.ndarray) -> str:

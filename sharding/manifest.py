@@ -80,6 +80,8 @@ class Manifest:
             sidecar.
         convention: how the benchmark of the labels averages (``schema.CONVENTIONS``); "": they do not say, see
             ``metric_convention``.
+        base: fingerprint of the data set as packed, where sidecars were put in place of its labels or beside them (not part of
+            the content); "": this is the data set as packed.
     """
 
     url: str
@@ -94,6 +96,7 @@ class Manifest:
     left_out: tuple[str, ...] = ()
     label_group: str = "labels"
     convention: str = ""
+    base: str = field(default="", compare=False)
 
     def content(self) -> dict:
         """The JSON content of ``manifest.json`` without the fingerprint."""
@@ -181,20 +184,22 @@ class Manifest:
             raise ValueError(f"{self.url}: has no sidecar group {group!r}; there are: {there}") from None
         data = load_json(found, where, "attach the labels again")
         check_sidecar(data, where, group)
-        if data["base"] != self.fingerprint:
+        base = self.base or self.fingerprint
+        if data["base"] != base:
             raise ValueError(
-                f"{where}: was attached to a data set with fingerprint {data['base']}, this one has {self.fingerprint}; "
+                f"{where}: was attached to a data set with fingerprint {data['base']}, this one has {base}; "
                 "attach the labels again"
             )
         return replace(
             self,
+            base=base,
             grid=VoxelGrid.from_dict(data["grid"]),
             taxonomy=data["taxonomy"],
             classes=tuple(data["classes"]),
             labels=data["labels"],
-            groups=(*(g for g in self.groups if g != "labels"), group),
+            groups=(*(g for g in self.groups if g not in ("labels", group)), group),
             shards=(
-                *(s for s in self.shards if s.group != "labels"),
+                *(s for s in self.shards if s.group not in ("labels", group)),
                 *(ShardEntry(**s) for s in data["shards"]),
             ),
             label_group=group,
@@ -202,7 +207,7 @@ class Manifest:
         )
 
     def with_label_sets(self, groups: Iterable[str]) -> Manifest:
-        """The same data set, whose sidecar groups can be read beside its own labels: ``Frame.label_sets`` has them.
+        """The same data set, whose sidecar groups can be read beside the labels in use: ``Frame.label_sets`` has them.
 
         Raises:
             ValueError: as ``with_sidecar``; or a sidecar's labels are on another grid or have another taxonomy.
@@ -217,10 +222,10 @@ class Manifest:
             if not fits or self.taxonomy != other.taxonomy:
                 raise ValueError(
                     f"{self.url}: labels {group} are on grid {grid.name if grid else None} with taxonomy {other.taxonomy!r}, "
-                    "the set's own are not; they cannot be read together"
+                    f"{self.label_group} are not; they cannot be read together"
                 )
             more = tuple(s for s in other.shards if s.group == group)
-            found = replace(found, groups=(*found.groups, group), shards=(*found.shards, *more))
+            found = replace(found, base=other.base, groups=(*found.groups, group), shards=(*found.shards, *more))
         return found
 
     def metric_convention(self) -> tuple[str, str]:

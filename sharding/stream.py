@@ -35,6 +35,19 @@ class Field(NamedTuple):
     ragged: bool = False
 
 
+@dataclass(frozen=True)
+class Window:
+    """Which key-frames around each one are read with it, where that depends on the frame.
+
+    Attributes:
+        offsets: of (key, index, number of frames of its scene, epoch); those that the scene lacks are left out.
+        groups: that are read of them; empty: the same as of the frame itself.
+    """
+
+    offsets: Callable[[str, int, int, int], Iterable[int]]
+    groups: tuple[str, ...] = ()
+
+
 @dataclass
 class _Shard:
     """An open shard: file (None: ranges are read from the store), byte range by frame key, readers at work on it."""
@@ -69,13 +82,13 @@ class ShardReader:
         for group in groups:
             if group not in manifest.groups:
                 raise ValueError(f"{manifest.url}: has no group {group!r}, only {', '.join(manifest.groups)}")
-        labels = [group for group in groups if is_labels(group)]
-        self._own = manifest.label_group if manifest.label_group in labels else next(iter(labels), "")
-        self._further = [group for group in labels if group != self._own]
 
-    def frame(self, scene: int, index: int) -> Frame:
+    def frame(self, scene: int, index: int, groups: tuple[str, ...] = ()) -> Frame:
         """One frame with the chosen groups. Of several groups of labels, ``frame.labels`` has the manifest's own, or else the
         first, and ``frame.label_sets`` all.
+
+        Args:
+            groups: some of those of this reader; empty: all.
 
         Raises:
             CorruptSample: this frame cannot be decoded.
@@ -84,29 +97,35 @@ class ShardReader:
         entry = self.manifest.scenes[scene]
         key = frame_key(entry.name, index)
         members = {}
-        for group in self.groups:
+        labels = [group for group in groups or self.groups if is_labels(group)]
+        own = self.manifest.label_group if self.manifest.label_group in labels else next(iter(labels), "")
+        further = [group for group in labels if group != own]
+        for group in groups or self.groups:
             data = self._read(group, entry.shard, key)
             try:
                 members[group] = tar_members(data, key)
             except CorruptSample as error:
                 raise CorruptSample(f"{shard_path(group, entry.shard)}: {error}") from None
         try:
-            frame = decode([found for group, found in members.items() if group not in self._further])
-            if frame.labels is not None and self._own:
-                frame.label_sets[self._own] = frame.labels
-            for group in self._further:
+            frame = decode([found for group, found in members.items() if group not in further])
+            if frame.labels is not None and own:
+                frame.label_sets[own] = frame.labels
+            for group in further:
                 if (labels := decode([members[group]]).labels) is not None:
                     frame.label_sets[group] = labels
         except CorruptSample as error:
             raise CorruptSample(f"shard {entry.shard:06d}: {error}") from None
         return frame
 
-    def window(self, scene: int, index: int, offsets: Iterable[int]) -> Frame:
+    def window(self, scene: int, index: int, window: Iterable[int] | Window, epoch: int = 0) -> Frame:
         """A frame with those around it in ``frame.window``: by offset, those that the scene has. Raises as ``frame``."""
-        frame = self.frame(scene, index)
-        for offset in offsets:
-            if 0 <= index + offset < self.manifest.scenes[scene].frames:
-                frame.window[offset] = self.frame(scene, index + offset)
+        frame, groups = self.frame(scene, index), ()
+        count = self.manifest.scenes[scene].frames
+        if isinstance(window, Window):
+            window, groups = window.offsets(frame.key, index, count, epoch), window.groups
+        for offset in window:
+            if 0 <= index + offset < count:
+                frame.window[offset] = self.frame(scene, index + offset, groups)
         return frame
 
     def raw(self, group: str, scene: int, index: int) -> bytes:
@@ -289,7 +308,8 @@ class Stream:
         deadline: seconds that the consumer waits for a batch before it is an error that names what is not there.
         finish: completes each batch, in order, in a thread of its own (without reader threads: in the consumer's), such as by
             arrays that a GPU makes.
-        window: offsets of key-frames around each one that ``fill`` finds in ``frame.window``, where the scene has them.
+        window: key-frames around each one that ``fill`` finds in ``frame.window``, where the scene has them: offsets, or what
+            chooses them for each.
     """
 
     def __init__(
@@ -307,7 +327,7 @@ class Stream:
         warn: Callable[[str], None] = print,
         lookahead: int = 64,
         deadline: float = 600.0,
-        window: tuple[int, ...] = (),
+        window: tuple[int, ...] | Window = (),
         finish: Callable[[StreamBatch], None] | None = None,
     ) -> None:
         if ring < 2:
@@ -531,7 +551,7 @@ class Stream:
         for shift in range(scene.frames):
             index = (sample.frame + shift) % scene.frames
             try:
-                frame = self._reader.window(sample.scene, index, self._window)
+                frame = self._reader.window(sample.scene, index, self._window, sample.draw)
                 slot.returned[i] = self._fill(frame, sample.draw, views)
                 self._take_rows(slot, i, views, frame.key)
             except CorruptSample as error:

@@ -19,7 +19,7 @@ from occstream.pretrain.config import Config
 from occstream.pretrain.terms import combine, joint_counts
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.schema import Frame, Labels, frame_key
-from occstream.sharding.stream import Field, StreamBatch
+from occstream.sharding.stream import Field, StreamBatch, Window
 
 Role = Literal["main", "replay", "eval", "predict"]
 
@@ -28,12 +28,14 @@ class Sample(Protocol):
     """How frames of one stream become samples of a batch. Stateless: several threads call it.
 
     Attributes:
-        groups: of the shards that are read, "labels" for those of the manifest in use.
-        window: offsets of the key-frames around each one that it finds in ``frame.window``, where the scene has them.
+        groups: of the shards that are read, "labels" for those of the manifest in use; sidecar groups beside it are in
+            ``frame.label_sets``.
+        window: offsets of the key-frames around each one that it finds in ``frame.window``, where the scene has them; or what
+            chooses them for each.
     """
 
     groups: tuple[str, ...]
-    window: tuple[int, ...]
+    window: tuple[int, ...] | Window
 
     def fields(self) -> Mapping[str, Field]:
         """Arrays of one sample, by ``part.field`` of ``Batch``, and ``scene_aug`` (3, 3) float32."""
