@@ -411,7 +411,8 @@ def _balance_note(name: str, manifest: Manifest, wanted: Sequence[str], holds: n
             "balancing off, or train on labels with classes or boxes"
         )
     counts = ", ".join(f"{c} {n}" for c, n in zip(wanted, holds.sum(0).tolist()))
-    return f"{name}: rare classes are balanced: of {len(holds)} frames hold {counts}; a pass has about {balance(holds).sum():.0f}"
+    passes = f"a pass has about {balance(holds).sum():.0f} samples"
+    return f"{name}: {len(holds)} frames hold {counts}; those of rare classes occur more often, {passes}"
 
 
 def _position(state: object, name: str) -> dict[str, int]:

@@ -56,13 +56,13 @@ def test_frames_of_rare_classes_come_more_often(data, monkeypatch):
     rare = min((n for n in counts if counts[n] < frames), key=lambda n: (counts[n], n))
     plain, notes = first_pass(data, monkeypatch, None)
     assert len(plain) == len(set(plain)) == frames
-    assert not any("balanced" in note for note in notes)
+    assert not any("rare" in note for note in notes)
     keys, notes = first_pass(data, monkeypatch, ("car", rare))
     assert len(keys) > frames
     assert set(keys) == set(plain)
-    [note] = [note for note in notes if "balanced" in note]
+    [note] = [note for note in notes if "rare" in note]
     assert note.startswith(
-        f"data: rare classes are balanced: of {frames} frames hold car {counts['car']}, {rare} {counts[rare]}; "
+        f"data: {frames} frames hold car {counts['car']}, {rare} {counts[rare]}; those of rare classes"
     )
     assert "\n" not in note
 
