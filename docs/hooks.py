@@ -114,7 +114,8 @@ def configuration() -> str:
     for name, entry in sorted(MODELS.items()):
         configs.setdefault(entry.config, []).append(name)
     first = next(iter(configs))
-    keys = {name: {k.name: k for k in keys_of(get_task(name).Config, inner={"model": first})} for name in PACKAGED}
+    recipes = {name: get_task(name).Config for name in PACKAGED}
+    keys = {name: {k.name: k for k in keys_of(c, inner=c.open_sections({}))} for name, c in recipes.items()}
     shared = {n for n, key in keys["b2s"].items() if all(own.get(n) == key for own in keys.values())}
     text += "\n## Every task\n" + _sections([key for n, key in keys["b2s"].items() if n in shared], "###")
     for name, own in keys.items():

@@ -46,7 +46,8 @@ def test_the_site_has_every_command_and_every_key(site):
     assert [name for name in choices if f">occstream {name}<" not in commands] == []
     assert "--dry-run" in commands
     keys = (site / "reference/config.html").read_text()
-    assert [k.name for k in recipe_keys(load_config("r50")) if f"<code>{k.name}</code>" not in keys] == []
+    for recipe in ("r50", "spot"):
+        assert [k.name for k in recipe_keys(load_config(recipe)) if f"<code>{k.name}</code>" not in keys] == []
 
 
 def test_pages_are_in_the_navigation(site):
