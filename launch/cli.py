@@ -13,7 +13,7 @@ from occstream.launch.run import guarded, import_argument, imported
 from occstream.sharding.places import place
 
 # Commands that may need a task, a model or a source that this package does not have.
-_IMPORTING = ("shard", "label", "evaluate", "export", "predict", "sweep", "recipe", "bench")
+_IMPORTING = ("shard", "label", "evaluate", "export", "submit", "predict", "sweep", "recipe", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -223,6 +223,14 @@ def _run_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
 
     p = command(
+        "submit", _submit, "write a detector's boxes of a packed nuScenes split as a submission to the benchmark"
+    )
+    p.add_argument("checkpoint", help="a run's folder or one of its step-… folders")
+    p.add_argument("url", help="the data set, packed from nuScenes")
+    p.add_argument("--out", required=True, help="the JSON file")
+    p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. detect.most=300")
+
+    p = command(
         "predict",
         _predict,
         "write a checkpoint's predictions alongside a data set's images, as training labels",
@@ -364,6 +372,14 @@ def _export(args: argparse.Namespace) -> int:
     print(
         f"wrote {out}: {count} of {count} tensors of the encoder for {args.framework}; see {out.with_name(export.ABOUT)}"
     )
+    return 0
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from occstream.launch.submit import submit
+
+    samples, boxes = submit(args.checkpoint, args.url, args.out, tuple(args.settings))
+    print(f"wrote {args.out}: {boxes:,} boxes of {samples:,} samples, attributes by class and speed")
     return 0
 
 

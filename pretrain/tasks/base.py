@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from occstream.evaluation.detection import BoxSet
 from occstream.evaluation.evaluate import Metric
 from occstream.evaluation.predictions import Keep
 from occstream.models.batch import Batch
@@ -263,6 +264,13 @@ class Task(ABC):
             flips: mean over mirrored scenes.
         """
         raise ValueError(f"task {self.name} predicts nothing that can be written as labels")
+
+    detects: bool = False
+    """Whether the network of this stage finds boxes."""
+
+    def detections(self, outputs: Any, batch: Batch) -> list[BoxSet]:
+        """Boxes found in each frame of a batch, in the frame of the labels."""
+        raise ValueError(f"task {self.name} finds no boxes")
 
     @abstractmethod
     def synthetic_batch(self, labeled: int, other: int) -> Batch:

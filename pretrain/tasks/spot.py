@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from occstream.evaluation.detection import rules_of
+from occstream.evaluation.detection import BoxSet, rules_of
 from occstream.evaluation.evaluate import JointMetric, Metric
 from occstream.evaluation.lidar import DetectionScores, PointScores
 from occstream.evaluation.lidarpictures import detection_picture, segmentation_picture
@@ -481,6 +481,10 @@ class SpotTask(Task):
         self, model: nn.Module, batches: Iterable[Batch], keep: Keep, flips: bool
     ) -> Iterator[tuple[str, Labels]]:
         return predict(model, batches, keep=keep, kind="softmax_focal", flips=flips)
+
+    def detections(self, outputs: LidarOutputs, batch: Batch) -> list[BoxSet]:
+        found = self._found_boxes(outputs, batch)
+        return [BoxSet(f.boxes, f.classes, f.velocity, scores=f.scores) for f in found]
 
     def synthetic_batch(self, labeled: int, other: int) -> Batch:
         batch = lidar_frames(self.config, labeled + other)

@@ -1,0 +1,68 @@
+"""Boxes of a run as a submission of the nuScenes benchmark."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from occstream.evaluation.submission import ego_boxes, read_detection
+from occstream.launch import cli
+from occstream.launch.submit import _found
+from occstream.pretrain import trainer
+from occstream.pretrain.config import load_config
+from occstream.pretrain.trained import load_trained
+from occstream.sharding.grid import get_grid
+from occstream.sharding.manifest import Manifest
+from occstream.sharding.pack import pack
+from occstream.sharding.sources import open_source
+from occstream.sharding.stream import ShardReader
+from tests.pretrain.inprocess import world  # noqa: F401  a fixture
+from tests.pretrain.small import HERE
+
+SMALL = str(HERE / "small-spot.yaml")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    url = str(tmp_path_factory.mktemp("sweeps"))
+    options = {"scenes": 2, "frames": 2, "cameras": False, "grid": "tiny"}
+    pack(open_source("synthetic", options), url, groups=("lidar", "labels"), grid=get_grid("tiny"))
+    return url
+
+
+@pytest.fixture(scope="module")
+def runs(data, world, tmp_path_factory):  # noqa: F811
+    """A detector of one step, and a segmentor."""
+    folder = tmp_path_factory.mktemp("runs")
+    for stage in ("detect", "segment"):
+        words = [f"data.url={data}", f"output={folder}/{stage}", "data.holdout=0", "train.steps=1", "train.batch=1"]
+        trainer.train(load_config(SMALL, words, stage=stage), world)
+    return folder
+
+
+def test_every_sample_has_its_boxes_in_the_global_frame(runs, data, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    words = ["detect.score_threshold=0", "detect.most=20"]
+    assert cli.main(["submit", str(runs / "detect"), data, "--out", str(out), *words]) == 0
+    assert "80 boxes of 4 samples" in capsys.readouterr().out
+    reader = ShardReader(Manifest.load(data), ("lidar",))
+    frames = [reader.frame(scene, index) for scene in range(2) for index in range(2)]
+    meta, found = read_detection(str(out), samples=[frame.token for frame in frames])
+    assert meta["use_lidar"]
+    assert not meta["use_camera"]
+    trained = load_trained(runs / "detect", tuple(words))
+    own = dict(_found(trained, Manifest.load(data)))
+    for frame in frames:
+        boxes = ego_boxes(found[frame.token], frame.ego_to_global)
+        # A pose with roll and pitch leaves a box upright in its own frame only nearly so.
+        np.testing.assert_allclose(boxes.boxes[:, :6], own[frame.key].boxes[:, :6], atol=1e-3)
+        np.testing.assert_allclose(boxes.scored(), own[frame.key].scores, atol=1e-6)
+        assert (boxes.classes == own[frame.key].classes).all()
+
+
+def test_a_segmentor_finds_no_boxes(runs, data, tmp_path, capsys):
+    assert cli.main(["submit", str(runs / "segment"), data, "--out", str(tmp_path / "results.json")]) == 2
+    err = capsys.readouterr().err
+    assert "is of stage segment, which finds no boxes; give one of a detector" in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
