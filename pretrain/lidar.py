@@ -316,7 +316,9 @@ class LidarFiller:
                 raise ValueError(
                     f"frame {frame.key}: its LiDAR points have no beam numbers; pack them with ring, or set lidar.beams=[]"
                 )
-            kept = resample_beams(sweep.xyz, sweep.ring, share, mode=self.config.beams_mode, phase=phase)
+            number, origins = sweep.lidar_of_points(), None if sweep.lidars is None else sweep.lidars[:, 1:]
+            mode = self.config.beams_mode
+            kept = resample_beams(sweep.xyz, sweep.ring, share, mode=mode, phase=phase, lidar=number, origins=origins)
         if not self.targets.all_points:
             keep &= kept
         to_ego = sweep.sensor_to_ego

@@ -130,6 +130,8 @@ def _encode_lidar(frame: Frame, coding: Coding) -> tuple[dict[str, Any], Members
         "ego_to_global": _matrix(sweep.ego_to_global),
         "timestamp": sweep.timestamp,
     }
+    if sweep.lidars is not None:
+        about["lidars"] = _matrix(_lidars(sweep.lidars))
     arrays: dict[str, dict] = {}
     level = min(LIDAR_LEVEL, coding.level)
     members = _pack_arrays(sweep, _LIDAR_ARRAYS, arrays, level, step=coding.lidar_step)
@@ -246,6 +248,7 @@ def _decode_group(frame: Frame, head: dict, members: dict[str, bytes]) -> None:
             ego_to_global=_pose(pose["ego_to_global"]),
             timestamp=_time(pose["timestamp"]),
             xyz=arrays["xyz"],
+            lidars=_lidars(pose["lidars"]) if "lidars" in pose else None,
             **{name: arrays.get(name) for name in _LIDAR_ARRAYS if name != "xyz"},
         )
     if "binary" in arrays:
@@ -394,6 +397,23 @@ def _numbers(value: Any, *shape: int) -> np.ndarray:
 
 def _pose(value: Any) -> np.ndarray:
     return _numbers(value, 4, 4)
+
+
+def _lidars(value: Any) -> np.ndarray:
+    """(L, 4) of ``LidarSweep.lidars``. Raises ValueError."""
+    rows = _numbers(value, -1, 4)
+    first = rows[:, 0]
+    if (
+        not 1 <= len(rows) <= 256
+        or first[0] != 0
+        or (np.diff(first) <= 0).any()
+        or (first % 1).any()
+        or first[-1] > 255
+    ):
+        raise ValueError(
+            f"LiDARs begin at beams {str(first.tolist())[:80]}, need whole numbers that ascend from 0 to 255"
+        )
+    return rows
 
 
 def _time(value: Any) -> int:

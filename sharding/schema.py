@@ -199,6 +199,8 @@ class LidarSweep:
         sensor_to_ego: LiDAR -> ego at ``timestamp``.
         ego_to_global: ego -> global at ``timestamp``.
         timestamp: microseconds.
+        lidars: (L, 4) float64 where several LiDARs took the points, else None: the first beam number of each, ascending from
+            0, and its origin x, y, z in the LiDAR frame.
     """
 
     xyz: np.ndarray
@@ -210,6 +212,13 @@ class LidarSweep:
     time_lag: np.ndarray | None = None
     classes: np.ndarray | None = None
     moving: np.ndarray | None = None
+    lidars: np.ndarray | None = None
+
+    def lidar_of_points(self) -> np.ndarray | None:
+        """(N,) int64, which of several LiDARs each point is from; None: there is one, or beams have no numbers."""
+        if self.lidars is None or self.ring is None:
+            return None
+        return np.searchsorted(self.lidars[:, 0], self.ring, side="right") - 1
 
 
 @dataclass

@@ -154,7 +154,7 @@ class Argoverse2:
                     boxes=annotations.at(time, log) if annotations else None,
                 )
             )
-        attributes = {"split": split, "ego_height": EGO_HEIGHT, "lidar_origins": log.origins.round(6).tolist()}
+        attributes = {"split": split, "ego_height": EGO_HEIGHT}
         maps = [found[1] for path in entries(log.folder / "map") if (found := re.search(r"____([A-Z]{3})_", path.name))]
         return Scene(name, frames, attributes | ({"city": maps[0]} if maps else {}))
 
@@ -239,6 +239,7 @@ class _Log:
             intensity=table["intensity"].astype(np.float32),
             ring=table["laser_number"],
             time_lag=(-table["offset_ns"] * 1e-9).astype(np.float32),  # measured after the time stamp
+            lidars=np.concatenate([[[0], [32]], self.origins], 1),
         )
 
     def camera(self, name: str, time: int) -> Camera:

@@ -168,6 +168,23 @@ def test_thinned_sweeps_keep_a_share_of_the_beams():
     assert rows.count(8) == pytest.approx(50, abs=20)
 
 
+def test_each_of_several_lidars_is_thinned_by_itself():
+    """Every fourth row of either stays. The second one's are twice as far apart, so of all rows together others would."""
+    of = frame(0, 640)
+    of.lidar.ring[:] = np.arange(640) % 64
+    of.lidar.lidars = np.array([[0, 0.0, 0, 0], [32, 0, 0, 0]])
+    up = np.where(of.lidar.ring < 32, of.lidar.ring * 3 % 32, 2 * (of.lidar.ring % 32) + 0.5)
+    of.lidar.xyz[:] = [[50, 0, height] for height in up]
+    config = LidarConfig(beams=(0.25,), beams_probability=1.0, turn="none", flip_x=False, flip_y=False)
+    kept = fill(filler(config), of)["points.xyz"][:, 2] - 1.8
+    rows = {round(2 * float(height)) for height in kept}
+    assert len(kept) == 10 * len(rows) == 160
+    for second, apart in ((0, 8), (1, 16)):  # half meters
+        own = sorted(row for row in rows if row % 2 == second)
+        assert set(np.diff(own).tolist()) == {apart}
+        assert len(own) == 8
+
+
 def test_draws_are_a_function_of_seed_epoch_and_key():
     first, again = (fill(filler(LidarConfig(turn="free")), frame(), 3) for _ in range(2))
     assert all((first[name] == again[name]).all() for name in first if name.startswith(("points", "occupancy")))

@@ -68,7 +68,8 @@ def test_points_are_of_both_lidars_from_the_middle_between_them(root, scene):
     np.testing.assert_array_equal(sweep.ring, table["laser_number"])
     np.testing.assert_array_equal(sweep.intensity, table["intensity"])
     np.testing.assert_allclose(sweep.time_lag, -table["offset_ns"] * 1e-9, atol=1e-6)  # measured later: negative
-    np.testing.assert_allclose(scene.attributes["lidar_origins"], [[0, -0.005, 0.06], [0, 0.005, -0.06]])
+    np.testing.assert_allclose(sweep.lidars, [[0, 0, -0.005, 0.06], [32, 0, 0.005, -0.06]], atol=1e-12)
+    np.testing.assert_array_equal(sweep.lidar_of_points(), table["laser_number"] // 32)
 
 
 def test_boxes_hold_the_points_that_the_data_set_counts(root, scene):
@@ -240,7 +241,7 @@ def test_a_real_log(shared_data):
         assert abs(np.median(ground)) < 0.05
         assert share > 0.3
         # Each laser keeps its inclination, seen from its own LiDAR.
-        for number, origin in enumerate(scene.attributes["lidar_origins"]):
+        for number, (_, *origin) in enumerate(frame.lidar.lidars):
             own = frame.lidar.ring // 32 == number
             local = frame.lidar.xyz[own].astype(float) - origin
             up = np.degrees(np.arctan2(local[:, 2], np.hypot(local[:, 0], local[:, 1])))

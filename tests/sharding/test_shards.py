@@ -56,6 +56,26 @@ def digests(folder: Path) -> dict[str, str]:
 def test_frames_survive_encoding(seed):
     frame = toy_frame("scene", seed % 100, seed)
     assert same(frame, decode(members(frame, g) for g in codec.GROUPS))
+    before = members(frame, "lidar")
+    frame.lidar.lidars = np.array([[0, 0.1, 0, 0.06], [16, 0, 0, -0.06]])
+    assert same(frame, decode(members(frame, g) for g in codec.GROUPS))
+    assert frame.lidar.lidar_of_points().tolist() == [int(ring >= 16) for ring in frame.lidar.ring]
+    changed = {name for name, data in members(frame, "lidar").items() if data != before[name]}
+    assert changed == {"frame.json"}, "sweeps of one LiDAR are written as they were"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[], [[1, 0, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [0.5, 0, 0, 0]], [[0, 0, 0]], [[0, 0, 0, "x"]]],
+)
+def test_lidars_of_a_sweep_are_checked(rows):
+    frame = toy_frame("scene", 1)
+    frame.lidar.lidars = np.array([[0.0, 0, 0, 0]])
+    parts = members(frame, "lidar")
+    head = json.loads(parts["frame.json"])
+    head["lidar"]["lidars"] = rows
+    with pytest.raises(ValueError, match="pack its shard again"):
+        decode([parts | {"frame.json": json.dumps(head).encode()}])
 
 
 @given(
