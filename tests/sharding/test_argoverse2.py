@@ -1,5 +1,7 @@
 """Argoverse 2: one sweep of two LiDARs, boxes and their velocities, cameras at their own time, the ego frame on the road."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -7,12 +9,14 @@ from pyarrow import feather
 
 from occstream.sharding.feather import TEXT, read_feather
 from occstream.sharding.grid import get_grid
+from occstream.sharding.labelconfig import LabelConfig
 from occstream.sharding.labels import label_scene
 from occstream.sharding.prepare import Images
 from occstream.sharding.schema import OCC3D
 from occstream.sharding.sources import open_source
 from occstream.sharding.sources.argoverse2 import TO_OCC3D
 from tests.sharding import layouts
+from tests.sharding.test_kitti_object import occupied
 from tests.sharding.test_sources import near_the_ground
 
 
@@ -135,9 +139,14 @@ def test_every_category_has_a_class():
 
 
 def test_labels_are_made_of_its_sweeps(scene):
-    labels = label_scene(scene, get_grid("tiny"), OCC3D).frames[1].labels
+    """Of the first key-frame alone, without the track's points of others: voxels that hold a point."""
+    grid, settings = get_grid("tiny"), LabelConfig(level=False)
+    alone = label_scene(replace(scene, frames=scene.frames[:1]), grid, OCC3D, settings).frames[0].labels
+    sweep = scene.frames[0].lidar
+    np.testing.assert_array_equal(alone.binary, occupied(sweep.xyz.astype(float) + sweep.sensor_to_ego[:3, 3], grid))
+    labels = label_scene(scene, grid, OCC3D, settings).frames[0].labels
     assert labels.semantic is None
-    assert labels.binary.any()
+    assert labels.binary.sum() > alone.binary.sum(), "later sweeps see more"
     assert labels.known().sum() > labels.binary.sum()
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from occstream.sharding.grid import get_grid
+from occstream.sharding.labelconfig import LabelConfig
 from occstream.sharding.labels import label_scene
 from occstream.sharding.schema import OCC3D
 from occstream.sharding.sources import open_source
@@ -163,11 +164,24 @@ def test_damage_is_named_in_one_line(tmp_path, file, change, said):
     assert "\n" not in str(error.value)
 
 
+def occupied(points, grid):
+    """Voxels of the grid that hold a point in the ego frame, except for the vehicle itself."""
+    low, high = np.reshape(LabelConfig().vehicle, (2, 3))
+    points = points[~((points >= low) & (points <= high)).all(1)]
+    index = np.floor((points - grid.lower) / grid.voxel).astype(int)
+    found = np.zeros(grid.shape, bool)
+    found[tuple(index[((index >= 0) & (index < grid.shape)).all(1)].T)] = True
+    return found
+
+
 def test_labels_are_made_of_what_the_image_shows(root):
     scene = open_source("kitti_object", {"root": root}).load("000003")
-    labels = label_scene(scene, get_grid("tiny"), OCC3D).frames[0].labels
+    grid = get_grid("tiny")
+    labels = label_scene(scene, grid, OCC3D, LabelConfig(level=False)).frames[0].labels
     assert labels.semantic is None
-    assert labels.binary.any()
+    sweep = scene.frames[0].lidar
+    np.testing.assert_array_equal(labels.binary, occupied(sweep.xyz.astype(float) + [0.76, 0, 1.73], grid))
+    assert labels.binary.sum() > 100
     behind = labels.known()[: labels.binary.shape[0] // 2]
     assert not behind.any(), "nothing behind the car is known"
 
