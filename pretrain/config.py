@@ -143,6 +143,9 @@ class TrainConfig:
     """Its decay after warm-up."""
     ema_start: int = 10_560
     """The step count its warm-up starts with (COTR)."""
+    ema_warmup: Literal["exponential", "mean"] = "exponential"
+    """How the decay rises to ``ema_decay``: as 1 - exp(-n / 2000) with n updates (exponential); or so that the average is the
+    plain mean of all weights so far until it gets there (mean, usual for teachers; then set ``ema_start=0``)."""
     zero_stage: int = 0
     """DeepSpeed ZeRO stage 0 to 3."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,18 @@ from occstream.pretrain.config import TrainConfig
 from occstream.pretrain.partition import float_state, is_partitioned, local_values
 
 
+def ema_decay(updates: int, highest: float, warmup: Literal["exponential", "mean"]) -> float:
+    """Decay of the n-th update; see ``train.ema_warmup``."""
+    if warmup == "mean":
+        return min(1 - 1 / updates, highest)
+    return highest * (1 - math.exp(-updates / 2000))
+
+
 class Ema:
     """Exponential moving average of parameters and floating buffers, in fp32, on each rank's own slices."""
 
     def __init__(self, module: nn.Module, config: TrainConfig) -> None:
-        self.decay, self.updates = config.ema_decay, config.ema_start
+        self.decay, self.updates, self.warmup = config.ema_decay, config.ema_start, config.ema_warmup
         self.values = {name: local_values(t).detach().float().clone() for name, t in float_state(module)}
         # Parameters stay the same objects at every stage, whatever holds their values. A layer may assign a new buffer.
         self._parameters = [(self.values[name], p) for name, p in module.named_parameters()]
@@ -30,7 +38,7 @@ class Ema:
     def update(self) -> None:
         """Call once after each optimizer step."""
         self.updates += 1
-        decay = self.decay * (1 - math.exp(-self.updates / 2000))
+        decay = ema_decay(self.updates, self.decay, self.warmup)
         state = [(old, local_values(p).float()) for old, p in self._parameters]
         state += [(old, getattr(owner, leaf).float()) for old, owner, leaf in self._buffers]
         # One call for all of them; torch exports no public name of it.

@@ -13,6 +13,7 @@ from occstream.models.batch import Batch, Occupancy
 from occstream.models.lidarnet import LidarOutputs
 from occstream.pretrain import trainer
 from occstream.pretrain.config import load_config
+from occstream.pretrain.ema import Ema, ema_decay
 from occstream.pretrain.tasks.registry import task_of
 from occstream.pretrain.tasks.spot import TeacherConfig, foreground
 from occstream.pretrain.terms import combine, joint_counts
@@ -24,7 +25,7 @@ from tests.pretrain.inprocess import world  # noqa: F401  a fixture
 from tests.pretrain.small import HERE, losses
 
 SMALL = str(HERE / "small-spot.yaml")
-TEACHER = ("teacher.weight=0.5", "train.ema=true", "train.ema_start=0", "replay.batch=2")
+TEACHER = ("teacher.weight=0.5", "train.ema=true", "train.ema_start=0", "train.ema_warmup=mean", "replay.batch=2")
 
 
 def task(*words: str, stage: str = "pretrain"):
@@ -106,6 +107,27 @@ def test_what_a_teacher_said_is_a_loss_of_its_own():
         of.progress = progress
         loss, _ = combine(of.sums(outputs, batch), joint_counts([of.counts(outputs, batch)]), of.weights)
         assert loss.item() == pytest.approx((main + 0.5 * factor * teacher).item(), rel=1e-5)
+
+
+def test_a_teacher_is_the_mean_of_all_weights_until_its_decay_is_reached():
+    assert [round(ema_decay(n, 0.999, "mean"), 4) for n in range(1, 6)] == [0, 0.5, 0.6667, 0.75, 0.8]
+    assert ema_decay(5000, 0.999, "mean") == 0.999
+    config = load_config(SMALL, ["train.ema=true", "train.ema_start=2000", "train.ema_warmup=mean"]).train
+    student = torch.nn.Linear(1, 1)
+    student.weight.data.fill_(1.0)
+    teacher = Ema(student, config)
+    student.weight.data.zero_()
+    for _ in range(3):
+        teacher.update()
+    assert teacher.values["weight"].item() == pytest.approx(0.997003, abs=1e-6)
+
+
+def test_no_stage_reads_cameras():
+    wanted = {"pretrain": ("lidar", "labels"), "detect": ("lidar", "labels"), "segment": ("lidar",)}
+    for stage, groups in wanted.items():
+        of = task(stage=stage)
+        assert of.sample("main", of.config.data, ()).groups == groups
+        assert of.sample("predict", of.config.data, ()).groups == ("lidar",)
 
 
 def test_the_weight_of_a_teacher_needs_no_ramp():
