@@ -171,7 +171,7 @@ class _Job:
         numbers, frames = [self.numbers[s.name] for s in scenes], [s.frames for s in scenes]
         plan = evaluation_batches(numbers, frames, config.eval.batch, rank=0, world=1)
         with open_stream(
-            self.base, plan, self.sample, capacity=config.eval.batch, config=config, world=trained.world
+            self.read, plan, self.sample, capacity=config.eval.batch, config=config, world=trained.world
         ) as stream:
             batches = device_batches(stream, trained.world.device)
             return dict(self.task.predict(trained.model, batches, self.keep, self.flips))

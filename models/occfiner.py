@@ -362,7 +362,7 @@ class OccFiner(nn.Module):
             self.net = Explicit(config, grid, classes, frames)
         else:
             self.net = DualFlow(config, grid, classes)
-        self.trust = nn.Parameter(torch.tensor(START))
+        self.trust = nn.Parameter(torch.tensor([START]))  # DeepSpeed takes no scalars
 
     def forward(self, batch: Batch) -> OccOutputs:
         """Needs ``batch.volumes`` alone."""

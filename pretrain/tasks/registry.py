@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TASKS: dict[str, type[Task]] = {}
 """Tasks that are registered so far."""
-PACKAGED = {"b2s": "occstream.pretrain.tasks.b2s", "spot": "occstream.pretrain.tasks.spot"}
+PACKAGED = {name: f"occstream.pretrain.tasks.{name}" for name in ("b2s", "occfiner", "spot")}
 _GROUP = "occstream.tasks"
 _IMPORTS = "OCCSTREAM_IMPORT"  # children of this process import the same modules
 

@@ -29,13 +29,15 @@ from occstream.sharding.manifest import Manifest
 from occstream.sharding.pack import pack
 from occstream.sharding.sources import open_source, source_options
 from occstream.sharding.stream import ShardReader
+from tests.evaluation.drives import predictions
 from tests.forked import Forked
 from tests.launch.test_sweep import FORKING
 from tests.pretrain.inprocess import world  # noqa: F401  a fixture
 from tests.pretrain.small import HERE, RECIPE, environment, losses, run_jobs
 
 TOY = str(HERE / "toy_task.py")
-RECIPES = {"b2s": RECIPE, "spot": str(HERE / "small-spot.yaml"), "toy": str(HERE / "toy.yaml")}
+OTHERS = {name: str(HERE / f"small-{name}.yaml") for name in ("occfiner", "spot")}
+RECIPES = {"b2s": RECIPE, "toy": str(HERE / "toy.yaml"), **OTHERS}
 SAME = ("train.batch=4", "train.steps=4", "train.save_every=2", "train.keep=9", "train.seed=3")
 
 
@@ -45,7 +47,7 @@ def the_toy():
 
 
 def first_and_last(name: str) -> tuple[str, str]:
-    """Stages of a task: the one that it begins with, and the last one that starts from it."""
+    """Stages of a task: the one that it begins with, and the last one that starts from it; the same where it has one."""
     stages = list(get_task(name).stages)
     return stages[0], stages[-1]
 
@@ -55,6 +57,7 @@ def data(tmp_path_factory) -> str:
     url = str(tmp_path_factory.mktemp("tasks") / "data")
     options = {"scenes": 5, "frames": 3, "image_size": (32, 88), "grid": "tiny"}
     pack(open_source("synthetic", options), url, groups=("cameras", "lidar", "labels"), grid=get_grid("tiny"))
+    predictions(url, "pseudo-noise")  # what a refiner refines
     return url
 
 
@@ -158,6 +161,10 @@ strategies: {{S+B: {{replay: true}}}}
 stages: [{{stage: {first}, recipe: {RECIPES[name]}}}, {{stage: {last}, recipe: {RECIPES[name]}}}]
 axes: {{start: {{scratch: {{{first}: null}}, pretrained: {{}}}}}}
 """
+    single = f"""
+stages: [{{stage: {first}, recipe: {RECIPES[name]}}}]
+axes: {{rate: {{low: {{{first}: {{optim: {{lr: 0.0001}}}}}}, high: {{{first}: {{optim: {{lr: 0.01}}}}}}, default: {{}}}}}}
+"""
     study = tmp_path / "study.yaml"
     study.write_text(f"""
 name: {name}-study
@@ -165,7 +172,7 @@ output: {tmp_path}/runs
 uri: sqlite:///{tmp_path}/mlflow.db
 set: {{data: {{url: {data}, holdout: 1}}, train: {{batch: 2, steps: null, epochs: 1}}}}
 seeds: [0, 1]
-{without if name == "spot" else with_replay}
+{single if first == last else without if name == "spot" else with_replay}
 """)
     runs = plan(load_study(str(study)))
     assert len(runs) == 6
