@@ -174,8 +174,8 @@ class Head(nn.Module):
         self.merge = nn.ModuleList(nn.Conv2d(coarse + fine, fine, 1) for coarse, fine in pairs)
         self.smooth = nn.Conv2d(widths[0], widths[0], 3, padding=1)
         self.last = nn.Conv2d(widths[0], outputs, 1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, coarsest: Tensor, finer: list[Tensor]) -> Tensor:
         """(N, C, x, y) and the maps of the encoder that are finer, the finest first -> (N, outputs, X, Y)."""

@@ -313,7 +313,7 @@ def choose_backend(wanted: str) -> Backend:
 def _spconv() -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import spconv.pytorch as library
+        import spconv.pytorch as library  # pyright: ignore[reportMissingImports]  (an extra)
     return library
 
 

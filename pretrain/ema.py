@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from occstream.pretrain.config import TrainConfig
 from occstream.pretrain.partition import float_state, is_partitioned, local_values
 
+Warmup = Literal["exponential", "mean"]
 
-def ema_decay(updates: int, highest: float, warmup: Literal["exponential", "mean"]) -> float:
+
+def ema_decay(updates: int, highest: float, warmup: Warmup) -> float:
     """Decay of the n-th update; see ``train.ema_warmup``."""
     if warmup == "mean":
         return min(1 - 1 / updates, highest)
@@ -25,7 +27,8 @@ class Ema:
     """Exponential moving average of parameters and floating buffers, in fp32, on each rank's own slices."""
 
     def __init__(self, module: nn.Module, config: TrainConfig) -> None:
-        self.decay, self.updates, self.warmup = config.ema_decay, config.ema_start, config.ema_warmup
+        self.decay, self.updates = config.ema_decay, config.ema_start
+        self.warmup: Warmup = config.ema_warmup
         self.values = {name: local_values(t).detach().float().clone() for name, t in float_state(module)}
         # Parameters stay the same objects at every stage, whatever holds their values. A layer may assign a new buffer.
         self._parameters = [(self.values[name], p) for name, p in module.named_parameters()]
