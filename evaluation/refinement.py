@@ -270,6 +270,7 @@ def _sidecar(
         labels=about,
         origin=origin,
         convention=labels.convention,
+        author=base.author(group) if group != "labels" else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from occstream.launch import citymap, data, refine
 from occstream.launch.run import guarded, import_argument, imported
 from occstream.sharding.places import place
 
+_SETTING = re.compile(r"[a-z_][a-z_.]*=")  # what is no path among the words of a command
 # Commands that may need a task, a model or a source that this package does not have.
 _IMPORTING = ("shard", "label", "evaluate", "export", "submit", "predict", "sweep", "recipe", "bench")
 
@@ -237,8 +239,13 @@ def _run_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "Rerunning skips what is done. Split the job across machines or GPUs with --part 1/8 … 8/8; the last part publishes.",
     )
     p.add_argument("checkpoint", help="a fine-tuned run's folder or one of its step-… folders")
-    p.add_argument("url", help="the data set")
+    p.add_argument("url", help="the data set; with --folds after all runs")
     p.add_argument("--name", required=True, help="of the new group, pseudo-…; train with data.labels=NAME")
+    p.add_argument(
+        "--folds",
+        action="store_true",
+        help="predict crosswise: RUN1 RUN2 … URL, each scene by the first run that was not trained on it (for a refiner)",
+    )
     p.add_argument(
         "--keep",
         choices=("top1", "top2", "logits"),
@@ -388,16 +395,26 @@ def _predict(args: argparse.Namespace) -> int:
         raise ValueError("--holdout requires --truth; without it every scene is predicted")
     from occstream.launch.predict import predict_checkpoint
 
+    runs, settings = [args.checkpoint, args.url], list(args.settings)
+    if args.folds:
+        runs += [word for word in settings if not _SETTING.match(word)]
+        settings = [word for word in settings if _SETTING.match(word)]
+        if len(runs) < 3:
+            raise ValueError(
+                "--folds needs two runs or more before the data set: occstream predict RUN1 RUN2 … URL --folds"
+            )
+    *runs, args.url = runs
     found = predict_checkpoint(
-        args.checkpoint,
+        runs[0],
         args.url,
         args.name,
+        folds=runs[1:],
         keep=args.keep,
         flips=args.flips,
         truth=args.truth,
         holdout=args.holdout,
         part=data.parse_part(args.part),
-        overrides=tuple(args.settings),
+        overrides=tuple(settings),
         progress=lambda done, total: print(f"{done}/{total} shards", flush=True) if done % 10 in (0, total) else None,
     )
     if found.frames:

@@ -39,6 +39,7 @@ FORMAT = 1
 COMPLETE, LATEST = "COMPLETE.json", "latest.json"
 ASIDE = "damaged-"
 SENSORS = ("sensors", "cameras")  # names of sensors in a state, now and in earlier versions
+NAMES = (*SENSORS, "scenes")  # lists of names in a state
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -368,6 +369,17 @@ def sensors(state: Mapping[str, Any]) -> list[str]:
     return next((list(state[key]) for key in SENSORS if key in state), [])
 
 
+def scenes(state: Mapping[str, Any]) -> frozenset[str] | None:
+    """Names of all scenes that weights were trained on: of all streams of the run, and of those that it started from. None: that
+    is not known."""
+    return frozenset(state["scenes"]) if "scenes" in state else None
+
+
+def scenes_of(path: str | Path) -> frozenset[str] | None:
+    """``scenes`` of a checkpoint's or run's folder that was verified; None for a file of weights."""
+    return scenes(Checkpoint(path, strict=True, hashed=False).state) if Path(path).is_dir() else None
+
+
 def _check_state(state: object, where: Path) -> None:
     """Raises Damaged if fields of a state are of another type or out of range."""
     bad = _wrong_fields(state) if isinstance(state, dict) else ["it"]
@@ -377,12 +389,12 @@ def _check_state(state: object, where: Path) -> None:
 
 def _wrong_fields(state: dict) -> list[str]:
     kinds = {"config": dict, "data": dict, "fingerprints": (dict, list, str), "groups": list} | dict.fromkeys(
-        SENSORS, list
+        NAMES, list
     )
     bad = [name for name, kind in kinds.items() if name in state and not isinstance(state[name], kind)]
     whole = (name for name in ("step", "ema_updates") if state.get(name) is not None)
     bad += [name for name in whole if type(state[name]) is not int or not 0 <= state[name] < 2**53]
-    for key in SENSORS:
+    for key in NAMES:
         if key not in bad and not all(isinstance(name, str) for name in state.get(key, ())):
             bad.append(key)
     if "groups" not in bad and not all(isinstance(g, dict) for g in state.get("groups", ())):

@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 
 
 class CheckpointManager:
-    """Saves, finds, uploads and removes the checkpoints of a run; methods are collective."""
+    """Saves, finds, uploads and removes the checkpoints of a run; methods are collective.
+
+    Attributes:
+        earlier: names of scenes that the weights were trained on before this start; None: not known.
+    """
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
+        self.earlier: frozenset[str] | None = frozenset()
         self.root = Path(config.output) / "checkpoints"
         self.uploader = checkpoint.Uploader(config.train.upload) if config.train.upload and world.is_main else None
 
@@ -60,6 +65,7 @@ class CheckpointManager:
                 "order": data.rule,
                 "unknown_share": data.unknown,
                 "sensors": list(data.sensors),
+                **({} if self.earlier is None else {"scenes": sorted(self.earlier | data.scenes)}),
                 "world_size": world.size,
                 "mlflow_run_id": tracker.run_id,
                 "run_key": tracker.key,

@@ -351,7 +351,7 @@ class EvalData:
         facts = task.facts("eval", ev, manifest, scenes)
         self.unknown = next(iter(facts.numbers.values()), None)
         self.scoring = task.scoring(manifest, self.unknown)
-        self.notes += [*self.scoring.notes, *facts.notes]
+        self.notes += [*self.scoring.notes, *facts.notes, *task.remarks(manifest, ev)]
 
         def batches() -> Iterator[Batch]:
             plan = evaluation_batches(scenes, counts, ev.batch, rank=world.rank, world=world.size)

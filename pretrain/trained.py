@@ -68,6 +68,7 @@ class Trained:
         sensors: names that samples are made of, in order.
         path, step: of the checkpoint.
         digest: of its weights; names them in what is made by them.
+        scenes: names of all that they were trained on; None: not known.
     """
 
     config: Config
@@ -77,6 +78,7 @@ class Trained:
     path: Path
     step: int
     digest: str
+    scenes: frozenset[str] | None = None
 
 
 def load_trained(path: str | Path, overrides: Sequence[str] = (), number: int = 0) -> Trained:
@@ -109,6 +111,7 @@ def load_trained(path: str | Path, overrides: Sequence[str] = (), number: int = 
         saved.path,
         saved.state["step"],
         saved.digest,
+        checkpoint.scenes(saved.state),
     )
 
 

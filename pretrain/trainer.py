@@ -117,9 +117,11 @@ class _Training:
         self.task.check(model)
         if saved:
             check_same_run(config, self.data.fingerprints, saved)
+            self.manager.earlier = checkpoint.scenes(saved.state)
             checkpoint.load_declared(model, saved.tensors("model"), model.state_dict(), origin=str(saved.path))
         elif cfg.init:
             weights = self.task.adopt(checkpoint.read_weights(cfg.init))
+            self.manager.earlier = checkpoint.scenes_of(cfg.init)
             declared = self.task.transfer(model)
             fresh = checkpoint.load_declared(
                 model, weights, declared.expected, origin=cfg.init, dropped=declared.dropped

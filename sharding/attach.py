@@ -13,7 +13,7 @@ from typing import Any
 from occstream.sharding import storage
 from occstream.sharding.codec import FORMAT_VERSION, canonical_json
 from occstream.sharding.grid import VoxelGrid
-from occstream.sharding.manifest import Manifest, SceneEntry, ShardEntry, shard_path
+from occstream.sharding.manifest import Author, Manifest, SceneEntry, ShardEntry, shard_path
 from occstream.sharding.schema import frame_key
 from occstream.sharding.shardfile import ShardWriter, publish_shard, read_record
 from occstream.sharding.stream import ShardReader
@@ -28,6 +28,7 @@ class Sidecar:
         group: name, like ``labels-lidar`` or ``pseudo-r1``.
         grid, taxonomy, classes, labels: of the new labels; ``labels`` says what made them.
         origin: JSON value that tells these labels from any others; a published tar of another origin is replaced.
+        author: of labels that are predictions.
 
     Raises:
         ValueError: the name cannot be used.
@@ -44,10 +45,11 @@ class Sidecar:
         labels: str,
         origin: Any,
         convention: str = "",
+        author: Author | None = None,
     ) -> None:
         if not re.fullmatch(r"(labels|pseudo)-[a-z0-9-]{1,40}", group):
             raise ValueError(f"group {group!r}: call it labels-… or pseudo-… with lower-case letters, digits and '-'")
-        self.base = base
+        self.base, self.author = base, author
         self.digest = hashlib.blake2b(canonical_json([base.fingerprint, origin, group]), digest_size=16).hexdigest()
         self.joined = dataclasses.replace(
             base,
@@ -108,7 +110,7 @@ class Sidecar:
             if record is None:
                 return None
             entries.append(ShardEntry(group, number, record["size"], record["sha256"]))
-        dataclasses.replace(self.joined, shards=tuple(entries)).publish_sidecar(self.base.fingerprint)
+        dataclasses.replace(self.joined, shards=tuple(entries)).publish_sidecar(self.base.fingerprint, self.author)
         return self.base.with_sidecar(group)
 
     def _target(self, number: int) -> str:

@@ -46,6 +46,19 @@ class ShardEntry:
         return shard_path(self.group, self.number)
 
 
+@dataclass(frozen=True)
+class Author:
+    """What network a sidecar's labels are predictions of.
+
+    Attributes:
+        network: digest of its weights, several joined by "+"; "": these are no predictions, or nobody said of what.
+        trained_on: names of scenes of the data set that it was trained on, or that keep true labels; None: not known.
+    """
+
+    network: str = ""
+    trained_on: frozenset[str] | None = None
+
+
 def _digest(content: dict) -> str:
     return hashlib.blake2b(canonical_json(content), digest_size=16).hexdigest()
 
@@ -176,6 +189,25 @@ class Manifest:
         Raises:
             ValueError: there is no such sidecar, or it was attached to another version of this data set.
         """
+        data = self._sidecar(group)
+        return replace(
+            self,
+            base=self.base or self.fingerprint,
+            grid=VoxelGrid.from_dict(data["grid"]),
+            taxonomy=data["taxonomy"],
+            classes=tuple(data["classes"]),
+            labels=data["labels"],
+            groups=(*(g for g in self.groups if g not in ("labels", group)), group),
+            shards=(
+                *(s for s in self.shards if s.group not in ("labels", group)),
+                *(ShardEntry(**s) for s in data["shards"]),
+            ),
+            label_group=group,
+            convention=data.get("convention", ""),
+        )
+
+    def _sidecar(self, group: str) -> dict:
+        """The manifest of a sidecar that belongs to this data set."""
         where = storage.join(self.url, sidecar_name(group))
         try:
             found = storage.read_bytes(where)
@@ -190,21 +222,7 @@ class Manifest:
                 f"{where}: was attached to a data set with fingerprint {data['base']}, this one has {base}; "
                 "attach the labels again"
             )
-        return replace(
-            self,
-            base=base,
-            grid=VoxelGrid.from_dict(data["grid"]),
-            taxonomy=data["taxonomy"],
-            classes=tuple(data["classes"]),
-            labels=data["labels"],
-            groups=(*(g for g in self.groups if g not in ("labels", group)), group),
-            shards=(
-                *(s for s in self.shards if s.group not in ("labels", group)),
-                *(ShardEntry(**s) for s in data["shards"]),
-            ),
-            label_group=group,
-            convention=data.get("convention", ""),
-        )
+        return data
 
     def with_label_sets(self, groups: Iterable[str]) -> Manifest:
         """The same data set, whose sidecar groups can be read beside the labels in use: ``Frame.label_sets`` has them.
@@ -228,6 +246,12 @@ class Manifest:
             found = replace(found, base=other.base, groups=(*found.groups, group), shards=(*found.shards, *more))
         return found
 
+    def author(self, group: str) -> Author:
+        """Of the labels of a sidecar. Raises ValueError as ``with_sidecar``."""
+        data = self._sidecar(group)
+        known = "trained_on" in data
+        return Author(data.get("network", ""), frozenset(data["trained_on"]) if known else None)
+
     def metric_convention(self) -> tuple[str, str]:
         """How scores against these labels are averaged, and how that is known."""
         if self.convention:
@@ -239,13 +263,21 @@ class Manifest:
             return "openoccupancy", f"inferred from grid {self.grid.name}"
         return "occ3d", f"inferred from taxonomy {self.taxonomy}"
 
-    def publish_sidecar(self, base: str) -> None:
-        """Writes the sidecar manifest of a manifest that ``with_sidecar`` will read back; ``base`` is the fingerprint of
-        the set that it belongs to."""
+    def publish_sidecar(self, base: str, author: Author | None = None) -> None:
+        """Writes the sidecar manifest of a manifest that ``with_sidecar`` will read back.
+
+        Args:
+            base: fingerprint of the set that it belongs to.
+            author: of labels that are predictions.
+        """
         content = self.content()
         data = {k: content[k] for k in ("format", "grid", "taxonomy", "classes", "labels")}
         data |= {"convention": self.convention} if self.convention else {}
         data |= {"base": base, "group": self.label_group}
+        if author and author.network:
+            data["network"] = author.network
+        if author and author.trained_on is not None:
+            data["trained_on"] = sorted(author.trained_on)
         data["shards"] = [asdict(s) for s in self.shards if s.group == self.label_group]
         where = storage.join(self.url, sidecar_name(self.label_group))
         storage.publish(json.dumps(data, indent=1, sort_keys=True).encode(), where)

@@ -167,6 +167,8 @@ def check_sidecar(data: Mapping[str, Any], where: str, group: str) -> None:
     for field in ("taxonomy", "labels", "base"):
         received.text(field)
     received.text("convention", default="")
+    received.text("network", longest=1000, default="")
+    received.texts("trained_on", default=[])
     received.texts("classes")
     if received.grid() is None:
         raise received.fail("it has no grid")

@@ -186,6 +186,10 @@ class Task(ABC):
         """
         return Facts()
 
+    def remarks(self, manifest: Manifest, source: Any) -> list[str]:
+        """Lines to print before a data set is evaluated or predicted, after ``sensors``."""
+        return []
+
     def balance(self, source: Any) -> tuple[str, ...] | None:
         """Foreground classes, of boxes or labels, whose rare ones a stream of training shows more often (``order.balance``);
         None: every frame occurs once a pass. What it says is to follow from the recipe.

@@ -77,6 +77,9 @@ class OccFinerRecipe(Config):
     window: WindowConfig = field(default_factory=WindowConfig)
     model: OccFinerConfig = field(default_factory=OccFinerConfig)
     loss: RefinerLoss = field(default_factory=RefinerLoss)
+    trust: bool = False
+    """Train also on predictions of scenes that the predicting network was trained on, or may have been. They are far better than
+    its predictions of other scenes, and a refiner learns from them to change nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,6 +101,8 @@ class OccFinerTask(Task):
     headline: ClassVar[Mapping[str, str]] = {f"eval/{name}": HEADLINE[name] for name in ("miou", "iou", "binary_iou")}
     labeled = True
     config: OccFinerRecipe
+    learned: tuple[str, ...] = ()
+    """The network whose errors the refiner has learned, where there is one."""
 
     @property
     def title(self) -> str:
@@ -138,8 +143,42 @@ class OccFinerTask(Task):
             raise ValueError(f"data.input={group} is the truth itself; name a group of predictions")
         return group
 
+    def sensors(self, manifest: Manifest, scene: int, wanted: Sequence[str] = ()) -> tuple[str, ...]:
+        """The network whose predictions are read: a refiner's one sensor."""
+        self.learned = tuple(wanted)
+        return self.learned or (_name(manifest, self.input(self.config.data)),)
+
     def facts(self, key: str, source: Any, manifest: Manifest, scenes: Sequence[int]) -> Facts:
-        return mask_facts(key, source.mask, manifest, scenes)
+        found = mask_facts(key, source.mask, manifest, scenes)
+        if key == "data":
+            found.notes += self._honest(manifest, [manifest.scenes[i].name for i in scenes])
+        return found
+
+    def _honest(self, manifest: Manifest, scenes: Sequence[str]) -> list[str]:
+        """Raises ValueError unless the predicting network has not seen the scenes, or the recipe trusts it; then a line."""
+        group = self.input(self.config.data)
+        author, problem = manifest.author(group), ""
+        where = f"{manifest.url}: {group}"
+        if author.trained_on is None:
+            problem = f"{where} does not say which scenes its network was trained on"
+        elif seen := [name for name in scenes if name in author.trained_on]:
+            problem = f"{where} is of a network that was trained on {len(seen)} of these {len(scenes)} scenes, such as "
+            problem += ", ".join(seen[:3])
+        if problem and not self.config.trust:
+            raise ValueError(
+                f"{problem}; a refiner learns nothing from predictions that are too good: predict crosswise (occstream predict "
+                "RUN1 RUN2 … URL --folds), choose other scenes (data.scene_names), or set trust=true"
+            )
+        return [f"trust=true: {problem}"] if problem else []
+
+    def remarks(self, manifest: Manifest, source: Any) -> list[str]:
+        """Says that a data set's predictions are of another network than the refiner has learned from."""
+        name = _name(manifest, group := self.input(source))
+        if not self.learned or self.learned == (name,):
+            return []
+        return [
+            f"{group} is of {name}; this refiner has learned the errors of {self.learned[0]}, others may be beyond it"
+        ]
 
     # Learning
 
@@ -242,6 +281,12 @@ class OccFinerTask(Task):
             volumes=Volumes(fine[1], poses, torch.ones(size, frames, dtype=torch.bool), second, sure),
             occupancy=Occupancy(labels != free, torch.ones(labels.shape, dtype=torch.bool), semantic=labels[:labeled]),
         )
+
+
+def _name(manifest: Manifest, group: str) -> str:
+    """Of the network that a label group is of."""
+    network = manifest.author(group).network
+    return f"network {network}" if network else f"labels {manifest.with_sidecar(group).labels!r}"
 
 
 def _generator(key: str) -> torch.Generator:
