@@ -11,23 +11,17 @@ from occstream.launch.submit import _found
 from occstream.pretrain import trainer
 from occstream.pretrain.config import load_config
 from occstream.pretrain.trained import load_trained
-from occstream.sharding.grid import get_grid
 from occstream.sharding.manifest import Manifest
-from occstream.sharding.pack import pack
-from occstream.sharding.sources import open_source
 from occstream.sharding.stream import ShardReader
 from tests.pretrain.inprocess import world  # noqa: F401  a fixture
-from tests.pretrain.small import HERE
+from tests.pretrain.small import HERE, pack_sweeps
 
 SMALL = str(HERE / "small-spot.yaml")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    url = str(tmp_path_factory.mktemp("sweeps"))
-    options = {"scenes": 2, "frames": 2, "cameras": False, "grid": "tiny"}
-    pack(open_source("synthetic", options), url, groups=("lidar", "labels"), grid=get_grid("tiny"))
-    return url
+    return pack_sweeps(str(tmp_path_factory.mktemp("sweeps")), scenes=2, frames=2)
 
 
 @pytest.fixture(scope="module")

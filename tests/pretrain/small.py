@@ -18,6 +18,13 @@ ROOT = HERE.parents[1]
 RECIPE = str(HERE / "small.yaml")
 
 
+def pack_sweeps(url: str, scenes: int, frames: int) -> str:
+    """Packs sweeps and labels of synthetic scenes, without cameras; returns the URL."""
+    source = open_source("synthetic", {"scenes": scenes, "frames": frames, "cameras": False, "grid": "tiny"})
+    pack(source, url, groups=("lidar", "labels"), grid=get_grid("tiny"))
+    return url
+
+
 def pack_small(url: str, scenes: int = 5, grid: str = "tiny", **options) -> None:
     """Scenes of three frames with six small images and labels."""
     options = {"scenes": scenes, "frames": 3, "image_size": (32, 88), "lidar": False, "grid": grid, **options}

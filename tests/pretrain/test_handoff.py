@@ -13,11 +13,8 @@ from occstream.pretrain import trainer
 from occstream.pretrain.checkpoint import read_weights
 from occstream.pretrain.config import load_config
 from occstream.pretrain.tasks.registry import task_of
-from occstream.sharding.grid import get_grid
-from occstream.sharding.pack import pack
-from occstream.sharding.sources import open_source
 from tests.pretrain.inprocess import world  # noqa: F401  a fixture
-from tests.pretrain.small import HERE
+from tests.pretrain.small import HERE, pack_sweeps
 
 # The published network on a grid that costs nothing.
 FULL = ("model.width=16", "model.bev_channels=[128,256]", "model.bev_layers=[5,5]", "model.bev_up=256")
@@ -27,10 +24,7 @@ SMALL = str(HERE / "small-spot.yaml")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    url = str(tmp_path_factory.mktemp("sweeps"))
-    options = {"scenes": 1, "frames": 1, "cameras": False, "grid": "tiny"}
-    pack(open_source("synthetic", options), url, groups=("lidar", "labels"), grid=get_grid("tiny"))
-    return url
+    return pack_sweeps(str(tmp_path_factory.mktemp("sweeps")), scenes=1, frames=1)
 
 
 @pytest.fixture(scope="module", params=["plain", "res"])

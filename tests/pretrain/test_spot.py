@@ -17,12 +17,9 @@ from occstream.pretrain.ema import Ema, ema_decay
 from occstream.pretrain.tasks.registry import task_of
 from occstream.pretrain.tasks.spot import TeacherConfig, foreground
 from occstream.pretrain.terms import combine, joint_counts
-from occstream.sharding.grid import get_grid
-from occstream.sharding.pack import pack
 from occstream.sharding.schema import IGNORE, TAXONOMIES
-from occstream.sharding.sources import open_source
 from tests.pretrain.inprocess import world  # noqa: F401  a fixture
-from tests.pretrain.small import HERE, losses
+from tests.pretrain.small import HERE, losses, pack_sweeps
 
 SMALL = str(HERE / "small-spot.yaml")
 TEACHER = ("teacher.weight=0.5", "train.ema=true", "train.ema_start=0", "train.ema_warmup=mean", "replay.batch=2")
@@ -34,10 +31,7 @@ def task(*words: str, stage: str = "pretrain"):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    url = str(tmp_path_factory.mktemp("sweeps"))
-    options = {"scenes": 4, "frames": 2, "cameras": False, "grid": "tiny"}
-    pack(open_source("synthetic", options), url, groups=("lidar", "labels"), grid=get_grid("tiny"))
-    return url
+    return pack_sweeps(str(tmp_path_factory.mktemp("sweeps")), scenes=4, frames=2)
 
 
 def frames(labels: torch.Tensor, labeled: int, taught: torch.Tensor | None = None) -> Batch:
