@@ -82,7 +82,7 @@ class VoxelFeatures(NamedTuple):
 
 
 class _VoxelBackBone(nn.Module):
-    """What both variants share. Tensors in and out are plain: ZeRO-3 may gather it as one (a leaf module).
+    """What both variants share.
 
     Args:
         in_features: channels of a voxel.
@@ -93,6 +93,8 @@ class _VoxelBackBone(nn.Module):
 
     conv_input: SparseSequential
     conv_out: SparseSequential
+
+    gathered_whole = True  # ZeRO-3 finds no tensors in what its layers pass on; in and out of it they are plain
 
     def __init__(self, in_features: int, shape: Triple, backend: Backend = "torch", width: int = 16) -> None:
         super().__init__()

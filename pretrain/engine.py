@@ -74,7 +74,8 @@ def build_engine(model: nn.Module, config: Config, world: World) -> Engine:
     """DeepSpeed engine with ZeRO ``train.zero_stage``; fp32 parameters and optimizer state always.
 
     Args:
-        model: on the CPU or on ``world.device``, with the weights to start from: ZeRO copies them here.
+        model: on the CPU or on ``world.device``, with the weights to start from: ZeRO copies them here. Modules with
+            ``gathered_whole = True`` are one to ZeRO-3: what their own modules pass on may be anything.
 
     Returns:
         The engine. ``engine.optimizer.param_groups`` are live: ``Schedule.apply`` sets rates there.
@@ -112,9 +113,30 @@ def build_engine(model: nn.Module, config: Config, world: World) -> Engine:
     if cfg.precision == "bf16":
         # No "safe modules": gradients are reduced in fp32, whatever the forward computed in.
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    if cfg.zero_stage == 3:
+        gather_whole(model)
     with _quiet(world):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return cast("Engine", engine)
+
+
+def gather_whole(model: nn.Module) -> None:
+    """Makes one module for ZeRO-3 of each with ``gathered_whole = True``. DeepSpeed gathers parameters by hooks that look for
+    tensors in what a module takes and gives, and finds none in tensors of our own kinds."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in model.modules():
+        if getattr(module, "gathered_whole", False):
+            set_z3_leaf_module(model=module, flag=True)
+            module.register_forward_pre_hook(_with_gradients)
+
+
+def _with_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """DeepSpeed takes the parameters' gradients for complete when those of the inputs are: without any, before they exist."""
+    if not torch.is_grad_enabled():
+        return inputs
+    floating = [isinstance(x, Tensor) and x.is_floating_point() and not x.requires_grad for x in inputs]
+    return tuple(x.detach().requires_grad_() if wanted else x for x, wanted in zip(inputs, floating))
 
 
 def fuses(device: torch.device) -> bool:

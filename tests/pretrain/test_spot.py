@@ -14,6 +14,7 @@ from occstream.models.lidarnet import LidarOutputs
 from occstream.pretrain import trainer
 from occstream.pretrain.config import load_config
 from occstream.pretrain.ema import Ema, ema_decay
+from occstream.pretrain.engine import build_engine
 from occstream.pretrain.tasks.registry import task_of
 from occstream.pretrain.tasks.spot import TeacherConfig, foreground
 from occstream.pretrain.terms import combine, joint_counts
@@ -148,6 +149,24 @@ def test_a_run_with_a_teacher_continues_as_if_it_had_not_been_killed(data, world
     alone = [word for word in words if not word.startswith(("teacher", "replay"))]
     trainer.train(load_config(SMALL, [*alone, f"output={tmp_path}/alone"]), world)
     assert losses(tmp_path / "alone")[4]["train/ce"] != before[4]["train/ce"]
+
+
+def test_a_partitioned_network_learns_the_same(world):  # noqa: F811
+    """ZeRO-3 finds no tensors in what sparse layers pass on: their parameters are gathered together."""
+    of, found = task(stage="segment"), []
+    batch = of.synthetic_batch(1, 0)
+    for zero in (0, 3):
+        config = load_config(SMALL, [f"train.zero_stage={zero}", "train.batch=1", "optim.lr=1e-4"], stage="segment")
+        torch.manual_seed(0)
+        engine = build_engine(of.model().train(), config, world)
+        found.append([])
+        for _ in range(3):
+            loss, _ = of.loss(engine(batch), batch)
+            found[-1].append(loss.item())
+            engine.backward(loss)
+            engine.step()
+    assert found[0][0] - found[0][2] > 0.01
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_other_numbers_of_processes_give_the_same_run(runs, data, tmp_path):
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
     words = [f"data.url={data}", *SAME, f"output={tmp_path}/run", f"train.init={folder}/pre", f"replay.url={data}"]
     stage = first_and_last(name)[1]
-    job = {"recipe": RECIPES[name], "stage": stage, "overrides": [*words, "train.zero_stage=2"], "import": [TOY]}
+    job = {"recipe": RECIPES[name], "stage": stage, "overrides": [*words, "train.zero_stage=3"], "import": [TOY]}
     run_jobs([job], 2, tmp_path / "log")
     again, before = losses(tmp_path / "run"), losses(folder / "fine")
     for step in (3, 4):
