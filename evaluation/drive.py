@@ -11,6 +11,7 @@ import numpy as np
 
 from occstream.evaluation.propagate import ABSTAIN, IN_VIEW, packed
 from occstream.evaluation.votes import in_frustum
+from occstream.sharding.doubts import doubts
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.labels import box_poses, grid_to_global
 from occstream.sharding.manifest import Manifest
@@ -61,6 +62,7 @@ class Source:
         semantic: (X, Y, Z) uint8, as read.
         masks: packed bits of mask_lidar and mask_camera, None where the labels have none.
         boxes: None unless asked for, or if the frame has none.
+        doubts: second classes and how sure the first are beside them, (X, Y, Z) uint8 each, until a slot holds them.
     """
 
     frame: Frame
@@ -68,6 +70,7 @@ class Source:
     semantic: np.ndarray
     masks: dict[str, np.ndarray | None]
     boxes: BoxMotion | None = None
+    doubts: tuple[np.ndarray, np.ndarray] | None = None
 
     def mask(self, name: str) -> np.ndarray | None:
         """(X, Y, Z) bool mask of the labels, or None."""
@@ -87,6 +90,7 @@ class DriveReader:
         view: whether votes ask what cameras saw.
         tracks: whether boxes are needed.
         silent: class ids that do not vote, as if they were unknown.
+        soft: whether second classes are needed.
 
     Attributes:
         manifest: with those labels.
@@ -106,7 +110,9 @@ class DriveReader:
         *,
         tracks: bool = False,
         silent: Sequence[int] = (),
+        soft: bool = False,
     ) -> None:
+        self.soft = soft
         self._spoken = np.arange(256, dtype=np.uint8)
         self._spoken[list(silent)] = IGNORE
         self.base, self.group, self.votes, self.view, self.tracks = base, group, votes, view, tracks
@@ -163,7 +169,11 @@ class DriveReader:
         }
         boxes = self._box_motion(self._boxes.frame(scene, index), pose) if self._boxes else None
         bare = Frame(frame.scene, frame.index, frame.token, frame.timestamp, frame.ego_to_global)
-        return Source(bare, pose, self._spoken[labels.semantic], masks, boxes), view
+        try:
+            unsure = doubts(labels) if self.soft else None
+        except ValueError as error:
+            raise ValueError(f"{where} {error}, or refine without --soft") from None
+        return Source(bare, pose, self._spoken[labels.semantic], masks, boxes, unsure), view
 
     def _view(self, scene: int, mask: np.ndarray | None, pose: np.ndarray, frame: Frame) -> np.ndarray | None:
         """What counts as in view; None: everything."""
@@ -219,6 +229,7 @@ class Volumes:
     Attributes:
         packed: (slots, X, Y, Z) uint8 of ``propagate.packed``.
         standing: the same, silent within boxes; None without boxes.
+        doubts: as ``propagate.pull`` has them, by slot; None unless asked for.
         sources: by frame index, those that have a slot.
     """
 
@@ -226,18 +237,21 @@ class Volumes:
     scene: int
     packed: np.ndarray
     standing: np.ndarray | None = None
+    doubts: tuple[np.ndarray, np.ndarray] | None = None
     sources: dict[int, Source] = field(default_factory=dict)
     _slots: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, reader: DriveReader, scene: int, slots: int, buffers: list[np.ndarray]) -> Volumes:
         """Of a scene; ``buffers`` holds the arrays from scene to scene."""
-        while len(buffers) < (2 if reader.tracks else 1):
+        while len(buffers) < 1 + reader.tracks + 2 * reader.soft:
             buffers.append(np.empty((0, *reader.grid.shape), np.uint8))
         for n, buffer in enumerate(buffers):
             if len(buffer) < slots:
                 buffers[n] = np.empty((slots, *reader.grid.shape), np.uint8)
-        return cls(reader, scene, buffers[0][:slots], buffers[1][:slots] if reader.tracks else None)
+        cut = [buffer[:slots] for buffer in buffers]
+        doubts = (cut[-2], cut[-1]) if reader.soft else None
+        return cls(reader, scene, cut[0], cut[1] if reader.tracks else None, doubts)
 
     def slot(self, index: int) -> int:
         """Where a frame's volume is; reads it if need be."""
@@ -258,5 +272,9 @@ class Volumes:
                 self.standing[place] = volume
                 if source.boxes is not None:
                     self.standing[place][source.boxes.owner > 0] = IN_VIEW | ABSTAIN
+            if self.doubts is not None and source.doubts is not None:
+                for held, value in zip(self.doubts, source.doubts):
+                    held[place] = value
+                source.doubts = None
             self.sources[index], self._slots[index] = source, place
         return self._slots[index]

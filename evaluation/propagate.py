@@ -63,6 +63,15 @@ class Rule:
     def bayes(self) -> bool:
         return bool(len(self.table))
 
+    def arguments(self) -> tuple:
+        """What ``_pull`` needs of it, in its order."""
+        return self.weights, self.shares, self.place, self.table, self.prior, self.things, self.parked, self.trusted
+
+    @property
+    def voxels(self) -> int:
+        """N."""
+        return max(self.weights.shape[1], len(self.place))
+
 
 @dataclass
 class Pulled:
@@ -145,6 +154,7 @@ def pull(
     end: Sequence[int] | None = None,
     details: bool = False,
     numbers: Sequence[int] | None = None,
+    doubts: tuple[np.ndarray, np.ndarray] | None = None,
     threads: int = 1,
 ) -> Pulled:
     """Scores of all sources for a box of target voxels, and the class that wins.
@@ -163,6 +173,8 @@ def pull(
         begin, end: range of voxel indices to look at; the whole target by default.
         details: count frames and confidence as well.
         numbers: S numbers to report as ``last``; 0, 1, … by default.
+        doubts: second classes (IGNORE: none) and how sure sources are of the first beside them, in 255ths, like ``sources``:
+            a voxel's weight, or what a table says of it, is shared by both.
         threads: to work with.
 
     Raises:
@@ -172,29 +184,23 @@ def pull(
         raise ValueError(f"{len(slots)} sources for one target, at most {MOST_SOURCES} can be counted")
     shape = sources.shape[1:]
     size = int(np.prod(shape))
-    if max(rule.weights.shape[1], len(rule.place)) != size:
-        raise ValueError(
-            f"the rule was made for a grid of {max(rule.weights.shape[1], len(rule.place))} voxels, not {size}"
-        )
+    if rule.voxels != size:
+        raise ValueError(f"the rule was made for a grid of {rule.voxels} voxels, not {size}")
     end, room = before.shape if end is None else end, before.shape if details else (0, 0, 0)
     frames, last, confidence = np.zeros(room, np.int32), np.full(room, -1, np.int32), np.zeros(room, np.uint8)
     out = Pulled(before.copy(), frames, last, confidence) if details else Pulled(before.copy())
+    second, sure = (each.reshape(-1, size) for each in doubts or (np.zeros(0, np.uint8), np.zeros(0, np.uint8)))
     arguments = (
         np.ascontiguousarray(maps, np.float64),
         sources.reshape(len(sources), size),
+        second,
+        sure,
         np.asarray(slots, np.int64),
         np.asarray(shape, np.int64),
         np.asarray(range(len(slots)) if numbers is None else numbers, np.int32),
         int(itself),
         np.zeros((0, 0, 0), bool) if wanted is None else wanted,
-        rule.weights,
-        rule.shares,
-        rule.place,
-        rule.table,
-        rule.prior,
-        rule.things,
-        rule.parked,
-        rule.trusted,
+        *rule.arguments(),
         out.semantic,
         frames,
         last,
@@ -261,13 +267,13 @@ def _misses(first: float, last: float, size: int) -> bool:
 
 @numba.njit(cache=True, nogil=True)
 def _pull(  # noqa: PLR0917
-    begin: tuple[int, int, int], end: tuple[int, int, int], maps: np.ndarray, sources: np.ndarray, slots: np.ndarray,
-    shape: np.ndarray, numbers: np.ndarray, itself: int, wanted: np.ndarray, weights: np.ndarray, shares: np.ndarray,
-    place: np.ndarray, table: np.ndarray, prior: np.ndarray, things: np.ndarray, parked: bool, trusted: np.ndarray,
-    out: np.ndarray, frames: np.ndarray, last: np.ndarray, confidence: np.ndarray,
+    begin: tuple[int, int, int], end: tuple[int, int, int], maps: np.ndarray, sources: np.ndarray, second: np.ndarray,
+    sure: np.ndarray, slots: np.ndarray, shape: np.ndarray, numbers: np.ndarray, itself: int, wanted: np.ndarray,
+    weights: np.ndarray, shares: np.ndarray, place: np.ndarray, table: np.ndarray, prior: np.ndarray, things: np.ndarray,
+    parked: bool, trusted: np.ndarray, out: np.ndarray, frames: np.ndarray, last: np.ndarray, confidence: np.ndarray,
 ) -> None:  # fmt: skip
     classes, low, height = len(things), begin[2], end[2] - begin[2]
-    bayes, some, details = len(table) > 0, wanted.size > 0, frames.size > 0
+    bayes, some, details, soft = len(table) > 0, wanted.size > 0, frames.size > 0, len(second) > 0
     score, of_things = np.zeros((height, classes), np.int64), np.zeros((height, classes), np.int64)
     # By voxel of the column, 16 bits each: sources that say something; of these, in view; of these, things; other frames'
     # things. One sum is faster than four.
@@ -281,8 +287,10 @@ def _pull(  # noqa: PLR0917
             heard[:] = 0
             latest[:] = -1
             for s in range(len(slots)):
-                _hear(i, j, low, maps[s], sources[slots[s]], shape, numbers[s], s == itself, weights, shares, place,
-                      table, things, parked, score, of_things, heard, latest, details)  # fmt: skip
+                at = slots[s] if soft else 0
+                _hear(i, j, low, maps[s], sources[slots[s]], second[at : at + 1], sure[at : at + 1], shape, numbers[s],
+                      s == itself, weights, shares, place, table, things, parked, score, of_things, heard, latest,
+                      details)  # fmt: skip
             for h in range(height):
                 k = h + low
                 if some and not wanted[i, j, k]:
@@ -332,9 +340,10 @@ def _own_stays(  # noqa: PLR0917
 
 @numba.njit(cache=True, nogil=True)
 def _hear(  # noqa: PLR0917
-    i: int, j: int, low: int, m: np.ndarray, source: np.ndarray, shape: np.ndarray, number: int, itself: bool,
-    weights: np.ndarray, shares: np.ndarray, place: np.ndarray, table: np.ndarray, things: np.ndarray, parked: bool,
-    score: np.ndarray, of_things: np.ndarray, heard: np.ndarray, latest: np.ndarray, details: bool,
+    i: int, j: int, low: int, m: np.ndarray, source: np.ndarray, second: np.ndarray, sure: np.ndarray, shape: np.ndarray,
+    number: int, itself: bool, weights: np.ndarray, shares: np.ndarray, place: np.ndarray, table: np.ndarray,
+    things: np.ndarray, parked: bool, score: np.ndarray, of_things: np.ndarray, heard: np.ndarray, latest: np.ndarray,
+    details: bool,
 ) -> None:  # fmt: skip
     """Adds what one source says about a column of target voxels."""
     a, b, c = shape
@@ -364,7 +373,10 @@ def _hear(  # noqa: PLR0917
         heard[h] += 1 + (np.int64(view) << 16) + (np.int64(view and thing) << 32) + (np.int64(apart) << 48)
         if details:
             latest[h] = max(latest[h], number)
-        if bayes:
+        if _unsure(second, at, classes):
+            _share(h, at, (np.int64(said), np.int64(second[0, at])), view, np.int64(sure[0, at]), itself, weights, shares,
+                   place, table, things, parked, score, of_things)  # fmt: skip
+        elif bayes:
             row = table[(place[at] * 2 + view) * classes + said]
             for q in range(classes):
                 score[h, q] += row[q]
@@ -373,8 +385,38 @@ def _hear(  # noqa: PLR0917
         else:
             weight = weights[view, at] * shares[said]
             score[h, said] += weight
+            of_things[h, said] += weight * apart
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _unsure(second: np.ndarray, at: int, classes: int) -> bool:
+    """Whether a source has a second class for a voxel; ``second`` is empty where none has."""
+    return len(second) > 0 and second[0, at] < classes
+
+
+@numba.njit(cache=True, nogil=True)
+def _share(  # noqa: PLR0917
+    h: int, at: int, said: tuple[int, int], view: int, sure: int, itself: bool, weights: np.ndarray, shares: np.ndarray,
+    place: np.ndarray, table: np.ndarray, things: np.ndarray, parked: bool, score: np.ndarray, of_things: np.ndarray,
+) -> None:  # fmt: skip
+    """Adds what a voxel says that is not sure, in two parts."""
+    classes = score.shape[1]
+    for turn in range(2):
+        of = said[turn]
+        part = sure if turn == 0 else 255 - sure
+        apart = parked and not itself and things[of]
+        if len(table) > 0:
+            row = table[(place[at] * 2 + view) * classes + of]
+            for q in range(classes):
+                amount = row[q] * part // 255
+                score[h, q] += amount
+                if apart:
+                    of_things[h, q] += amount
+        else:
+            amount = weights[view, at] * shares[of] * part // 255
+            score[h, of] += amount
             if apart:
-                of_things[h, said] += weight
+                of_things[h, of] += amount
 
 
 @numba.njit(cache=True, nogil=True)

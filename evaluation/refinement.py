@@ -50,6 +50,7 @@ class RefineConfig:
             everything stood still.
         votes: of the weighted votes.
         voxels: all that a frame labels vote, or only those that its labels' mask knows.
+        soft: a voxel's vote is shared by the two best classes of predictions that have them, as their logits say.
 
     Raises:
         ValueError: a value is out of range.
@@ -60,6 +61,7 @@ class RefineConfig:
     movers: Movers = "parked"
     votes: VoteConfig = field(default_factory=VoteConfig)
     voxels: Votes = "all"
+    soft: bool = False
 
     def __post_init__(self) -> None:
         if self.rule not in ("votes", "bayes"):
@@ -159,6 +161,7 @@ class SceneRefiner:
             [volumes.slot(i) for i in chosen],
             before=own.semantic,
             itself=chosen.index(index),
+            doubts=volumes.doubts,
             wanted=None if boxes is None else boxes.owner == 0,
             threads=self.threads,
         ).semantic
@@ -182,6 +185,7 @@ class SceneRefiner:
                 [volumes.slot(i) for i in sharing],
                 before=out,
                 itself=list(sharing).index(index),
+                doubts=volumes.doubts,
                 wanted=boxes.owner == number,
                 begin=where.min(0).tolist(),
                 end=(where.max(0) + 1).tolist(),
@@ -220,7 +224,7 @@ def refine(
     if name == group:
         raise ValueError(f"{name} would take the place of what it is made from; choose another name")
     base, began = Manifest.load(url), time.perf_counter()
-    reader = DriveReader(base, group, config.voxels, config.view, tracks=config.movers == "tracks")
+    reader = DriveReader(base, group, config.voxels, config.view, tracks=config.movers == "tracks", soft=config.soft)
     rule = make_rule(config, reader.manifest, table)
     refiner = SceneRefiner(reader, rule, config, threads)
     sidecar = _sidecar(base, reader.manifest, name, group, config=config, table=table)
@@ -250,6 +254,8 @@ def _sidecar(
 ) -> Sidecar:
     """The group that is written; what it is made from and by is its origin."""
     rule, digest = dataclasses.asdict(config), None
+    if not config.soft:
+        del rule["soft"]  # as labels of earlier versions have it
     if config.rule == "bayes":
         assert table is not None, "rule bayes has a table, or make_rule has refused it"
         rule["votes"], digest = None, table.digest
@@ -261,6 +267,7 @@ def _sidecar(
     }
     said = f"votes of {config.votes.sensor}" if config.rule == "votes" else f"bayes {digest}"
     about = f"{said} over {config.window} key-frames to each side, movers {config.movers}, of {group} {labels.fingerprint[:16]}"
+    about += ", shared by the two best classes" if config.soft else ""
     return Sidecar(
         base,
         name,

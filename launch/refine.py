@@ -69,6 +69,18 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument(
         "--table", default="", help="bayes: a .json file; used if it is there, otherwise written by --holdout"
     )
+    p.add_argument(
+        "--soft",
+        action="store_true",
+        help="a voxel's vote is shared by its two best classes, as the logits of `occstream predict --keep top2` or logits say",
+    )
+    p.add_argument(
+        "--local",
+        default="",
+        metavar="RUN",
+        help="first correct the input by a trained refiner (task occfiner), as a label group NAME-local whose logits then vote: "
+        "implies --soft",
+    )
     p.add_argument("--part", default="1/1", help="i/n: only every n-th shard")
     p.add_argument("--workers", type=at_least(1), default=1, help="threads (default 1)")
 
@@ -78,10 +90,13 @@ def run(args: argparse.Namespace) -> int:
     from occstream.evaluation.refinement import RefineConfig, refine
     from occstream.evaluation.votes import VoteConfig
 
-    config = RefineConfig(args.rule, args.window, args.movers, VoteConfig(args.sensor, empty=args.empty), args.voxels)
+    votes = VoteConfig(args.sensor, empty=args.empty)
+    config = RefineConfig(args.rule, args.window, args.movers, votes, args.voxels, args.soft or bool(args.local))
     if args.rule == "votes" and (args.holdout or args.table):
         raise ValueError("--holdout and --table belong to --rule bayes; votes need no table")
     part = parse_part(args.part)
+    if args.local and not _locally(args, part):
+        return 0
     table = _table(args, config) if args.rule == "bayes" else None
     found = refine(
         args.url,
@@ -102,6 +117,20 @@ def run(args: argparse.Namespace) -> int:
             f"{found.bytes / found.frames / 1e3:.1f} kB per frame"
         )
     return say_published(args, found.skipped, found.manifest)
+
+
+def _locally(args: argparse.Namespace, part: tuple[int, int]) -> bool:
+    """Puts the input as a refiner corrects it in its place; False while other parts of that are missing."""
+    from occstream.launch.predict import predict_checkpoint
+
+    group, overrides = f"{args.name}-local", (f"data.input={args.input}",)
+    found = predict_checkpoint(args.local, args.url, group, keep="top2", part=part, overrides=overrides)
+    if found.manifest is None:
+        print(f"part {args.part} of {group} is done; when all parts are, run the same commands again for {args.name}")
+        return False
+    print(f"{group}: {args.input} as {args.local} corrects it, {found.frames} frames made, {found.skipped} shards kept")
+    args.input = group
+    return True
 
 
 def _table(args: argparse.Namespace, config: RefineConfig) -> Confusions:

@@ -9,7 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from occstream.pretrain.augment import flip_matrix, flip_voxels, two_best
+from occstream.pretrain.augment import flip_matrix, flip_voxels
+from occstream.sharding.doubts import doubts
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.labels import grid_to_global
 from occstream.sharding.order import generator
@@ -191,14 +192,12 @@ class VolumeFiller:
         self._check_shape(frame, labels, self.group)
         views["volumes.classes"][place] = flip_voxels(labels.semantic, flips)
         if self.config.soft:
-            if labels.logits is None:
-                raise ValueError(
-                    f"frame {frame.key}: {self.group} has no second classes; predict with --keep top2 or logits, or set "
-                    "window.soft=false"
-                )
-            second, confidence = two_best(labels)
+            try:
+                second, confidence = doubts(labels)
+            except ValueError as error:
+                raise ValueError(f"frame {frame.key}: {self.group} {error}, or set window.soft=false") from None
             views["volumes.second"][place] = flip_voxels(second, flips)
-            views["volumes.confidence"][place] = flip_voxels(np.rint(255 * confidence).astype(np.uint8), flips)
+            views["volumes.confidence"][place] = flip_voxels(confidence, flips)
 
     def _check_shape(self, frame: Frame, labels: Labels, group: str) -> None:
         if labels.binary.shape != self.grid.shape:

@@ -283,3 +283,80 @@ def test_lambda_is_the_one_of_the_highest_scores():
     best[[4, 7]] = 0.5
     assert best_exponent(best) == LAMBDAS[4]
     assert scores_by_exponent(np.zeros((10, 3, 3), np.int64)).tolist() == [[0, 0]] * 10
+
+
+def test_a_voxel_that_is_not_sure_shares_its_vote():
+    """Two frames are half sure of a wall and a little less of a road; one is wholly sure of the road."""
+    grid = VoxelGrid("one", (0, 0, 0), (1, 1, 1), (1, 1, 1))
+    rule = voting(VoteConfig("none"), grid, MIXED)
+    said = [np.full((1, 1, 1), c, np.uint8) for c in (2, 2, 0)]
+    second = np.array([0, 0, IGNORE], np.uint8).reshape(3, 1, 1, 1)
+    sure = np.array([150, 150, 255], np.uint8).reshape(3, 1, 1, 1)
+    alike = [np.eye(4)] * 3, np.eye(4), said, [v < 9 for v in said]
+    assert run(rule, grid, *alike).semantic.item() == 2
+    got = run(rule, grid, *alike, doubts=(second, sure), details=True)
+    assert got.semantic.item() == 0, "300 to 210 + 255 of 255ths"
+    assert got.confidence.item() == round(255 * (210 + 255) / 765)
+    assert got.frames.item() == 3
+    certain = second, np.full_like(sure, 255)
+    assert run(rule, grid, *alike, doubts=certain).semantic.item() == 2, "as without doubts"
+
+
+def shared(rule, target, poses, said, views, doubts):
+    """Scores of a target voxel's center by loops: of all, of other frames' things, and how many frames say what."""
+    classes = rule.num_classes + 1
+    score, of_things, counts = np.zeros(classes, np.int64), np.zeros(classes, np.int64), np.zeros(4, int)
+    for s, place in enumerate(poses):
+        at = np.floor((apply(inverse(place), target) - SMALL.lower) / SMALL.voxel + 1e-6).astype(int)
+        if (at < 0).any() or (at >= SMALL.shape).any():
+            continue
+        first, view, flat = int(said[s][*at]), bool(views[s][*at]), int(np.ravel_multi_index(at, SMALL.shape))
+        second, sure = (int(each[s][*at]) for each in doubts)
+        thing = bool(rule.things[first])
+        counts += 1, view, view and thing, thing and s > 0
+        for of, part in [(first, sure), (second, 255 - sure)] if second < classes else [(first, 255)]:
+            amount = np.eye(classes, dtype=np.int64)[of] * (
+                0 if rule.bayes else int(rule.weights[int(view), flat]) * rule.shares[of]
+            )
+            if rule.bayes:
+                amount = rule.table[(rule.place[flat] * 2 + view) * classes + of].astype(np.int64)
+            score += amount * part // 255
+            of_things += amount * part // 255 * bool(rule.things[of] and s > 0)
+    return score, of_things, counts
+
+
+@pytest.mark.parametrize("kind", ["votes", "bayes"])
+@pytest.mark.parametrize("parked", [False, True])
+def test_shared_votes_are_the_sum_of_their_parts(kind, parked):
+    """By loops, on turned grids; and without second classes nothing changes."""
+    rng = np.random.default_rng(7)
+    rule = (
+        naive_bayes(some_confusions(rng, 4), SMALL, MIXED)
+        if kind == "bayes"
+        else voting(VoteConfig("none"), SMALL, MIXED)
+    )
+    rule = dataclasses.replace(rule, parked=parked, trusted=np.zeros(0, bool))
+    poses = [pose(), pose(0.7, 0.3, degrees=20), pose(-0.4, 0.2, 0.1, degrees=-35)]
+    said = [rng.integers(0, 4, SMALL.shape).astype(np.uint8) for _ in poses]
+    views = [rng.random(SMALL.shape) < 0.7 for _ in poses]
+    second = np.stack([(v + rng.integers(1, 4, v.shape)).astype(np.uint8) % 4 for v in said])
+    second[:, 0] = IGNORE
+    doubts = second, rng.integers(128, 256, second.shape).astype(np.uint8)
+    got = run(rule, SMALL, poses, poses[0], said, views, itself=0, doubts=doubts).semantic
+    want = said[0].copy()
+    for index in np.ndindex(*SMALL.shape):
+        score, of_things, (votes, seen, things, apart) = shared(
+            rule, apply(poses[0], SMALL.centers(np.array(index))), poses, said, views, doubts
+        )
+        moving = parked and 2 * things < seen
+        score, votes = (score - of_things, votes - apart) if moving else (score, votes)
+        if not votes or (not rule.bayes and score.max() <= 0):
+            continue
+        best, own = int((score + (rule.prior if rule.bayes else 0)).argmax()), want[index]
+        if not (moving and rule.things[own] and (rule.things[best] or best == 3)):
+            want[index] = best
+    assert (got == want).all()
+    hard = run(rule, SMALL, poses, poses[0], said, views, itself=0).semantic
+    assert (got != hard).any()
+    nowhere = np.full_like(second, IGNORE), doubts[1]
+    assert (run(rule, SMALL, poses, poses[0], said, views, itself=0, doubts=nowhere).semantic == hard).all()

@@ -157,3 +157,51 @@ def test_a_forged_sidecar_is_refused(place, tmp_path, field, value):
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     with pytest.raises(ValueError, match=f"{field} is"):
         Manifest.load(str(tmp_path / "data")).author("pseudo-noise")
+
+
+def test_a_refiners_logits_vote_and_both_orders_run(place, capsys):
+    """Local then global in one command, whose second half is the two commands it stands for; and global then local."""
+    url = f"{place}/data"
+    words = ["refine", url, "--input", "pseudo-noise", "--window", "1"]
+    assert main([*words, "--local", str(place / "b"), "--name", "pseudo-both"]) == 0
+    assert f"pseudo-both-local: pseudo-noise as {place}/b corrects it, 10 frames made" in capsys.readouterr().out
+    base = Manifest.load(url)
+    both = base.with_sidecar("pseudo-both")
+    assert base.author("pseudo-both") == Author(Checkpoint(place / "b").digest, frozenset(SCENES[2:4]))
+    assert main(["predict", str(place / "b"), url, "--name", "pseudo-l", "--keep", "top2"]) == 0
+    assert main(["refine", url, "--input", "pseudo-l", "--window", "1", "--soft", "--name", "pseudo-m"]) == 0
+    soft = semantics(base.with_sidecar("pseudo-m"))
+    assert all((said == soft[key]).all() for key, said in semantics(both).items())
+    assert main(["refine", url, "--input", "pseudo-l", "--window", "1", "--name", "pseudo-h"]) == 0
+    hard = semantics(base.with_sidecar("pseudo-h"))
+    assert any((said != hard[key]).any() for key, said in soft.items()), "logits are not classes"
+    assert main([*words, "--name", "pseudo-g"]) == 0
+    assert main(["predict", str(place / "b"), url, "--name", "pseudo-gl", "data.input=pseudo-g"]) == 0
+    assert main([*words, "--soft", "--name", "pseudo-x"]) == 2
+    assert (
+        "pseudo-noise has no second classes; predict with --keep top2 or logits, or refine" in capsys.readouterr().err
+    )
+
+
+def test_parts_of_a_local_refinement_wait_for_each_other(place, capsys):
+    url = f"{place}/data"
+    words = [
+        "refine",
+        url,
+        "--input",
+        "pseudo-noise",
+        "--window",
+        "1",
+        "--name",
+        "pseudo-p",
+        "--local",
+        str(place / "b"),
+    ]
+    assert main([*words, "--part", "1/2"]) == 0
+    assert (
+        "part 1/2 of pseudo-p-local is done; when all parts are, run the same commands again" in capsys.readouterr().out
+    )
+    for part in ("2/2", "1/2"):
+        assert main([*words, "--part", part]) == 0
+    whole = semantics(Manifest.load(url).with_sidecar("pseudo-p"))
+    assert len(whole) == 10
