@@ -115,7 +115,7 @@ class OccFinerTask(Task):
         return OccFiner(config.model, config.voxel_grid, config.classes.num_classes, config.window.frames)
 
     def timed(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        return dict(model.net.named_children())
+        return dict(model.get_submodule("net").named_children())
 
     # Data
 
