@@ -85,7 +85,9 @@ def open_source(name: str, options: Mapping[str, Any]) -> Source:
         try:
             values[key] = TypeAdapter(hints[key], config={"arbitrary_types_allowed": True}).validate_python(value)
         except ValidationError as error:
-            raise ValueError(f"source {name!r}: {key}={value!r}: {error.errors()[0]['msg']}") from None
+            problem = error.errors()[0]
+            said = f"write a list, {key}=[{value}]" if problem["type"] == "tuple_type" else problem["msg"]
+            raise ValueError(f"source {name!r}: {key}={value!r}: {said}") from None
     missing = [k for k, p in known.items() if p.default is p.empty and k not in values]
     if missing:
         raise ValueError(f"source {name!r} needs {' and '.join(missing)}")

@@ -420,6 +420,11 @@ def test_ego_frame_of_real_samples_is_on_the_road(shared_data, name, folder, opt
     assert assert_on_the_road(open_source(name, {"root": str(shared_data / folder), **options})) >= 8
 
 
+def test_one_name_where_a_list_is_wanted():
+    with pytest.raises(ValueError, match=r"scenes='scene-0061': write a list, scenes=\[scene-0061\]$"):
+        open_source("nuscenes", {"root": "here", "scenes": "scene-0061"})
+
+
 def test_real_samples(shared_data, tmp_path):
     """The real SemanticKITTI and Occ3D samples are read unchanged."""
     kitti = open_source("semantickitti", {"root": str(shared_data / "semantickitti"), "stride": 1})
