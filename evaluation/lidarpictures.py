@@ -22,6 +22,7 @@ from occstream.models.rotated import corners
 from occstream.sharding.schema import IGNORE, Frame, Taxonomy, camera_to_key_ego
 
 NEAR = 0.3  # meters before a camera; what is nearer is not drawn
+SURE = 0.5  # score of boxes that the title counts apart
 NUMBERED = 40  # boxes whose scores are written, at most: more would hide each other
 _EDGES = [(i, (i + 1) % 4) for i in range(4)]
 _EDGES += [(a + 4, b + 4) for a, b in _EDGES] + [(i, i + 4) for i in range(4)]
@@ -78,9 +79,12 @@ def detection_picture(
     )  # bright ones are hard to see on white
     axes.add_collection(LineCollection(list(_shown(outlines)), colors=shades, linewidths=1.6))
     _numbers(axes, found, reach)
-    _legend(top, sorted({*found.classes.tolist(), *([] if truth is None else truth.classes.tolist())}), names, colors)
-    said = f"{len(found.boxes)} found" + ("" if truth is None else f", {len(truth.boxes)} true")
-    _save(figure, path, f"{title or batch.keys[index]}: {said}")
+    # Of a sweep that reaches further than the picture, what lies in the picture.
+    inside = [] if truth is None else truth.classes[(np.abs(truth.boxes[:, :2]) < reach).all(1)].tolist()
+    _legend(top, sorted({*found.classes.tolist(), *inside}), names, colors)
+    said = f"{len(found.boxes)} found, {(found.scores >= SURE).sum()} of them with a score of {SURE} or more"
+    said += "" if truth is None else f", {len(inside)} true in the picture"
+    _save(figure, path, f"{title or batch.keys[index]}\n{said}")
 
 
 def segmentation_picture(
@@ -103,7 +107,7 @@ def segmentation_picture(
         taxonomy: of the classes.
         reach: meters from the ego to each side.
     """
-    xyz, table = _points(batch, index), np.full((256, 3), 0.75)
+    xyz, table = _points(batch, index), np.full((256, 3), 0.87)
     table[: taxonomy.num_classes] = np.array(taxonomy.colors) / 255
     panels = [("found", np.asarray(found))]
     if batch.point_labels is not None and index < batch.labeled:
@@ -117,11 +121,13 @@ def segmentation_picture(
         axes.set_title(name, fontsize=10)
     there = sorted({int(c) for _, classes in panels for c in np.unique(classes)} - {IGNORE, taxonomy.free_id})
     handles = [Patch(color=table[c], label=taxonomy.classes[c]) for c in there]
+    if any((classes == IGNORE).any() for _, classes in panels):
+        handles.append(Patch(color=table[IGNORE], label="unknown"))
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     said = f"{len(xyz)} points"
     if len(panels) > 1 and (known := panels[0][1] != IGNORE).any():
         said += f", {100 * (panels[0][1] == panels[1][1])[known].mean():.1f} % of the known ones right"
-    _save(figure, path, f"{title or batch.keys[index]}: {said}")
+    _save(figure, path, f"{title or batch.keys[index]}\n{said}")
 
 
 def _points(batch: Batch, index: int) -> np.ndarray:
@@ -197,7 +203,8 @@ def _camera_panels(
         drawn: boxes and their colors.
     """
     rows = -(-len(frame.cameras) // _COLUMNS)
-    for i, (name, camera) in enumerate(frame.cameras.items()):
+    for i, name in enumerate(sorted(frame.cameras, key=lambda name: _place(frame, name))):
+        camera = frame.cameras[name]
         axes = figure.add_subplot(rows, _COLUMNS, i + 1)
         image = simplejpeg.decode_jpeg(camera.jpeg, "RGB", min_width=600, min_height=1)
         axes.imshow(image, extent=(-0.5, camera.width - 0.5, camera.height - 0.5, -0.5))
@@ -208,6 +215,14 @@ def _camera_panels(
         axes.set(xlim=(-0.5, camera.width - 0.5), ylim=(camera.height - 0.5, -0.5))
         axes.set_title(name, fontsize=8, pad=2)
         axes.axis("off")
+
+
+def _place(frame: Frame, name: str) -> tuple[bool, float]:
+    """Where a camera's image goes: those that look ahead before those that look back, each from left to right."""
+    ahead = camera_to_key_ego(frame, frame.cameras[name])[:3, 2]
+    back = bool(ahead[0] < 0)
+    yaw = np.arctan2(ahead[1], ahead[0])
+    return back, float(yaw % (2 * np.pi) if back else -yaw)
 
 
 def _strength(found: Detections) -> np.ndarray:

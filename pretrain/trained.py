@@ -17,9 +17,12 @@ from occstream.pretrain.config import Config, merge, parse_config, parse_overrid
 from occstream.pretrain.device import describe, pick_device
 from occstream.pretrain.distributed import World
 from occstream.pretrain.networks import accelerate, at_precision, create_model
+from occstream.pretrain.reading import cache
 from occstream.pretrain.renamed import saved_settings
-from occstream.pretrain.streams import EvalData
+from occstream.pretrain.streams import EvalData, open_manifest
 from occstream.pretrain.tasks.registry import task_of
+from occstream.sharding.schema import Frame
+from occstream.sharding.stream import ShardReader
 
 
 def evaluate_on(model: nn.Module, frames: EvalData, drawer: Drawer | None = None) -> EvalResult:
@@ -52,6 +55,7 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), picture
     if picture:
         scenes = max(1, config.eval.pictures)
         drawer = Drawer(config, frames.sensors, scenes=scenes, folder=picture, step=trained.step)
+        drawer.task.cameras_of = _CameraReader(config.eval.url or config.data.url).frame
     result = evaluate_on(trained.model, frames, drawer)
     for path in drawer.done if drawer else ():
         print(f"wrote {path}")
@@ -113,6 +117,24 @@ def load_trained(path: str | Path, overrides: Sequence[str] = (), number: int = 
         saved.digest,
         checkpoint.scenes(saved.state),
     )
+
+
+class _CameraReader:
+    """Frames with their cameras, for pictures: a network of LiDAR alone reads none."""
+
+    def __init__(self, url: str) -> None:
+        manifest = open_manifest(url)
+        self.reader = ShardReader(manifest, ("cameras",), cache(url)) if "cameras" in manifest.groups else None
+        self.scenes = {scene.name: number for number, scene in enumerate(manifest.scenes)}
+
+    def frame(self, key: str) -> Frame | None:
+        """By its key; None where the data set has no cameras, or they cannot be read."""
+        scene, _, index = key.rpartition("-")
+        try:
+            return self.reader.frame(self.scenes[scene], int(index)) if self.reader else None
+        except (OSError, ValueError) as error:
+            print(f"drawn without cameras: {error}")
+            return None
 
 
 class Drawer:

@@ -248,6 +248,10 @@ class Task(ABC):
             unknown: the number that ``facts`` gave for it, or None.
         """
 
+    cameras_of: Callable[[str], Frame | None] = staticmethod(lambda key: None)
+    """Frame of a key with its cameras, for ``draw``; None where there are none, or nobody asked for them. ``occstream
+    evaluate --picture`` sets it."""
+
     def draw(self, path: Path, batch: Batch, outputs: Any, *, index: int, sensors: Sequence[str], title: str) -> bool:
         """Draws a frame of a batch and what is predicted of it; False: this task draws nothing."""
         return False

@@ -448,7 +448,11 @@ class SpotTask(Task):
             reach, taxonomy = max(self.config.model.point_range), self.config.classes
             if self.detects:
                 found = self._found_boxes(outputs, batch)[index]
-                detection_picture(path, batch, found, index, taxonomy=taxonomy, reach=reach, title=title)
+                # Boxes in the LiDAR's frame are not drawn into images, which are placed in the ego's.
+                cameras = self.cameras_of(batch.keys[index]) if self.config.voxel_grid.frame == "ego" else None
+                detection_picture(
+                    path, batch, found, index, taxonomy=taxonomy, reach=reach, title=title, cameras=cameras
+                )
             if self.segments:
                 classes = self._found_classes(outputs, batch).split(batch.part(Points).counts.tolist())[index]
                 path = path.with_stem(f"{path.stem}-points") if self.detects else path

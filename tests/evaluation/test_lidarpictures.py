@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
 
 from occstream.evaluation.detection import rules_of
-from occstream.evaluation.lidarpictures import _edges, detection_picture, segmentation_picture
+from occstream.evaluation.lidarpictures import _edges, _place, detection_picture, segmentation_picture
 from occstream.models.batch import Batch, Boxes, PointLabels, Points
 from occstream.models.centerpoint import Detections
 from occstream.sharding.schema import OCC3D, Camera, Frame
@@ -58,6 +60,18 @@ def test_edges_of_boxes_are_where_the_camera_sees_them():
     assert sorted(map(tuple, np.round(mirrored.reshape(-1, 2), 6))) == sorted(
         map(tuple, np.round(lines.reshape(-1, 2), 6))
     )
+
+
+def test_cameras_that_look_ahead_come_first_from_left_to_right():
+    yaws = {"BACK": 180, "BACK_LEFT": 110, "BACK_RIGHT": -110, "FRONT": 0, "FRONT_LEFT": 55, "FRONT_RIGHT": -55}
+    of, camera = frame(), frame().cameras["FRONT"]
+    for name, degrees in yaws.items():
+        cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+        pose = np.eye(4)
+        pose[:3, :3] = np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]]) @ AHEAD
+        of.cameras[name] = dataclasses.replace(camera, sensor_to_ego=pose)
+    found = sorted(yaws, key=lambda name: _place(of, name))
+    assert found == ["FRONT_LEFT", "FRONT", "FRONT_RIGHT", "BACK_LEFT", "BACK", "BACK_RIGHT"]
 
 
 def colored(path, low, high) -> np.ndarray:

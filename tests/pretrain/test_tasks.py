@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from occstream.launch import cli, run
 from occstream.launch.bench_step import bench_step
@@ -118,7 +119,11 @@ def test_other_numbers_of_processes_give_the_same_run(runs, data, tmp_path):
 
 def test_a_checkpoint_is_evaluated_and_predicts(runs, data):
     name, folder, _, fine = runs
-    alone = trained.evaluate_checkpoint(folder / "fine")
+    pictures = folder / "pictures" if name == "spot" else None
+    alone = trained.evaluate_checkpoint(folder / "fine", picture=pictures)
+    if pictures:  # a network that reads no camera is shown in them all the same, below the picture from above
+        wide, high = Image.open(next(path for path in pictures.iterdir() if "points" not in path.name)).size
+        assert high > 1.3 * wide
     assert alone.metrics() == pytest.approx(fine.evaluation.metrics(), nan_ok=True)
     run = folder / ("pre" if name == "spot" else "fine")  # what predicts voxels
     done = predict_checkpoint(run, data, f"pseudo-{name}")
