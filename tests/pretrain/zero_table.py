@@ -1,9 +1,10 @@
-"""The table of docs/operations.md: saved, resumed, resized and exported at every ZeRO stage, by the next losses.
+"""The tables of docs/operations.md: saved, resumed, resized and exported at every ZeRO stage, by the next losses.
 
-    python -m tests.pretrain.zero_table FOLDER
+    python -m tests.pretrain.zero_table FOLDER [b2s | spot]
 
-Fine-tuning with replay, 20 steps on two gloo processes, saved at step 10. Prints the largest difference of any loss of steps
-11 to 20 from the run that was not interrupted.
+Each stage of the task, on two gloo processes, saved in the middle: 20 steps of fine-tuning with replay (b2s), or 10 steps each of
+pre-training, detection and segmentation (spot). Prints the largest difference of any loss of the second half from the run
+that was not interrupted, as a share of it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from occstream.pretrain.checkpoint import Checkpoint, read_weights
 from occstream.pretrain.export import export
-from tests.pretrain.small import RECIPE, losses, pack_small, run_jobs
+from tests.pretrain.small import HERE, RECIPE, losses, pack_small, pack_sweeps, run_jobs
 
 STAGES = (0, 1, 2, 3)
 HEAD = (
+    "stage",
     "ZeRO",
     "two processes against one",
     "resumed on two",
@@ -29,53 +32,71 @@ HEAD = (
 )
 
 
-def job(root: Path, name: str, stage: int) -> dict:
-    words = [f"data.url={root}/data", f"replay.url={root}/data", f"output={root}/{name}", f"train.zero_stage={stage}"]
-    words += ["optim.lr=2e-5", "optim.warmup=20", "train.save_every=10", "train.batch=1", "replay.batch=3"]
-    words += ["data.scenes=2", "model.dropout=0.0"]
-    return {"recipe": RECIPE, "stage": "finetune", "overrides": words}
+class Kind(NamedTuple):
+    """A run: its folder, recipe, stage, half of its steps, and settings."""
 
+    root: Path
+    recipe: str
+    stage: str
+    half: int
+    words: tuple[str, ...]
 
-def resumed(root: Path, stage: int, name: str, as_stage: int) -> dict:
-    """A job that resumes from step 10 of the run at ``stage``."""
-    shutil.copytree(root / f"two-{stage}/checkpoints/step-00000010", root / name / "checkpoints/step-00000010")
-    return job(root, name, as_stage)
+    def job(self, name: str, zero: int) -> dict:
+        words = [f"data.url={self.root.parent}/data", f"output={self.root}/{name}", f"train.zero_stage={zero}"]
+        words += [f"train.save_every={self.half}", f"train.steps={2 * self.half}", *self.words]
+        return {"recipe": self.recipe, "stage": self.stage, "overrides": words}
 
+    def resumed(self, zero: int, name: str, as_zero: int) -> dict:
+        """A job that resumes from the middle of the run at stage ``zero``."""
+        step = f"checkpoints/step-{self.half:08d}"
+        shutil.copytree(self.root / f"two-{zero}" / step, self.root / name / step)
+        return self.job(name, as_zero)
 
-def worst(whole: Path, other: Path) -> str:
-    a, b = losses(whole), losses(other)
-    gap = max(abs(a[s]["train/loss"] - b[s]["train/loss"]) for s in b if s > 10)
-    return "0" if gap == 0 else f"{gap:.0e}"
+    def run(self) -> None:
+        run_jobs([self.job("one", 0)], 1, self.root / "log-one")
+        run_jobs([self.job(f"two-{z}", z) for z in STAGES], 2, self.root / "log-two")
+        run_jobs([self.resumed(z, f"again-{z}", z) for z in STAGES], 2, self.root / "log-again")
+        run_jobs([self.resumed(z, f"other-{z}", (z + 1) % 4) for z in STAGES], 2, self.root / "log-other")
+        run_jobs([self.resumed(z, f"alone-{z}", z) for z in STAGES], 1, self.root / "log-alone")
 
+    def worst(self, whole: str, other: str) -> str:
+        a, b = losses(self.root / whole), losses(self.root / other)
+        gap = max(abs(b[s]["train/loss"] / a[s]["train/loss"] - 1) for s in b if s > self.half)
+        return "0" if gap == 0 else f"{gap:.0e}"
 
-def main(root: Path) -> None:
-    pack_small(str(root / "data"))
-    run_jobs([job(root, "one", 0)], 1, root / "log-one")
-    run_jobs([job(root, f"two-{s}", s) for s in STAGES], 2, root / "log-two")
-    jobs = [resumed(root, s, f"again-{s}", s) for s in STAGES]
-    jobs += [resumed(root, s, f"other-{s}", (s + 1) % 4) for s in STAGES]
-    run_jobs(jobs, 2, root / "log-again")
-    run_jobs([resumed(root, s, f"alone-{s}", s) for s in STAGES], 1, root / "log-alone")
-    print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|")
-    for s in STAGES:
-        whole = root / f"two-{s}"
-        step = whole / "checkpoints/step-00000010"
-        read, saved = read_weights(export(step, root / f"export-{s}.safetensors")), Checkpoint(step).weights()
+    def cells(self, zero: int) -> list[str]:
+        step = self.root / f"two-{zero}/checkpoints/step-{self.half:08d}"
+        read, saved = read_weights(export(step, self.root / f"export-{zero}.safetensors")), Checkpoint(step).weights()
         same = read.keys() == saved.keys() and all(bool((read[k] == v).all()) for k, v in saved.items())
-        cells = [
-            str(s),
-            worst(root / "one", whole),
-            worst(whole, root / f"again-{s}"),
-            worst(whole, root / f"alone-{s}"),
-        ]
-        cells += [
-            f"stage {(s + 1) % 4}",
-            worst(whole, root / f"other-{s}"),
-            f"{len(read)} tensors, {'same' if same else 'DIFFER'}",
-        ]
-        print("| " + " | ".join(cells) + " |")
-    print(json.dumps({"steps": 20, "saved at": 10, "loss": losses(root / "one")[20]["train/loss"]}))
+        found = [self.worst(a, f"{b}-{zero}") for a, b in (("one", "two"), (f"two-{zero}", "again"))]
+        found += [self.worst(f"two-{zero}", f"alone-{zero}"), f"stage {(zero + 1) % 4}"]
+        found += [self.worst(f"two-{zero}", f"other-{zero}"), f"{len(read)} tensors, {'same' if same else 'DIFFER'}"]
+        return [self.stage, str(zero), *found]
+
+
+def b2s(root: Path) -> list[Kind]:
+    pack_small(str(root / "data"))
+    words = (f"replay.url={root}/data", "optim.lr=2e-5", "optim.warmup=20", "train.batch=1", "replay.batch=3")
+    return [Kind(root / "finetune", RECIPE, "finetune", 10, (*words, "data.scenes=2", "model.dropout=0.0"))]
+
+
+def spot(root: Path) -> list[Kind]:
+    pack_sweeps(str(root / "data"), 4, 3)
+    recipe, words = str(HERE / "small-spot.yaml"), ("optim.lr=1e-4", "train.batch=2")
+    return [Kind(root / stage, recipe, stage, 5, words) for stage in ("pretrain", "detect", "segment")]
+
+
+def main(root: Path, task: str = "b2s") -> None:
+    kinds = {"b2s": b2s, "spot": spot}[task](root)
+    for kind in kinds:
+        kind.run()
+    print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|")
+    for kind in kinds:
+        for z in STAGES:
+            print("| " + " | ".join(kind.cells(z)) + " |")
+        last = losses(kind.root / "one")[2 * kind.half]["train/loss"]
+        print(json.dumps({"stage": kind.stage, "steps": 2 * kind.half, "saved at": kind.half, "loss": last}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
