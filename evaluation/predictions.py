@@ -16,7 +16,7 @@ from occstream.models import Batch
 from occstream.models.batch import Occupancy
 from occstream.sharding.schema import Labels
 
-Keep = Literal["top1", "top2", "logits"]
+Keep = Literal["top1", "top2", "logits", "evidence"]
 
 
 @torch.no_grad()
@@ -35,7 +35,8 @@ def predict(
     Args:
         model: with a semantic part, in evaluation mode.
         batches: not augmented.
-        keep: the best class alone; the two best classes and their logits; or the logits of all classes.
+        keep: the best class alone (top1); the two best classes and their logits (top2); the logits of all classes; or, beside
+            top2, how probably each voxel is occupied (evidence): also those that are predicted to be free.
         kind, threshold: how logits become classes; free takes part with the logit that a class must beat.
         flips: mean of the logits over the scene and its mirror images along x and y (four forwards; the grid must be
             symmetric).
@@ -45,8 +46,10 @@ def predict(
         Key and labels of each frame: ``binary`` are those voxels, ``semantic`` is free elsewhere.
 
     Raises:
-        ValueError: the network has no semantic part.
+        ValueError: the network has no semantic part, or evidence is asked for of what the labels say.
     """
+    if keep == "evidence" and occupied == "labels":
+        raise ValueError("this network takes from the labels which voxels are occupied: it has no evidence to keep")
     mirrors = [(False, False), (True, False), (False, True), (True, True)] if flips else [(False, False)]
     for batch in batches:
         batch = dataclasses.replace(batch.unlabeled(), labeled=batch.size)
@@ -55,7 +58,10 @@ def predict(
         for index, key in enumerate(batch.keys):
             # A copy: the batch's buffers go back to the readers, these labels are kept.
             truth = batch.part(Occupancy).binary[index].clone() if occupied == "labels" else None
-            yield key, _labels(wide[index], truth, keep)
+            labels = _labels(wide[index], truth, keep)
+            if keep == "evidence":
+                labels.evidence = _evidence(wide[index], kind)
+            yield key, labels
 
 
 def _logits(model: nn.Module, batch: Batch, mirror: tuple[bool, bool]) -> Tensor:
@@ -80,12 +86,19 @@ def _labels(logits: Tensor, truth: Tensor | None, keep: Keep) -> Labels:
         semantic=torch.where(binary, best, free).to(torch.uint8).cpu().numpy(),
     )
     rows = logits.movedim(0, -1)[binary]  # (M, K + 1) in C order
-    if keep == "top2":
+    if keep in ("top2", "evidence"):
         values, ranked = rows.topk(2, dim=1)
         labels.logits, labels.ranked = _half(values), ranked.to(torch.uint8).cpu().numpy()
     elif keep == "logits":
         labels.logits = _half(rows)
     return labels
+
+
+def _evidence(logits: Tensor, kind: Head) -> np.ndarray:
+    """(K + 1, X, Y, Z) logits with free last -> (X, Y, Z) uint8: probability that it is not free, or, where each class has a
+    probability of its own, that of the best class."""
+    share = 1 - logits.softmax(0)[-1] if kind == "softmax_focal" else logits[:-1].amax(0).sigmoid()
+    return (255 * share).round().to(torch.uint8).cpu().numpy()
 
 
 def _half(values: Tensor) -> np.ndarray:

@@ -248,9 +248,10 @@ def _run_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     p.add_argument(
         "--keep",
-        choices=("top1", "top2", "logits"),
+        choices=("top1", "top2", "logits", "evidence"),
         default="top1",
-        help="the best class (default), the two best with their logits (train with data.soft=true), or all logits",
+        help="the best class (default), the two best with their logits (train with data.soft=true), all logits, or top2 and "
+        "how probably each voxel is occupied, free ones too (evidence)",
     )
     p.add_argument("--flips", action="store_true", help="average over mirror images of the scene (four forward passes)")
     p.add_argument(

@@ -244,7 +244,7 @@ def _check_points(sweep: LidarSweep, manifest: Manifest) -> Iterator[str]:
 
 def _check_labels(labels: Labels, manifest: Manifest) -> Iterator[str]:
     taxonomy, shape = get_taxonomy(manifest.taxonomy), manifest.label_grid.shape
-    for name in ("binary", "semantic", "mask_lidar", "mask_camera"):
+    for name in ("binary", "semantic", "mask_lidar", "mask_camera", "evidence"):
         value = getattr(labels, name)
         if value is not None and value.shape != shape:
             yield f"labels: {name} has shape {value.shape}, the grid {shape}"

@@ -21,7 +21,7 @@ GROUPS = ("cameras", "lidar", "labels")
 LIDAR_LEVEL = 9  # at most: byte planes gain little beyond
 
 _LIDAR_ARRAYS = ("xyz", "intensity", "ring", "time_lag", "classes", "moving")
-_LABEL_ARRAYS = ("binary", "semantic", "mask_lidar", "mask_camera", "flow", "logits", "ranked")
+_LABEL_ARRAYS = ("binary", "semantic", "mask_lidar", "mask_camera", "flow", "logits", "ranked", "evidence")
 LARGEST_ARRAY = 1 << 28  # bytes that an array may have when unpacked: more than any grid's or sweep's
 _PLAIN = re.compile(r"[<|]?(b1|[iu][1248]|f[248])")
 # What damaged JSON and arrays raise when they are taken apart.
@@ -281,6 +281,8 @@ def _check_arrays(arrays: dict[str, np.ndarray]) -> None:
         raise ValueError(f"xyz has shape {xyz.shape} and type {xyz.dtype}, expected (N, 3) float32")
     if binary is not None and (binary.ndim != 3 or binary.dtype != bool):
         raise ValueError(f"binary has shape {binary.shape} and type {binary.dtype}, expected (X, Y, Z) bool")
+    if "evidence" in arrays and arrays["evidence"].dtype != np.uint8:
+        raise ValueError(f"evidence has type {arrays['evidence'].dtype}, expected uint8")
     known = {**dict.fromkeys(_LIDAR_ARRAYS, xyz), **dict.fromkeys(_LABEL_ARRAYS, binary)}
     for name, value in arrays.items():
         like = known.get(name)

@@ -253,6 +253,7 @@ class Labels:
         logits: (M, k) float16 of a prediction, rows as of ``flow``; or None. Of all classes with free last if ``ranked``
             is None; free has the logit from which a class is preferred to it.
         ranked: (M, k) uint8, the classes that ``logits`` belong to, best first (``free_id`` is one); or None.
+        evidence: uint8, probability of a prediction that the voxel is occupied, 255 is 1; or None.
     """
 
     binary: np.ndarray
@@ -262,6 +263,7 @@ class Labels:
     flow: np.ndarray | None = None
     logits: np.ndarray | None = None
     ranked: np.ndarray | None = None
+    evidence: np.ndarray | None = None
 
     def known(self) -> np.ndarray:
         """(X, Y, Z) bool: voxels that the labels say something about; the others are neither occupied nor free."""

@@ -268,7 +268,7 @@ class Task(ABC):
         """Key and labels of each frame, in the order of the batches.
 
         Args:
-            keep: "top1", "top2" or "logits".
+            keep: "top1", "top2", "logits" or "evidence".
             flips: mean over mirrored scenes.
         """
         raise ValueError(f"task {self.name} predicts nothing that can be written as labels")

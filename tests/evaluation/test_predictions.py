@@ -73,6 +73,22 @@ def test_soft_label_of_the_specification():
     assert confidence[3, 4, 1] == pytest.approx(0.731059, abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["sigmoid_focal", "softmax_focal"])
+def test_evidence_tells_a_narrow_free_from_a_plain_one(logits, kind):
+    batch = make_batch(2, 0, augment=False)
+    logits[0, :, 0, 0, 0] = -20.0
+    found = [labels for _, labels in predict(Fixed(logits), [batch], keep="evidence", kind=kind)]
+    wide = torch.cat([logits, torch.zeros_like(logits[:, :1])], 1)
+    want = logits.sigmoid().amax(1) if kind == "sigmoid_focal" else 1 - wide.softmax(1)[:, -1]
+    for labels, share in zip(found, want):
+        assert np.abs(labels.evidence / 255 - share.numpy()).max() <= 0.5 / 255 + 1e-6
+        assert labels.ranked.shape == (int(labels.binary.sum()), 2), "as with top2"
+    assert found[0].evidence[0, 0, 0] == 0
+    assert len(np.unique(found[0].evidence[~found[0].binary])) > 20
+    with pytest.raises(ValueError, match="it has no evidence to keep"):
+        next(predict(Fixed(logits), [batch], keep="evidence", occupied="labels"))
+
+
 def test_mirror_images_are_brought_back_before_they_are_averaged(logits):
     batch = make_batch(2, 0, augment=False)
     plain = [labels.semantic for _, labels in predict(Fixed(logits), [batch])]

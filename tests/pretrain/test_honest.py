@@ -17,9 +17,11 @@ from occstream.pretrain.config import load_config
 from occstream.pretrain.distributed import World
 from occstream.pretrain.streams import TrainData
 from occstream.pretrain.trained import evaluate_checkpoint
+from occstream.sharding.check import verify
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import Author, Manifest
 from occstream.sharding.pack import pack
+from occstream.sharding.stream import ShardReader
 from tests.evaluation.drives import Street, predictions, semantics
 from tests.pretrain.inprocess import world  # noqa: F401  a fixture
 from tests.pretrain.small import HERE
@@ -181,6 +183,15 @@ def test_a_refiners_logits_vote_and_both_orders_run(place, capsys):
     assert (
         "pseudo-noise has no second classes; predict with --keep top2 or logits, or refine" in capsys.readouterr().err
     )
+
+
+def test_evidence_is_kept_beside_the_two_best_classes(place):
+    found = predict_checkpoint(place / "b", f"{place}/data", "pseudo-evidence", keep="evidence").manifest
+    labels = ShardReader(found, ("pseudo-evidence",)).frame(0, 1).labels
+    assert labels.evidence.shape == GRID.shape
+    assert labels.ranked is not None
+    assert (labels.evidence[labels.binary] > labels.evidence[~labels.binary].mean()).all()
+    assert verify(f"{place}/data", group="pseudo-evidence") == []
 
 
 def test_parts_of_a_local_refinement_wait_for_each_other(place, capsys):

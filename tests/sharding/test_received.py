@@ -115,6 +115,21 @@ def members():
     return {name.split(".", 1)[1]: data for name, data in encode(frame, "labels")}
 
 
+def test_evidence_is_stored_and_checked():
+    """Probabilities of a prediction, one byte a voxel; what does not fit the voxels is refused."""
+    evidence = np.arange(32, dtype=np.uint8).reshape(4, 4, 2)
+    labels = Labels(np.zeros((4, 4, 2), bool), np.full((4, 4, 2), 17, np.uint8), evidence=evidence)
+    stored = {
+        name.split(".", 1)[1]: data for name, data in encode(Frame("s", 0, "t", 5, np.eye(4), labels=labels), "labels")
+    }
+    assert (decode([stored]).labels.evidence == evidence).all()
+    head = json.loads(stored["frame.json"])
+    for spec in ({"shape": [4, 2, 4]}, {"dtype": "<i1"}):
+        head["arrays"]["evidence"] = {"dtype": "|u1", "shape": [4, 4, 2], "coding": "raw"} | spec
+        with pytest.raises(CorruptSample, match="evidence has"):
+            decode([{**stored, "frame.json": json.dumps(head).encode()}])
+
+
 def forged(members, edit, **more):
     head = json.loads(members["frame.json"])
     edit(head)
