@@ -63,7 +63,9 @@ class Rule:
     def bayes(self) -> bool:
         return bool(len(self.table))
 
-    def arguments(self) -> tuple:
+    def arguments(
+        self,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, bool, np.ndarray]:
         """What ``_pull`` needs of it, in its order."""
         return self.weights, self.shares, self.place, self.table, self.prior, self.things, self.parked, self.trusted
 
@@ -273,7 +275,7 @@ def _pull(  # noqa: PLR0917
     parked: bool, trusted: np.ndarray, out: np.ndarray, frames: np.ndarray, last: np.ndarray, confidence: np.ndarray,
 ) -> None:  # fmt: skip
     classes, low, height = len(things), begin[2], end[2] - begin[2]
-    bayes, some, details, soft = len(table) > 0, wanted.size > 0, frames.size > 0, len(second) > 0
+    bayes, some, details = len(table) > 0, wanted.size > 0, frames.size > 0
     score, of_things = np.zeros((height, classes), np.int64), np.zeros((height, classes), np.int64)
     # By voxel of the column, 16 bits each: sources that say something; of these, in view; of these, things; other frames'
     # things. One sum is faster than four.
@@ -287,10 +289,10 @@ def _pull(  # noqa: PLR0917
             heard[:] = 0
             latest[:] = -1
             for s in range(len(slots)):
-                at = slots[s] if soft else 0
-                _hear(i, j, low, maps[s], sources[slots[s]], second[at : at + 1], sure[at : at + 1], shape, numbers[s],
-                      s == itself, weights, shares, place, table, things, parked, score, of_things, heard, latest,
-                      details)  # fmt: skip
+                _hear(i, j, low, maps[s], sources[slots[s]], shape, numbers[s], s == itself, weights, shares, place,
+                      table, things, parked, score, of_things, heard, latest, details)  # fmt: skip
+            _doubt(i, j, low, maps, sources, second, sure, slots, shape, itself, weights, shares, place, table, things,
+                   parked, score, of_things)  # fmt: skip
             for h in range(height):
                 k = h + low
                 if some and not wanted[i, j, k]:
@@ -340,10 +342,9 @@ def _own_stays(  # noqa: PLR0917
 
 @numba.njit(cache=True, nogil=True)
 def _hear(  # noqa: PLR0917
-    i: int, j: int, low: int, m: np.ndarray, source: np.ndarray, second: np.ndarray, sure: np.ndarray, shape: np.ndarray,
-    number: int, itself: bool, weights: np.ndarray, shares: np.ndarray, place: np.ndarray, table: np.ndarray,
-    things: np.ndarray, parked: bool, score: np.ndarray, of_things: np.ndarray, heard: np.ndarray, latest: np.ndarray,
-    details: bool,
+    i: int, j: int, low: int, m: np.ndarray, source: np.ndarray, shape: np.ndarray, number: int, itself: bool,
+    weights: np.ndarray, shares: np.ndarray, place: np.ndarray, table: np.ndarray, things: np.ndarray, parked: bool,
+    score: np.ndarray, of_things: np.ndarray, heard: np.ndarray, latest: np.ndarray, details: bool,
 ) -> None:  # fmt: skip
     """Adds what one source says about a column of target voxels."""
     a, b, c = shape
@@ -373,10 +374,7 @@ def _hear(  # noqa: PLR0917
         heard[h] += 1 + (np.int64(view) << 16) + (np.int64(view and thing) << 32) + (np.int64(apart) << 48)
         if details:
             latest[h] = max(latest[h], number)
-        if _unsure(second, at, classes):
-            _share(h, at, (np.int64(said), np.int64(second[0, at])), view, np.int64(sure[0, at]), itself, weights, shares,
-                   place, table, things, parked, score, of_things)  # fmt: skip
-        elif bayes:
+        if bayes:
             row = table[(place[at] * 2 + view) * classes + said]
             for q in range(classes):
                 score[h, q] += row[q]
@@ -385,38 +383,58 @@ def _hear(  # noqa: PLR0917
         else:
             weight = weights[view, at] * shares[said]
             score[h, said] += weight
-            of_things[h, said] += weight * apart
+            if apart:
+                of_things[h, said] += weight
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
-def _unsure(second: np.ndarray, at: int, classes: int) -> bool:
-    """Whether a source has a second class for a voxel; ``second`` is empty where none has."""
-    return len(second) > 0 and second[0, at] < classes
+@numba.njit(cache=True, nogil=True)
+def _doubt(  # noqa: PLR0917
+    i: int, j: int, low: int, maps: np.ndarray, sources: np.ndarray, second: np.ndarray, sure: np.ndarray,
+    slots: np.ndarray, shape: np.ndarray, itself: int, weights: np.ndarray, shares: np.ndarray, place: np.ndarray,
+    table: np.ndarray, things: np.ndarray, parked: bool, score: np.ndarray, of_things: np.ndarray,
+) -> None:  # fmt: skip
+    """Takes from the first classes of what ``_hear`` has added what belongs to the second ones, if sources have any."""
+    if len(second) == 0:
+        return
+    a, b, c = shape
+    height, classes = score.shape
+    for s in range(len(slots)):
+        m, slot = maps[s], slots[s]
+        for h in range(height):
+            k = h + low
+            x = m[0, 0] * i + m[0, 1] * j + m[0, 3] + m[0, 2] * k
+            y = m[1, 0] * i + m[1, 1] * j + m[1, 3] + m[1, 2] * k
+            z = m[2, 0] * i + m[2, 1] * j + m[2, 3] + m[2, 2] * k
+            if not (0 <= x < a and 0 <= y < b and 0 <= z < c):
+                continue
+            at = (int(x) * b + int(y)) * c + int(z)
+            said, other, view = int(sources[slot, at] & 127), int(second[slot, at]), int(sources[slot, at] >> 7)
+            if said == ABSTAIN or other >= classes:
+                continue
+            part = int(sure[slot, at])
+            apart = parked and s != itself
+            _share(h, said, part, 1, at, view, weights, shares, place, table, score)
+            _share(h, other, 255 - part, 0, at, view, weights, shares, place, table, score)
+            if apart and things[said]:
+                _share(h, said, part, 1, at, view, weights, shares, place, table, of_things)
+            if apart and things[other]:
+                _share(h, other, 255 - part, 0, at, view, weights, shares, place, table, of_things)
 
 
 @numba.njit(cache=True, nogil=True)
 def _share(  # noqa: PLR0917
-    h: int, at: int, said: tuple[int, int], view: int, sure: int, itself: bool, weights: np.ndarray, shares: np.ndarray,
-    place: np.ndarray, table: np.ndarray, things: np.ndarray, parked: bool, score: np.ndarray, of_things: np.ndarray,
+    h: int, said: int, part: int, heard: int, at: int, view: int, weights: np.ndarray, shares: np.ndarray,
+    place: np.ndarray, table: np.ndarray, score: np.ndarray,
 ) -> None:  # fmt: skip
-    """Adds what a voxel says that is not sure, in two parts."""
+    """Adds ``part`` of 255ths of what a class adds, less the whole where that was ``heard`` (1) already."""
     classes = score.shape[1]
-    for turn in range(2):
-        of = said[turn]
-        part = sure if turn == 0 else 255 - sure
-        apart = parked and not itself and things[of]
-        if len(table) > 0:
-            row = table[(place[at] * 2 + view) * classes + of]
-            for q in range(classes):
-                amount = row[q] * part // 255
-                score[h, q] += amount
-                if apart:
-                    of_things[h, q] += amount
-        else:
-            amount = weights[view, at] * shares[of] * part // 255
-            score[h, of] += amount
-            if apart:
-                of_things[h, of] += amount
+    if len(table) > 0:
+        row = table[(place[at] * 2 + view) * classes + said]
+        for q in range(classes):
+            score[h, q] += row[q] * part // 255 - heard * row[q]
+    else:
+        amount = weights[view, at] * shares[said]
+        score[h, said] += amount * part // 255 - heard * amount
 
 
 @numba.njit(cache=True, nogil=True)
