@@ -263,7 +263,7 @@ class _Job:
         labels = made.get(frame.key)
         if labels is None:
             raise ValueError(
-                f"{self.base.url}: frame {frame.key} cannot be predicted: an image is missing or damaged (named above); pack "
+                f"{self.base.url}: frame {frame.key} cannot be predicted: its input is missing or damaged (named above); pack "
                 "its scene again, or predict on a set without it"
             )
         own = frame.labels if self.labeled else None
