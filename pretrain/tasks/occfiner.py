@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,10 @@ from occstream.evaluation.predictions import Keep, predict
 from occstream.evaluation.report import prediction_picture
 from occstream.models.batch import Batch, OccOutputs, Occupancy, Volumes
 from occstream.models.occfiner import OccFiner, OccFinerConfig
-from occstream.pretrain.config import Config, DataConfig, EvalConfig, Mask
+from occstream.pretrain.config import Config
 from occstream.pretrain.lovasz import lovasz_counts, lovasz_softmax, weighted_count, weighted_cross_entropy
 from occstream.pretrain.tasks.base import Facts, Role, Scoring, Task
-from occstream.pretrain.tasks.occupancy import mask_facts, occupancy_scoring
+from occstream.pretrain.tasks.occupancy import MaskedData, MaskedEval, mask_facts, occupancy_scoring
 from occstream.pretrain.tasks.registry import register
 from occstream.pretrain.volumes import VolumeFiller, WindowConfig
 from occstream.sharding.manifest import Manifest
@@ -27,26 +27,19 @@ from occstream.sharding.schema import IGNORE, Labels
 
 
 @dataclass
-class RefinerData(DataConfig):
+class RefinerData(MaskedData):
     """The stream this stage trains on; ``labels`` is the truth."""
 
     input: str = ""
     """Label group of the predictions to refine, such as pseudo-a of ``occstream predict``."""
-    mask: Mask = "auto"
-    """Which voxels enter loss and metric: those that the labels know (auto: all where they have no mask), those of the
-    LiDAR's or the cameras' visibility mask, or all (none)."""
 
 
 @dataclass
-class RefinerEval(EvalConfig):
+class RefinerEval(MaskedEval):
     """Evaluation at the end of training (and every ``every`` steps)."""
 
     input: str = ""
     """Same as ``data.input``, on the data set that is evaluated. Empty: a group of that name."""
-    convention: Literal["auto", "occ3d", "openscene", "openoccupancy", "semantickitti", "lidarseg"] = "auto"
-    """How classes are averaged: the way the labels' benchmark does (auto), or a named convention."""
-    mask: Mask = "auto"
-    """Same as ``data.mask``, for the metric; declared with the result."""
 
 
 @dataclass

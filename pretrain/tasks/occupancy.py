@@ -25,7 +25,27 @@ from occstream.sharding.stream import ShardReader
 
 
 @dataclass
-class OccupancyData(DataConfig):
+class MaskedData(DataConfig):
+    """A stream with voxel labels, of which a mask chooses those that count."""
+
+    mask: Mask = "auto"
+    """Which voxels enter loss and metric: those that the labels know (auto: all where they have no mask), those of the
+    LiDAR's or the cameras' visibility mask, or all (none). How many unknown voxels a setting makes count is printed and
+    stored."""
+
+
+@dataclass
+class MaskedEval(EvalConfig):
+    """Evaluation at the end of training (and every ``every`` steps)."""
+
+    convention: Literal["auto", "occ3d", "openscene", "openoccupancy", "semantickitti", "lidarseg"] = "auto"
+    """How classes of voxels are averaged: the way the labels' benchmark does (auto), or a named convention."""
+    mask: Mask = "auto"
+    """Same as ``data.mask``, for the metric; declared with the result."""
+
+
+@dataclass
+class OccupancyData(MaskedData):
     """The stream this stage trains on: binary labels for pre-training, semantic labels for fine-tuning."""
 
     cameras: tuple[str, ...] | None = None
@@ -38,10 +58,6 @@ class OccupancyData(DataConfig):
     soft: bool = False
     """Learn from both classes of labels that have two (pseudo-labels of ``occstream predict --keep top2``; B2S, App. D);
     False: only from the first."""
-    mask: Mask = "auto"
-    """Which voxels enter loss and metric: those that the labels know (auto: all where they have no mask), those of the
-    LiDAR's or the cameras' visibility mask, or all (none). How many unknown voxels a setting makes count is printed and
-    stored."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,13 +66,9 @@ class OccupancyData(DataConfig):
 
 
 @dataclass
-class OccupancyEval(EvalConfig):
+class OccupancyEval(MaskedEval):
     """Evaluation at the end of training (and every ``every`` steps)."""
 
-    convention: Literal["auto", "occ3d", "openscene", "openoccupancy", "semantickitti", "lidarseg"] = "auto"
-    """How classes are averaged: the way the labels' benchmark does (auto), or a named convention."""
-    mask: Mask = "auto"
-    """Same as ``data.mask``, for the metric; declared with the result."""
     threshold: float = 0.25
     """Minimum probability of the best class, below which a voxel counts as free: in evaluations, predictions and pictures (with
     ``loss.kind`` softmax_focal free is a class of its own)."""

@@ -29,12 +29,12 @@ from occstream.models.lidarnet import LidarNet, LidarOutputs, from_encoder
 from occstream.models.segmentor import PointSegmentor, SegmentorConfig
 from occstream.models.spot import SpotConfig
 from occstream.models.voxelbackbones import LidarEncoder
-from occstream.pretrain.config import Config, DataConfig, EvalConfig, Mask
+from occstream.pretrain.config import Config
 from occstream.pretrain.lidar import LidarConfig, LidarFiller, Targets
 from occstream.pretrain.lovasz import lovasz_counts, lovasz_softmax, weighted_count, weighted_cross_entropy
 from occstream.pretrain.reading import cache
 from occstream.pretrain.tasks.base import Facts, Role, Scoring, Task, Transfer
-from occstream.pretrain.tasks.occupancy import mask_facts, occupancy_scoring
+from occstream.pretrain.tasks.occupancy import MaskedData, MaskedEval, mask_facts, occupancy_scoring
 from occstream.pretrain.tasks.registry import register
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import Manifest
@@ -50,25 +50,12 @@ BINARY = Taxonomy("binary", ("occupied",), frozenset(), ((0, 120, 230),))
 
 
 @dataclass
-class SpotData(DataConfig):
+class SpotData(MaskedData):
     """The stream this stage trains on."""
 
-    mask: Mask = "auto"
-    """Which voxels enter loss and metric: those that the labels know (auto: all where they have no mask), those of the
-    LiDAR's or the cameras' visibility mask, or all (none)."""
     balance: bool = False
     """Show frames with rare things more often: up to sqrt(m / n) times a pass, n being a class's share and m the mean share
     (SPOT, Sec. 3.3.2)."""
-
-
-@dataclass
-class SpotEval(EvalConfig):
-    """Evaluation at the end of training (and every ``every`` steps)."""
-
-    convention: Literal["auto", "occ3d", "openscene", "openoccupancy", "semantickitti", "lidarseg"] = "auto"
-    """How classes of voxels are averaged: the way the labels' benchmark does (auto), or a named convention."""
-    mask: Mask = "auto"
-    """Same as ``data.mask``, for the metric; declared with the result."""
 
 
 @dataclass
@@ -127,7 +114,7 @@ class SpotRecipe(Config):
     """A recipe of SPOT."""
 
     data: SpotData = field(default_factory=SpotData)
-    eval: SpotEval = field(default_factory=SpotEval)
+    eval: MaskedEval = field(default_factory=MaskedEval)
     lidar: LidarConfig = field(default_factory=LidarConfig)
     model: SpotConfig = field(default_factory=SpotConfig)
     detect: CenterPointConfig = field(default_factory=CenterPointConfig)

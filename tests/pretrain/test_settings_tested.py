@@ -62,7 +62,7 @@ def text_settings(text: str) -> Iterator[tuple[str, Any]]:
                 yield name, value
                 for part in value if isinstance(value, list) else ():
                     yield from ((f"{name}.{key}", UNKNOWN) for key in (part if isinstance(part, dict) else ()))
-        except (ValueError, yaml.YAMLError):
+        except (ValueError, TypeError, yaml.YAMLError):  # TypeError: a key that is no text
             return
     elif "\n" in text and ":" in text:
         try:
