@@ -18,6 +18,7 @@ from occstream.pretrain.tasks.registry import task_of
 from occstream.pretrain.tasks.spot import SpotTask
 from occstream.sharding.grid import get_grid
 from occstream.sharding.schema import IGNORE, OCC3D, Boxes, Frame, Labels, LidarSweep
+from occstream.sharding.sources import open_source
 from tests.pretrain.small import HERE
 
 GRID = get_grid("tiny")
@@ -211,3 +212,25 @@ def test_the_range_of_intensities_is_judged_by_those_that_are_there(values, fits
     else:
         with pytest.raises(ValueError, match=r"reach 0\.9, but lidar\.intensity is 'byte': set lidar\.intensity=unit"):
             spot.check_intensity(manifest, 0, "byte")
+
+
+@pytest.mark.parametrize(
+    ("source", "folder", "options", "stage", "intensity"),
+    [
+        ("nuscenes", "nuscenes", {"scenes": ["scene-9001"]}, "finetune", "byte"),
+        ("argoverse2", "argoverse2", {"sweeps": False}, "detect", "byte"),
+        ("kitti_object", "kitti_object", {"scenes": ["000000"], "cameras": False}, "detect", "unit"),
+    ],
+)
+def test_real_sweeps(source, folder, options, stage, intensity, shared_data):
+    """Boxes that a source gives are of classes that are learned, and its points are in them."""
+    made = open_source(source, {"root": str(shared_data / folder), **options})
+    first = made.load(made.scene_names()[0]).frames[0]
+    of = task(stage, f"lidar.intensity={intensity}", "lidar.beams=[0.5]", "lidar.beams_probability=0.5")
+    net, _ = learn(of, [first])
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+    boxes = batch(of, [first]).boxes
+    assert 0 < len(boxes.boxes) <= len(first.boxes.names)
+    assert (boxes.points > 0).all()
+    assert boxes.boxes.isfinite().all()
+    answers(of, net, [first])
