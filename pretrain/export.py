@@ -107,6 +107,13 @@ def hand_off(
         raise ValueError(
             f"{saved.path}: its encoder is {model.variant!r}, not {variant!r}; leave --variant out, or train another"
         )
+    published = SpotConfig()
+    sizes = ("width", "bev_channels", "bev_layers", "bev_up")
+    if wrong := [name for name in sizes if getattr(model, name) != getattr(published, name)]:
+        values = [", ".join(f"{name} {getattr(of, name)}" for name in wrong) for of in (model, published)]
+        raise ValueError(
+            f"{saved.path}: no detector takes its encoder of {values[0]}; the published one has {values[1]}, as recipe spot has"
+        )
     wanted = [_SHORT.get(name, name) for name in in_features or model.in_features]
     about = handoff.describe(model.variant, wanted, model.points_grid().shape, framework)
     encoder = {k.removeprefix("encoder."): v for k, v in saved.weights().items() if k.startswith("encoder.")}

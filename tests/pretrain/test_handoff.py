@@ -99,5 +99,8 @@ def test_widths_of_nobody_are_refused(data, world, tmp_path, capsys):  # noqa: F
     words = [*WORDS[2:3], *WORDS[4:], f"data.url={data}", f"output={tmp_path}/run"]
     trainer.train(load_config(SMALL, words), world)
     assert cli.main(["export", f"{tmp_path}/run", f"{tmp_path}/out.pth", "--for", "mmdet3d"]) == 2
-    assert "detectors take only the published widths" in capsys.readouterr().err
+    # The sizes of the run, those of the published network, and a recipe that has these.
+    err = capsys.readouterr().err
+    assert "of width 4, bev_channels (8, 8), bev_up 8; the published one has width 16, bev_channels (128, 256)" in err
+    assert err.endswith("as recipe spot has\n")
     assert not (tmp_path / "out.pth").exists()
