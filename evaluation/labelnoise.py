@@ -16,7 +16,7 @@ from occstream.sharding.attach import Sidecar
 from occstream.sharding.codec import Coding, encode
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.labels import grid_to_global
-from occstream.sharding.manifest import Manifest, SceneEntry
+from occstream.sharding.manifest import Author, Manifest, SceneEntry
 from occstream.sharding.poses import apply
 from occstream.sharding.schema import IGNORE, Frame, Labels, get_taxonomy, labeled
 from occstream.sharding.shardfile import ShardWriter
@@ -138,6 +138,7 @@ def attach_corrupted(
         classes=base.classes,
         labels="exact labels with errors",
         origin=origin,
+        author=Author("noise", frozenset()),
     )
 
     def fill(writer: ShardWriter, scenes: list[SceneEntry]) -> None:
