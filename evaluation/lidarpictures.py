@@ -26,7 +26,8 @@ SURE = 0.5  # score of boxes that the title counts apart
 NUMBERED = 40  # boxes whose scores are written, at most: more would hide each other
 _EDGES = [(i, (i + 1) % 4) for i in range(4)]
 _EDGES += [(a + 4, b + 4) for a, b in _EDGES] + [(i, i + 4) for i in range(4)]
-_COLUMNS = 3  # cameras side by side
+_COLUMNS = 3  # cameras side by side, at most
+_WIDTH = 9  # inches
 _TRUE, _POINT = "#202020", "#9aa4ad"
 
 
@@ -56,12 +57,12 @@ def detection_picture(
     names, places = rules_of(taxonomy).classes, dict(zip(taxonomy.classes, taxonomy.colors))
     colors = np.array([places[name] for name in names]) / 255
     truth = true_boxes(batch)[index] if batch.boxes is not None and index < batch.labeled else None
-    rows = -(-len(cameras.cameras) // _COLUMNS) if cameras else 0
-    figure = Figure(figsize=(9, 9.6 + 1.9 * rows), dpi=110, layout="constrained")
+    below = _camera_height(cameras) if cameras and cameras.cameras else 0.0
+    figure = Figure(figsize=(_WIDTH, 9.6 + below), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     top = figure
-    if cameras and rows:
-        top, bottom = figure.subfigures(2, 1, height_ratios=[9, 1.9 * rows], squeeze=False).ravel()
+    if cameras and below:
+        top, bottom = figure.subfigures(2, 1, height_ratios=[9.6, below], squeeze=False).ravel()
         undo = np.linalg.inv(batch.scene_aug[index].double().cpu().numpy())
         _camera_panels(bottom, cameras, undo, _in_camera(truth, found, colors))
     axes = top.add_subplot()
@@ -202,11 +203,12 @@ def _camera_panels(
         undo: (3, 3) from the augmented ego frame to the ego frame.
         drawn: boxes and their colors.
     """
-    rows = -(-len(frame.cameras) // _COLUMNS)
+    columns = min(_COLUMNS, len(frame.cameras))
+    rows = -(-len(frame.cameras) // columns)
     for i, name in enumerate(sorted(frame.cameras, key=lambda name: _place(frame, name))):
         camera = frame.cameras[name]
-        axes = figure.add_subplot(rows, _COLUMNS, i + 1)
-        image = simplejpeg.decode_jpeg(camera.jpeg, "RGB", min_width=600, min_height=1)
+        axes = figure.add_subplot(rows, columns, i + 1)
+        image = simplejpeg.decode_jpeg(camera.jpeg, "RGB", min_width=1000, min_height=1)
         axes.imshow(image, extent=(-0.5, camera.width - 0.5, camera.height - 0.5, -0.5))
         to_camera = np.linalg.inv(camera_to_key_ego(frame, camera))
         for boxes, shade in drawn:
@@ -215,6 +217,13 @@ def _camera_panels(
         axes.set(xlim=(-0.5, camera.width - 0.5), ylim=(camera.height - 0.5, -0.5))
         axes.set_title(name, fontsize=8, pad=2)
         axes.axis("off")
+
+
+def _camera_height(frame: Frame) -> float:
+    """Inches that its images need."""
+    columns = min(_COLUMNS, len(frame.cameras))
+    highest = max(camera.height / camera.width for camera in frame.cameras.values())
+    return -(-len(frame.cameras) // columns) * (_WIDTH / columns * highest + 0.25)
 
 
 def _place(frame: Frame, name: str) -> tuple[bool, float]:
