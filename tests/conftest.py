@@ -32,6 +32,8 @@ KINDS = ("unit", "process", "slow")
 # Begun first, longest first: whole files go to the cores, and a long one that begins last leaves the others idle.
 LONGEST = (
     "tests/pretrain/test_distributed.py",
+    "tests/pretrain/test_rankfaults.py",
+    "tests/pretrain/test_ranks.py",
     "tests/sharding/test_object_storage.py",
     "tests/launch/test_sweep.py",
     "tests/sharding/test_cache.py",
