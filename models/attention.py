@@ -97,6 +97,23 @@ class VolumeAttention(nn.Module):
         return self.dropout(self.output(sample(self.value(volume), locations, weights, counts)))
 
 
+class MapAttention(nn.Module):
+    """Deformable attention of queries to a map seen from above; residual not included."""
+
+    def __init__(self, channels: int, heads: int = 8, points: int = 4, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.sampling = _Sampling(channels, heads, points, 2)
+        self.value, self.output = nn.Conv2d(channels, channels, 1), nn.Linear(channels, channels)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, queries: Tensor, references: Tensor, bev: Tensor, counts: list[int]) -> Tensor:
+        """queries (T, C), references (T, 2) as (x, y) in 0..1, map (B, C, X, Y), queries of each of the B -> (T, C)."""
+        offsets, weights = self.sampling(queries)
+        locations = references[:, None, None] + offsets / row(offsets, bev.shape[2:])
+        # To ``sample`` a map has rows and columns: x is along its rows.
+        return self.dropout(self.output(sample(self.value(bev), locations.flip(-1), weights, counts)))
+
+
 @dataclass
 class Sightings:
     """Which tokens which images see, image after image: P pairs.
