@@ -239,7 +239,8 @@ def test_perfect_voxels_and_boxes_have_a_quality_of_one(street):
         semantic, rows = frame.labels.semantic, frame.boxes.boxes
         ids = np.array([OCC3D.id(name) for name in frame.boxes.names])
         truth = true_voxel_instances(semantic, rows, ids, grid, things=THINGS)
-        assert (truth[np.isin(semantic, list(THINGS))] > 0).all()
+        boom = OCC3D.id("construction_vehicle")  # it reaches out of its box
+        assert (truth[np.isin(semantic, list(THINGS - {boom}))] > 0).all()
         found = FoundBoxes(rows, ids, np.ones(len(rows), np.float32))
         segments = refine_voxels(semantic, found, grid, taxonomy=OCC3D, things=THINGS, config=RefineConfig())
         assert (segments.classes == semantic).mean() > 0.999
