@@ -4,10 +4,14 @@ fp32 build of the same network in the same run. It reports; it judges nothing.""
 from __future__ import annotations
 
 import contextlib
+import math
+import multiprocessing
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,7 +22,7 @@ from occstream.pretrain.config import Config, load_config
 from occstream.pretrain.device import pick_device
 from occstream.pretrain.meter import best_time, matmul_ceiling
 from occstream.pretrain.networks import accelerate, create_model
-from occstream.pretrain.tasks.registry import task_of
+from occstream.pretrain.tasks.registry import import_modules, task_of
 
 
 def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, *, batch: int, repeats: int) -> dict:
@@ -34,9 +38,7 @@ def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, *, batch: in
     """
     config = load_config(recipe, overrides, **({"stage": stage} if stage else {}))
     device = pick_device()
-    task = task_of(config)
-    labeled = (batch - batch // 2 if config.replay.url and task.replays else batch) if task.labeled else 0
-    frames = task.synthetic_batch(labeled, batch - labeled).to(device)
+    frames = _frames(config, batch).to(device)
     plain = _Build(config, device, frames, precision="fp32", tf32=False)
     builds = {"plain fp32": plain}
     if device.type == "cuda":
@@ -60,6 +62,85 @@ def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, *, batch: in
     found["builds"] = {name: build.summary() for name, build in builds.items()}
     _show(found, recipe, config.stage)
     return found
+
+
+def compare_settings(
+    recipe: str,
+    overrides: tuple[str, ...],
+    stage: str,
+    *,
+    against: Sequence[str],
+    batch: int,
+    repeats: int,
+) -> dict:
+    """Memory and time of a step by the recipe and with other settings, each in a process of its own: what one has allocated
+    is not there for the next.
+
+    Args:
+        recipe, overrides, stage, batch: as of ``bench_step``.
+        against: one or more settings each, with spaces in between.
+        repeats: steps after the first.
+
+    Returns:
+        Results of ``measure`` by settings, those of the recipe as it is given by "".
+    """
+    found = {}
+    for more in ("", *against):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            settings = (*overrides, *more.split())
+            found[more] = process.submit(measure, recipe, settings, stage, batch=batch, repeats=repeats).result()
+    first, name = found[""], max(map(len, found))
+    print(f"{first['task']}, {' '.join((recipe, *overrides))}, {batch} frames from memory, {first['device']}")
+    print("settings".ljust(max(name, 8)), "peak MiB", "ratio", "s a step", "ratio", "first loss", sep="  ")
+    for more, one in found.items():
+        cells = [f"{one['peak_bytes'] / 2**20:8,.0f}", f"{one['peak_bytes'] / first['peak_bytes']:5.2f}"]
+        cells += [f"{one['step']:8.2f}", f"{one['step'] / first['step']:5.2f}", f"{one['loss']:10.5f}"]
+        print((more or "as given").ljust(max(name, 8)), *cells, sep="  ")
+    print(
+        "peak: most memory in use during the first forward and backward, less that in use before: activations, gradients"
+    )
+    return found
+
+
+def measure(recipe: str, overrides: tuple[str, ...], stage: str, *, batch: int, repeats: int) -> dict:
+    """One network's step, in this process, to which nothing else may have happened: the most memory in use during its first
+    forward and backward less what was in use before (``peak_bytes``), the median time of later steps (``step``, in seconds)
+    and the first loss."""
+    import_modules()
+    config = load_config(recipe, overrides, **({"stage": stage} if stage else {}))
+    device, task = pick_device(), task_of(config)
+    build = _Build(config, device, _frames(config, batch).to(device), precision=config.train.precision)
+    before = _memory(device, reset=True)
+    build.forward_backward()
+    peak = _memory(device, peak=True) - before
+    build.optimizer.zero_grad(set_to_none=True)
+    for _ in range(repeats):
+        build.step()
+    step = statistics.median(build.times["step"])
+    return {"device": _device(device), "task": task.title, "peak_bytes": peak, "step": step, "loss": build.losses[0]}
+
+
+def _memory(device: torch.device, *, peak: bool = False, reset: bool = False) -> float:
+    """Bytes in use by this process (on CUDA, by its tensors), now or at the peak since a reset. Not a number where the system
+    does not say."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return float(torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated())
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        name = "VmHWM:" if peak else "VmRSS:"
+        [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    except OSError:
+        return math.nan
+    return 1024.0 * int(line.split()[1])
+
+
+def _frames(config: Config, batch: int) -> Batch:
+    task = task_of(config)
+    labeled = (batch - batch // 2 if config.replay.url and task.replays else batch) if task.labeled else 0
+    return task.synthetic_batch(labeled, batch - labeled)
 
 
 class _Build:
@@ -110,18 +191,21 @@ class _Build:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with self._timed("step"):
-            with self._timed("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                outputs = self.model(self.frames)
-            with self._timed("loss"):
-                loss, _ = self.task.loss(outputs, self.frames)
-            with self._timed("backward"):
-                loss.backward()
+            self.forward_backward()
             with self._timed("optimizer"):
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
-        self.losses.append(float(loss.detach()))
         if self.device.type == "cuda":
             self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+
+    def forward_backward(self) -> None:
+        with self._timed("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            outputs = self.model(self.frames)
+        with self._timed("loss"):
+            loss, _ = self.task.loss(outputs, self.frames)
+        with self._timed("backward"):
+            loss.backward()
+        self.losses.append(float(loss.detach()))
 
     def summary(self) -> dict[str, float]:
         found = {part: statistics.median(values[1:] or values) for part, values in self.times.items()}

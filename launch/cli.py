@@ -332,6 +332,14 @@ def _machine_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--stage", default="", help="with step: of the task (default: the recipe's)")
     p.add_argument("--batch", type=data.at_least(1), default=1, help="with step: frames (default 1)")
     p.add_argument("settings", nargs="*", metavar="key=value", help="with step: settings of the recipe")
+    p.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="'key=value …'",
+        help="with step: peak memory and time of a step by the recipe and with these settings side by side, each in a "
+        "process of its own, instead of the breakdown; may be repeated",
+    )
     p.add_argument("--workers", type=data.at_least(1), default=2)
     p.add_argument("--repeats", type=data.at_least(1), default=3)
     p.add_argument(
@@ -475,9 +483,14 @@ def _bench(args: argparse.Namespace) -> int:
     import json
 
     if args.what == "step":
-        from occstream.launch.bench_step import bench_step
+        from occstream.launch.bench_step import bench_step, compare_settings
 
-        found = bench_step(args.recipe, tuple(args.settings), args.stage, batch=args.batch, repeats=args.repeats)
+        many = {"batch": args.batch, "repeats": args.repeats}
+        if args.against:
+            settings = tuple(args.settings)
+            found = compare_settings(args.recipe, settings, args.stage, against=args.against, **many)
+        else:
+            found = bench_step(args.recipe, tuple(args.settings), args.stage, **many)
     elif args.what == "pack":
         found = _from_checkout("pack").bench_pack(args.scenes or 12, workers=args.workers, repeats=args.repeats)
     elif args.what == "refine":

@@ -168,8 +168,9 @@ class SparseDecoder(nn.Module):
     """Levels from coarse to fine, each pruned.
 
     Args:
-        channels: of the coarse features, then of each level.
-        strides: of each level along x, y, z; (1, 1, 1) keeps the grid.
+        channels: of the coarse features.
+        widths: channels of each level.
+        factors: by how much each level is finer in x, y and z; (1, 1, 1) keeps the grid.
         keep: of each level, see ``SparseLevel``. The paper keeps 0.2, 0.5 and 0.5 (Sec. 4.5).
         by: what ``keep`` is.
         chosen: who chooses in training: the scores alone, or in union with the labels, so that what is occupied is never cut
@@ -179,8 +180,9 @@ class SparseDecoder(nn.Module):
 
     def __init__(
         self,
-        channels: Sequence[int],
-        strides: Sequence[Shape],
+        channels: int,
+        widths: Sequence[int],
+        factors: Sequence[Shape],
         *,
         keep: Sequence[float],
         by: KeepBy = "share",
@@ -189,13 +191,14 @@ class SparseDecoder(nn.Module):
         backend: Backend = "torch",
     ) -> None:
         super().__init__()
-        check_keep(keep, len(strides), by)
+        check_keep(keep, len(factors), by)
         self.chosen: Chosen = chosen
-        widths = zip(channels, channels[1:], strides, keep, strict=False)
-        self.levels = nn.ModuleList(
-            SparseLevel(a, b, stride, keep=share, by=by, submanifold=submanifold, backend=backend)
-            for a, b, stride, share in widths
-        )
+        self.levels = nn.ModuleList()
+        for width, factor, share in zip(widths, factors, keep, strict=True):
+            self.levels.append(
+                SparseLevel(channels, width, factor, keep=share, by=by, submanifold=submanifold, backend=backend)
+            )
+            channels = width
 
     def forward(self, features: Tensor, truth: Tensor | None = None) -> Decoded:
         """Decodes.

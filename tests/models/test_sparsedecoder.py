@@ -13,16 +13,16 @@ from occstream.models.sparsedecoder import SparseDecoder, kept_count
 
 COARSE, STRIDES = (4, 3, 2), ((1, 1, 1), (2, 2, 1), (2, 2, 2))  # no two sizes alike
 SHAPES = ((4, 3, 2), (8, 6, 2), (16, 12, 4))
-CHANNELS = (6, 8, 5, 4)
+CHANNELS, WIDTHS = 6, (8, 5, 4)
 
 
 def decoder(keep=(1.0, 1.0, 1.0), seed=0, **choices) -> SparseDecoder:
     torch.manual_seed(seed)
-    return SparseDecoder(CHANNELS, STRIDES, keep=keep, **choices)
+    return SparseDecoder(CHANNELS, WIDTHS, STRIDES, keep=keep, **choices)
 
 
 def coarse(frames=2, seed=1):
-    return torch.randn(frames, CHANNELS[0], *COARSE, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(frames, CHANNELS, *COARSE, generator=torch.Generator().manual_seed(seed))
 
 
 def labels(frames=2, share=0.02, seed=2):
@@ -86,7 +86,7 @@ def test_what_is_kept_has_the_features_of_dense_decoding():
 def test_counts_of_the_paper():
     """50 x 50 x 16 and 0.2, 0.5, 0.5 leave 5 % of 200 x 200 x 32 (Sec. 4.5)."""
     torch.manual_seed(0)
-    model = SparseDecoder((1, 1, 1, 1), STRIDES, keep=(0.2, 0.5, 0.5)).eval()
+    model = SparseDecoder(1, (1, 1, 1), STRIDES, keep=(0.2, 0.5, 0.5)).eval()
     found = model(torch.randn(1, 1, 50, 50, 16))
     assert [len(level.logits) for level in found.levels] == [40_000, 32_000, 128_000]
     assert [level.kept.tolist() for level in found.levels] == [[8_000], [16_000], [64_000]]
@@ -177,7 +177,7 @@ def test_autocast_changes_features_little_and_scores_are_full():
     a, b = (found.volume(torch.ones(len(found.features), 1)).bool() for found in (full, half))
     both = a & b
     assert both.sum() > 0.9 * a.sum()
-    features = [found.volume(found.rows()).float()[both.expand(-1, CHANNELS[-1], -1, -1, -1)] for found in (full, half)]
+    features = [found.volume(found.rows()).float()[both.expand(-1, WIDTHS[-1], -1, -1, -1)] for found in (full, half)]
     torch.testing.assert_close(features[1], features[0], rtol=0.05, atol=0.05)
 
 
