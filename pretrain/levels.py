@@ -1,15 +1,24 @@
-"""Losses of a decoder that says at each of its levels what is occupied (PanoOcc, Sec. 3.5), fp32."""
+"""Decoders that say at each of their levels what is occupied and prune the rest (PanoOcc, Sec. 3.5): losses, fp32, and how
+much of what labels call occupied a share that is kept can hold."""
 
 from __future__ import annotations
 
+import itertools
+import math
+import operator
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from occstream.models.batch import Occupancy, pool_binary
-from occstream.models.decoding import Level
+from occstream.models.decoding import Level, Shape
 from occstream.models.layers import full_precision
 from occstream.pretrain.losses import sigmoid_focal_sum
+from occstream.pretrain.reading import cache
+from occstream.sharding.manifest import Manifest
+from occstream.sharding.stream import ShardReader
 
 
 def level_sums(levels: Sequence[Level], labels: Occupancy, gamma: float, alpha: float) -> dict[str, Tensor]:
@@ -36,3 +45,65 @@ def level_counts(levels: Sequence[Level], labels: Occupancy) -> dict[str, Tensor
     shapes = [level.shape for level in levels]
     pooled = (pool_binary(labels.binary, labels.binary_valid, shape)[0] for shape in shapes)
     return {f"occupied@{n}": occupied.sum() for n, occupied in enumerate(pooled, 1)}
+
+
+def occupied_shares(
+    manifest: Manifest, scenes: Sequence[int], shapes: Sequence[Shape], *, frames: int = 8
+) -> np.ndarray:
+    """(frames, grids) share in 0..1 of the voxels of each grid that labels call occupied, in evenly spaced frames.
+
+    Args:
+        shapes: (X, Y, Z) of grids that the labels' divides by; voxels are pooled as for ``level_sums``.
+    """
+    places = [(i, k) for i in scenes for k in range(manifest.scenes[i].frames)]
+    reader = ShardReader(manifest, (manifest.label_group,), cache(manifest.url))
+    found = []
+    try:
+        for n in np.unique(np.linspace(0, len(places) - 1, min(frames, len(places))).astype(int)):
+            labels = reader.frame(*places[n]).labels
+            if labels is None:
+                continue  # the streams say which frame lacks what
+            occupied = torch.from_numpy(labels.binary & labels.known())[None]
+            found.append([float(pool_binary(occupied, occupied, shape)[0].float().mean()) for shape in shapes])
+    finally:
+        reader.close()
+    return np.array(found).reshape(-1, len(shapes))
+
+
+def keep_notes(
+    key: str, shares: np.ndarray, shapes: Sequence[Shape], keep: Sequence[float], *, setting: str = "model.keep"
+) -> list[str]:
+    """What to print of the shares that a decoder keeps against those that labels of a stream call occupied.
+
+    Args:
+        key: of the stream's section.
+        shares: of ``occupied_shares``.
+        shapes: of the levels' grids, coarse to fine.
+        keep: share of the children that each level keeps.
+        setting: name of ``keep``.
+    """
+    if not len(shares):
+        return []
+    kept = list(itertools.accumulate(keep, operator.mul))
+    each = zip(shapes, shares.mean(0), kept)
+    grids = ", ".join(f"{100 * share:.1f} % of {'x'.join(map(str, s))} ({100 * k:.1f} %)" for s, share, k in each)
+    notes = [f"{key}: labels of {len(shares)} frames occupy (and {setting} keeps) {grids}"]
+    total = shares.sum(0)
+    held = np.where(total > 0, np.minimum(shares, kept).sum(0) / np.maximum(total, 1e-12), 1.0)
+    if held.min() < 1:
+        worst = int(held.argmin())
+        notes.append(
+            f"warning: {setting} is too small for these labels: it holds at most {math.floor(100 * held[worst])} % of what "
+            f"they call occupied at level {worst + 1}, and recall cannot be above that; "
+            f"{setting}=[{', '.join(f'{n:g}' for n in _enough(shares.max(0)))}] holds all of these frames"
+        )
+    return notes
+
+
+def _enough(shares: np.ndarray) -> list[float]:
+    """Shares of children to keep, in hundredths, so that each level keeps at least a share of its grid."""
+    found, left = [], 1.0
+    for share in shares:
+        found.append(min(1.0, max(1, math.ceil(100 * share / left - 1e-9)) / 100))
+        left *= found[-1]
+    return found
