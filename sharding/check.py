@@ -234,7 +234,7 @@ def _check_image(camera: Camera) -> Iterator[str]:
 def _check_points(sweep: LidarSweep, manifest: Manifest) -> Iterator[str]:
     if not np.isfinite(sweep.xyz).all():
         yield "LiDAR: points are not finite"
-    for name in ("intensity", "ring", "time_lag", "classes", "moving"):
+    for name in ("intensity", "ring", "time_lag", "classes", "moving", "instances"):
         value = getattr(sweep, name)
         if value is not None and len(value) != len(sweep.xyz):
             yield f"LiDAR: {len(value)} values of {name} for {len(sweep.xyz)} points"

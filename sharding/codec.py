@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 GROUPS = ("cameras", "lidar", "labels")
 LIDAR_LEVEL = 9  # at most: byte planes gain little beyond
 
-_LIDAR_ARRAYS = ("xyz", "intensity", "ring", "time_lag", "classes", "moving")
+_LIDAR_ARRAYS = ("xyz", "intensity", "ring", "time_lag", "classes", "moving", "instances")
 _LABEL_ARRAYS = ("binary", "semantic", "mask_lidar", "mask_camera", "flow", "logits", "ranked", "evidence")
 LARGEST_ARRAY = 1 << 28  # bytes that an array may have when unpacked: more than any grid's or sweep's
 _PLAIN = re.compile(r"[<|]?(b1|[iu][1248]|f[248])")
@@ -130,6 +130,8 @@ def _encode_lidar(frame: Frame, coding: Coding) -> tuple[dict[str, Any], Members
         "ego_to_global": _matrix(sweep.ego_to_global),
         "timestamp": sweep.timestamp,
     }
+    if sweep.token is not None:
+        about["token"] = sweep.token
     if sweep.lidars is not None:
         about["lidars"] = _matrix(_lidars(sweep.lidars))
     arrays: dict[str, dict] = {}
@@ -249,6 +251,7 @@ def _decode_group(frame: Frame, head: dict, members: dict[str, bytes]) -> None:
             timestamp=_time(pose["timestamp"]),
             xyz=arrays["xyz"],
             lidars=_lidars(pose["lidars"]) if "lidars" in pose else None,
+            token=_token(pose.get("token")),
             **{name: arrays.get(name) for name in _LIDAR_ARRAYS if name != "xyz"},
         )
     if "binary" in arrays:
@@ -274,6 +277,12 @@ def _decode_group(frame: Frame, head: dict, members: dict[str, bytes]) -> None:
         )
 
 
+def _token(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"token {str(value)[:40]!r} of a sweep is not a text")
+    return value
+
+
 def _check_arrays(arrays: dict[str, np.ndarray]) -> None:
     """Arrays of one frame must fit each other. Raises ValueError."""
     xyz, binary = arrays.get("xyz"), arrays.get("binary")
@@ -283,6 +292,8 @@ def _check_arrays(arrays: dict[str, np.ndarray]) -> None:
         raise ValueError(f"binary has shape {binary.shape} and type {binary.dtype}, expected (X, Y, Z) bool")
     if "evidence" in arrays and arrays["evidence"].dtype != np.uint8:
         raise ValueError(f"evidence has type {arrays['evidence'].dtype}, expected uint8")
+    if "instances" in arrays and arrays["instances"].dtype != np.uint16:
+        raise ValueError(f"instances has type {arrays['instances'].dtype}, expected uint16")
     known = {**dict.fromkeys(_LIDAR_ARRAYS, xyz), **dict.fromkeys(_LABEL_ARRAYS, binary)}
     for name, value in arrays.items():
         like = known.get(name)

@@ -11,7 +11,7 @@ from occstream.sharding.schema import Boxes, Frame, LidarSweep, Scene
 
 LACKING = "lacking"  # attribute of a scene: by camera, how many of its frames have no image of it though others have
 DROPPED = "dropped_returns"  # attribute of a scene: how many LiDAR returns had coordinates that are not finite
-_OF_POINTS = ("intensity", "ring", "time_lag", "classes", "moving")
+_OF_POINTS = ("intensity", "ring", "time_lag", "classes", "moving", "instances")
 
 
 def admit(scene: Scene) -> Scene:

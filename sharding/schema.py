@@ -196,6 +196,8 @@ class LidarSweep:
         time_lag: (N,) float32 seconds from the measurement to ``timestamp`` (positive: measured before it), or None.
         classes: (N,) uint8 ids of the scene's taxonomy, ``IGNORE`` where unknown, or None.
         moving: (N,) bool, True on what was moving when it was measured, or None.
+        instances: (N,) uint16 ids of countable objects within the sweep, 0 for none, or None.
+        token: the data set's own id of the sweep, which benchmarks of points ask for, or None.
         sensor_to_ego: LiDAR -> ego at ``timestamp``.
         ego_to_global: ego -> global at ``timestamp``.
         timestamp: microseconds.
@@ -213,6 +215,8 @@ class LidarSweep:
     classes: np.ndarray | None = None
     moving: np.ndarray | None = None
     lidars: np.ndarray | None = None
+    instances: np.ndarray | None = None
+    token: str | None = None
 
     def lidar_of_points(self) -> np.ndarray | None:
         """(N,) int64, which of several LiDARs each point is from; None: there is one, or beams have no numbers."""

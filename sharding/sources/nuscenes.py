@@ -1,4 +1,5 @@
-"""nuScenes, and every folder in its layout: ``v1.0-*/`` tables, ``samples/``, ``sweeps/``, optional ``lidarseg/``.
+"""nuScenes, and every folder in its layout: ``v1.0-*/`` tables, ``samples/``, ``sweeps/``, optional ``lidarseg/`` and
+``panoptic/``.
 
 Only the JSON tables are read, nothing of nuscenes-devkit is needed. Each sensor keeps its own ego pose; the key-frame's
 ego pose is the LiDAR's (the first camera's where a sample has no LiDAR).
@@ -18,7 +19,16 @@ import numpy as np
 from occstream.sharding.exactmath import angle_of
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.poses import compose, inverse, rotate
-from occstream.sharding.rawfiles import choose, entries, existing_folder, listed, read_file, read_jpeg, read_points
+from occstream.sharding.rawfiles import (
+    choose,
+    entries,
+    existing_folder,
+    listed,
+    read_file,
+    read_jpeg,
+    read_npy,
+    read_points,
+)
 from occstream.sharding.rows import Row, Table, read_list
 from occstream.sharding.schema import (
     IGNORE,
@@ -124,19 +134,24 @@ class Rig:
 def _findings(folder: Path, labels: str | None, where: Path | None, records: dict[str, dict]) -> Findings:
     if labels:
         return Findings(f"{labels}, below {where}")
-    with_classes = [n for n, r in records.items() if any((s["lidar"] or {}).get("lidarseg") for s in r["samples"])]
+    having = {
+        kind: [n for n, r in records.items() if any((s["lidar"] or {}).get(kind) for s in r["samples"])]
+        for kind in ("lidarseg", "panoptic")
+    }
+    points = " and ".join(kind for kind, names in having.items() if names)
+    with_classes = [name for name in records if any(name in names for names in having.values())]
     bare = [name for name in records if name not in set(with_classes)]
     mixture = ""
     if with_classes and bare:
         mixture = (
-            f"{folder}: {listed('scene', bare)} without lidarseg, but {with_classes[0]} has it; choose scenes=, so that all "
+            f"{folder}: {listed('scene', bare)} without {points}, but {with_classes[0]} has it; choose scenes=, so that all "
             "labels have classes or none"
         )
     why, unused = "no label set was requested with labels=, and there is none below the root", ""
     if there := [name for name, kind in LABEL_SETS.items() if (folder / kind.root).is_dir()]:
         folders = ", ".join(f"{name} ({LABEL_SETS[name].root}/)" for name in there)
         why, unused = "", f"{folder}: holds public labels, {folders}; read them with labels={there[0]}"
-    return Findings(why, unused, "lidarseg" if with_classes else "", mixture)
+    return Findings(why, unused, points, mixture)
 
 
 @dataclass(frozen=True)
@@ -236,7 +251,10 @@ class Nuscenes:
                 f"{self.root / row['filename']}: the ring of its points is not an integer from 0 to 255; it looks like 4 "
                 "columns, this layout has 5 (x, y, z, intensity, ring): write the ring, or 0, as fifth"
             )
-        classes = None
+        classes = instances = None
+        if row.get("panoptic"):
+            labels = _panoptic(self.root / row["panoptic"], len(points))
+            classes, instances = self._ids()[np.array(row["class_table"], np.uint8)[labels // 1000]], labels % 1000
         if row.get("lidarseg"):
             raw = np.frombuffer(read_file(self.root / row["lidarseg"]), np.uint8)
             if len(raw) != len(points):
@@ -253,6 +271,8 @@ class Nuscenes:
             intensity=points[:, 3].copy(),
             ring=points[:, 4].astype(np.uint8),
             classes=classes,
+            instances=instances,
+            token=row["token"],
         )
 
     def _ids(self) -> np.ndarray:
@@ -378,15 +398,13 @@ def _sensor_rows(
 
 def _joiner(found: dict[str, Table], tables: Path) -> Callable[[Row], dict]:
     """Joins a row of sample_data with what it points to."""
-    segmentation: dict[str, str] = {}
-    class_table = None
-    if (tables / "lidarseg.json").is_file():
-        rows = [
-            Row(f"{tables / 'lidarseg.json'}: row number {i}", r)
-            for i, r in enumerate(read_list(tables / "lidarseg.json"))
-        ]
-        segmentation = {row.text("sample_data_token"): row.path("filename") for row in rows}
-        class_table = _class_table(found["category"])
+    files: dict[str, dict[str, str]] = {"lidarseg": {}, "panoptic": {}}
+    for kind in files:
+        table = tables / f"{kind}.json"
+        if table.is_file():
+            rows = [Row(f"{table}: row number {i}", r) for i, r in enumerate(read_list(table))]
+            files[kind] = {row.text("sample_data_token"): row.path("filename") for row in rows}
+    class_table = _class_table(found["category"]) if any(files.values()) else None
 
     def joined(row: Row) -> dict:
         token, image = row.text("token"), row.has("width")
@@ -398,11 +416,21 @@ def _joiner(found: dict[str, Table], tables: Path) -> Callable[[Row], dict]:
             "height": row.whole("height", 0, 65535) if image else None,
             "calibration": found["calibrated_sensor"].join(row, "calibrated_sensor_token").values,
             "ego": found["ego_pose"].join(row, "ego_pose_token").values,
-            "lidarseg": segmentation.get(token),
-            "class_table": class_table if token in segmentation else None,
+            **{kind: there.get(token) for kind, there in files.items()},
+            "class_table": class_table if any(token in there for there in files.values()) else None,
         }
 
     return joined
+
+
+def _panoptic(path: Path, points: int) -> np.ndarray:
+    """(N,) uint16 raw category * 1000 + instance. Raises ValueError if the file does not hold as many."""
+    arrays = read_npy(path, "the tables name it")
+    labels = arrays.get("data") if isinstance(arrays, dict) else None
+    if labels is None or labels.shape != (points,) or labels.dtype != np.uint16:
+        said = "no data" if labels is None else f"{labels.dtype} {labels.shape}"
+        raise ValueError(f"{path}: holds {said}, expected data, uint16 ({points},): a label for each point")
+    return labels
 
 
 def _annotations(found: dict[str, Table], samples: dict[str, Row]) -> dict[str, list[dict]]:

@@ -228,13 +228,13 @@ def _sweep(folder: Path, scan: int, pose: np.ndarray, time: int) -> LidarSweep |
     if not path.is_file():
         return None
     points = read_points(path, 4)
-    classes = moving = None
+    classes = moving = instances = None
     labels = folder / "labels" / f"{scan:06d}.label"
     if labels.is_file():
         raw = read_values(labels, "<u4")
         if len(raw) != len(points):
             raise ValueError(f"{labels}: has {len(raw)} labels for the {len(points)} points of {path.name}")
-        raw = raw & 0xFFFF  # the upper half is the instance
+        raw, instances = raw & 0xFFFF, (raw >> 16).astype(np.uint16)
         learnt = learn(raw, _LEARNING, labels)
         classes = np.where((learnt == 0) | (learnt == IGNORE), IGNORE, learnt - 1).astype(np.uint8)
         moving = raw >= FIRST_MOVING
@@ -246,6 +246,7 @@ def _sweep(folder: Path, scan: int, pose: np.ndarray, time: int) -> LidarSweep |
         intensity=points[:, 3].copy(),
         classes=classes,
         moving=moving,
+        instances=instances,
     )
 
 

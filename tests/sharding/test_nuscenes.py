@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from occstream.sharding.codec import CorruptSample, decode, encode
 from occstream.sharding.grid import get_grid
 from occstream.sharding.labels import Labeler
 from occstream.sharding.schema import IGNORE, OCC3D, camera_to_key_ego, iter_scenes, sweep_to_key_ego
@@ -68,6 +69,53 @@ def test_lidarseg_needs_the_indexed_categories(toy):
     (toy / "v1.0-toy/lidarseg.json").write_text(json.dumps([{"sample_data_token": "ls0-0", "filename": "x.bin"}]))
     with pytest.raises(ValueError, match="no 'index' values"):
         open_source("nuscenes", {"root": str(toy)})
+
+
+def with_panoptic(root, labels):
+    """Panoptic labels of the first scene's first sweep, and the categories that they need."""
+    tables = root / "v1.0-toy"
+    categories = json.loads((tables / "category.json").read_text())
+    (tables / "category.json").write_text(json.dumps([c | {"index": i + 17} for i, c in enumerate(categories)]))
+    np.savez_compressed(root / "x_panoptic.npz", data=labels)
+    row = {"sample_data_token": "ls0-0", "filename": "x_panoptic.npz"}
+    (tables / "panoptic.json").write_text(json.dumps([row]))
+    return open_source("nuscenes", {"root": str(root), "scenes": ["scene-0000"]})
+
+
+def test_panoptic_files_give_classes_and_instances_and_sweeps_their_tokens(toy):
+    labels = np.zeros(200, np.uint16)
+    labels[:3] = 17_005, 17_042, 18_001  # category 17 is a car, 18 a bicycle rack
+    source = with_panoptic(toy, labels)
+    assert source.findings.points == "panoptic"
+    first, second = source.load("scene-0000").frames
+    assert first.lidar.classes[:4].tolist() == [OCC3D.id("car"), OCC3D.id("car"), IGNORE, IGNORE]
+    assert first.lidar.instances[:4].tolist() == [5, 42, 1, 0]
+    assert first.lidar.instances.dtype == np.uint16
+    assert (first.lidar.token, second.lidar.token) == ("ls0-0", "ls0-1")
+    assert second.lidar.instances is None
+    packed = decode([dict((n.split(".", 1)[1], d) for n, d in encode(first, "lidar"))]).lidar
+    np.testing.assert_array_equal(packed.instances, first.lidar.instances)
+    assert packed.token == "ls0-0"
+
+
+@pytest.mark.parametrize("labels", [np.zeros(199, np.uint16), np.zeros(200, np.int32)])
+def test_panoptic_files_of_other_points_are_named(toy, labels):
+    source = with_panoptic(toy, labels)
+    with pytest.raises(ValueError, match=r"x_panoptic\.npz: holds .* expected data, uint16 \(200,\)"):
+        source.load("scene-0000")
+
+
+def test_sweeps_of_earlier_shards_have_neither_token_nor_instances(toy):
+    members = dict(encode(open_source("nuscenes", {"root": str(toy)}).load("scene-0000").frames[0], "lidar"))
+    members = {name.split(".", 1)[1]: data for name, data in members.items()}
+    head = json.loads(members["frame.json"])
+    del head["lidar"]["token"]
+    found = decode([members | {"frame.json": json.dumps(head).encode()}]).lidar
+    assert found.token is None
+    assert found.instances is None
+    head["lidar"]["token"] = 5
+    with pytest.raises(CorruptSample, match="token '5' of a sweep is not a text"):
+        decode([members | {"frame.json": json.dumps(head).encode()}])
 
 
 @pytest.fixture(scope="module")

@@ -278,6 +278,7 @@ def test_semantickitti_bits_learning_map_poses_and_sweeps(opened):
     raw_moving = second.lidar.moving
     assert 0 < raw_moving.sum() < 90
     assert set(second.lidar.classes[raw_moving]) == {0}
+    assert set(second.lidar.instances) == {7}  # the upper half of a label
     # A point 10 m ahead and 1 m left of the LiDAR, by the textbook formula P2 Tr x and by our camera.
     camera, point = second.cameras["image_2"], np.array([10.0, 1.0, 0.5, 1])
     in_ego = second.lidar.sensor_to_ego @ point
