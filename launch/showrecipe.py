@@ -43,7 +43,7 @@ def _listed() -> str:
 
 
 def _is_study(name: str) -> bool:
-    return not {"strategies", "axes"}.isdisjoint(read_recipe(name))
+    return not {"strategies", "axes", "steps"}.isdisjoint(read_recipe(name))
 
 
 def _summary(text: str) -> str:

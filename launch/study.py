@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from occstream.launch.b2sarms import ArmSpec, ArmStudy
+from occstream.launch.chain import ChainStudy, StepSpec
 from occstream.launch.grid import AxesStudy, StageSpec, Study
 from occstream.pretrain.config import build_section, dotted_keys, merge, read_recipe
 
 
 def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> Study:
-    """Reads a study; a path or the name of a packaged recipe. With ``axes`` it is one of any axes, otherwise one of B2S.
+    """Reads a study; a path or the name of a packaged recipe.
 
-    A strategy, or a value of an axis, that is null leaves out that of ``base``.
+    With ``axes`` it is one of any axes, with ``steps`` one of several steps, otherwise one of B2S.
+
+    A strategy, a value of an axis, a step or a row that is null leaves out that of ``base``.
 
     Raises:
         ValueError: that names the key.
@@ -27,6 +30,12 @@ def load_study(path: str, overrides: Mapping[str, Any] | None = None) -> Study:
         if isinstance(data["axes"], Mapping):
             data["axes"] = {axis: _there(values) for axis, values in data["axes"].items()}
         return build_section(AxesStudy, data, "", list(dotted_keys(AxesStudy)))
+    if "steps" in data:
+        steps, score = _there(data["steps"]), data.get("score") or {}
+        known = [*dotted_keys(ChainStudy), *dotted_keys(StepSpec, "steps.NAME.")]
+        if isinstance(score, Mapping) and "rows" in score:
+            data["score"] = {**score, "rows": _there(score["rows"])}
+        return build_section(ChainStudy, {**data, "steps": steps}, "", known)
     data |= {"strategies": _there(data["strategies"])} if "strategies" in data else {}
     known = [*dotted_keys(ArmStudy), *dotted_keys(ArmSpec, "strategies.NAME.")]
     return build_section(ArmStudy, data, "", known)

@@ -16,6 +16,7 @@ from pathlib import Path
 from mlflow.entities import Metric
 
 from occstream.evaluation.charts import arrange_charts
+from occstream.launch.chain import ChainStudy, Command, words_of
 from occstream.launch.grid import Study, Training, finish, plan
 from occstream.launch.study import load_study
 from occstream.pretrain.events import EVENTS, describe_uri, read_events
@@ -53,9 +54,11 @@ def sweep(
     """
     study = load_study(path, overrides)
     _prepare(study)
+    jobs = jobs or min(4, os.cpu_count() or 1)
+    if isinstance(study, ChainStudy):
+        return _chain(study, jobs, dry_run, write)
     runs = plan(study)
     finish(runs, study)
-    jobs = jobs or min(4, os.cpu_count() or 1)
     done = {run.name for run in runs if finished(study, run)}
     print(outline(study, runs, done, jobs), flush=True)
     print(f"MLflow: {describe_uri(study.uri)}, experiment {study.name}", flush=True)
@@ -79,6 +82,29 @@ def sweep(
         print(f"curves: {study.uri.rstrip('/')}/{page}")
     elif page:
         print(f"curves: mlflow ui --backend-store-uri {study.uri}, then http://127.0.0.1:5000/{page}")
+    return 0
+
+
+def _chain(study: ChainStudy, jobs: int, dry_run: bool, write: str) -> int:
+    """Runs a study of steps, seeds side by side, and prints its table."""
+    if write:
+        raise ValueError(
+            f"--write: the steps of {study.name} read what others wrote; run it on one machine, without --write"
+        )
+    steps = study.plan()
+    done = {step.name for step in steps if isinstance(step, Training) and finished(study, step)}
+    print(f"study {study.name}: {len(steps)} steps, {len(done)} trainings done")
+    if dry_run:
+        for step in steps:
+            print(f"  {step.name}: {words_of(step)}{' (done)' if step.name in done else ''}")
+        return 0
+    failed = _Sweep(study, steps, done, jobs).run()
+    if failed:
+        print(f"\n{len(failed)} of {len(steps)} steps failed. Fix the cause and run this again:")
+        for name, reason in failed.items():
+            print(f"  {name}: {reason}")
+        return 1
+    print(f"\n{study.report()}\n\nwrote {study.output}/scores.md and scores.json")
     return 0
 
 
@@ -128,8 +154,10 @@ def _log_card(study: Study, runs: Sequence[Training]) -> str:
     return page
 
 
-def finished(study: Study, run: Training) -> bool:
-    """Whether a run has ended well before, by its own record, with the settings it has now."""
+def finished(study: Study, run: Training | Command) -> bool:
+    """Whether a run has ended well before, by its own record, with the settings it has now; a command is called again."""
+    if isinstance(run, Command):
+        return False
     events = read_events(Path(study.output) / run.name / EVENTS)
     status = [e["status"] for e in events if "status" in e]
     cell = [e["run"]["tags"].get("cell_id") for e in events if "run" in e]
@@ -171,8 +199,10 @@ def _rate(study: Study, done: set[str]) -> float:
     return statistics.median(rates) if rates else 0.0
 
 
-def command(study: Study, run: Training) -> list[str]:
+def command(study: Study, run: Training | Command) -> list[str]:
     """How a run starts, on one device."""
+    if isinstance(run, Command):
+        return [sys.executable, "-m", "occstream.launch.cli", *shlex.split(run.line)]
     recipe = Path(study.output) / "recipes" / f"{run.name}.yaml"
     return [sys.executable, str(HERE / f"{run.config.stage}.py"), "--recipe", str(recipe)]
 
@@ -185,7 +215,7 @@ class _Sweep:
         failed: the reasons, by name, for what failed or could not start.
     """
 
-    def __init__(self, study: Study, runs: Sequence[Training], done: set[str], jobs: int) -> None:
+    def __init__(self, study: Study, runs: Sequence[Training | Command], done: set[str], jobs: int) -> None:
         self.study, self.jobs = study, jobs
         self.waiting = [run for run in runs if run.name not in done]
         self.running: dict[str, tuple[subprocess.Popen, float]] = {}
@@ -223,7 +253,7 @@ class _Sweep:
             self.failed[run.name] = f"{run.needs}, whose weights it starts from, failed"
             self.waiting.remove(run)
 
-    def _start(self, run: Training) -> None:
+    def _start(self, run: Training | Command) -> None:
         """Starts a run unless another process is at it, or was and has finished it."""
         if in_use(Path(self.study.output) / run.name):
             # What a sweep that was killed has left is about to save and stop; another sweep's is not.

@@ -53,10 +53,18 @@ class DataConfig:
     """Seed of the permutation that subsets are taken from. Keep it fixed throughout a study."""
     holdout: int = 0
     """Scenes at the end of that permutation that are never trained on (for evaluation)."""
+    fold: str = ""
+    """i/n: train without every n-th of these scenes, beginning with the i-th. n runs, 1/n to n/n, then predict each scene by one
+    that has not seen it (``occstream predict --folds``). Empty: on all."""
     labels: str = "labels"
     """Label group: the set's own, or one attached to it (``occstream attach``)."""
 
     def __post_init__(self) -> None:
+        i, _, n = self.fold.partition("/")
+        _need(
+            not self.fold or (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n) and int(n) >= 2),
+            f"fold is {self.fold!r}, must be i/n with 1 <= i <= n and n at least 2, such as 1/3",
+        )
         _need(self.scenes is None or self.scenes >= 1, f"scenes is {self.scenes}, must be at least 1 (or null for all)")
         _need(self.holdout >= 0, f"holdout is {self.holdout}, must not be negative")
 

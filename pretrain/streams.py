@@ -365,10 +365,17 @@ class EvalData:
 
 
 def training_scenes(manifest: Manifest, source: DataConfig | ReplaySource) -> list[int]:
-    """Numbers of the scenes that a stream of training takes frames from."""
+    """Numbers of the scenes that a stream of training takes frames from. Raises ValueError if its fold is all there is."""
     if names := getattr(source, "scene_names", None):
-        return manifest.named(names)
-    return manifest.subset(source.scenes, source.subset_seed, source.holdout)
+        found = manifest.named(names)
+    else:
+        found = manifest.subset(source.scenes, source.subset_seed, source.holdout)
+    if fold := getattr(source, "fold", ""):
+        part, parts = map(int, fold.split("/"))
+        found = [scene for number, scene in enumerate(found) if number % parts != part - 1]
+        if not found:
+            raise ValueError(f"{manifest.url}: fold {fold} of one scene leaves nothing to train on; give more scenes")
+    return found
 
 
 def evaluation_scenes(manifest: Manifest, data: DataConfig, ev: EvalConfig) -> list[int]:
