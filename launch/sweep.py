@@ -250,7 +250,7 @@ class _Sweep:
 
     def _drop_orphans(self) -> None:
         for run in [run for run in self.waiting if run.needs in self.failed]:
-            self.failed[run.name] = f"{run.needs}, whose weights it starts from, failed"
+            self.failed[run.name] = f"{run.needs}, which it starts from, failed"
             self.waiting.remove(run)
 
     def _start(self, run: Training | Command) -> None:
