@@ -198,6 +198,7 @@ class B2STask(Task):
             grid=config.voxel_grid,
             kind=config.loss.kind,
             threshold=config.eval.threshold,
+            classes=self.semantic,
         )
 
     def draw(

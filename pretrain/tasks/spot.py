@@ -407,7 +407,14 @@ class SpotTask(Task):
 
     def scoring(self, manifest: Manifest, unknown: float | None) -> Scoring:
         if self.pretrains:
-            return occupancy_scoring(self.config, manifest, unknown, kind="softmax_focal", grid=self.label_grid)
+            return occupancy_scoring(
+                self.config,
+                manifest,
+                unknown,
+                kind="softmax_focal",
+                grid=self.label_grid,
+                classes=self.semantic and self.config.model.target == "volume",
+            )
         makers: dict[str, Callable[[], Metric]] = {}
         if self.detects:
             makers["AP"] = lambda: DetectionScores(self.config.classes, self._found_boxes)
