@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,18 +58,19 @@ def _ring_bias(heads: int, points: int, dims: int) -> Tensor:
 
 
 class _Sampling(nn.Module):
-    """Offsets and softmax weights from queries."""
+    """Offsets and softmax weights from queries. Points may come in groups, each with the same places at first."""
 
-    def __init__(self, channels: int, heads: int, points: int, dims: int) -> None:
+    def __init__(self, channels: int, heads: int, points: int, dims: int, *, groups: int = 1) -> None:
         super().__init__()
         if channels % heads:
             raise ValueError(f"attention width {channels} does not divide by {heads} heads")
-        self.heads, self.points, self.dims = heads, points, dims
-        self.offsets = nn.Linear(channels, heads * points * dims)
-        self.weights = nn.Linear(channels, heads * points)
+        self.heads, self.points, self.dims = heads, groups * points, dims
+        self.offsets = nn.Linear(channels, heads * groups * points * dims)
+        self.weights = nn.Linear(channels, heads * groups * points)
         nn.init.zeros_(self.offsets.weight)
         with torch.no_grad():
-            self.offsets.bias.copy_(_ring_bias(heads, points, dims))
+            ring = _ring_bias(heads, points, dims).view(heads, 1, -1)
+            self.offsets.bias.copy_(ring.expand(heads, groups, -1).flatten())
         nn.init.zeros_(self.weights.weight)
         nn.init.zeros_(self.weights.bias)
 
@@ -123,41 +125,76 @@ class Sightings:
         pixel: (P, 2) of (u, v) over the pixels that the image features cover, in 0..1: feature i of n at (i + 0.5) / n.
         counts: pairs of each image, of all frames' first cameras, then all frames' second ones, ...
         cameras: (T,) how many see each token.
+        reference: (P,) which of a token's reference points is seen; None where tokens have one.
     """
 
     token: Tensor
     pixel: Tensor
     counts: list[int]
     cameras: Tensor
+    reference: Tensor | None = None
 
 
 class ImageAttention(nn.Module):
     """Deformable attention of tokens to the images that see them; residual not included.
 
     Only pairs of a token and an image that sees it are computed; the result is averaged over the cameras that do.
+
+    Args:
+        channels: of queries. features: of images.
+        points: around each reference point, in each level.
+        levels: of the image features.
+        references: points of each token that are projected.
     """
 
-    def __init__(self, channels: int, features: int, heads: int = 8, points: int = 8, *, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        channels: int,
+        features: int,
+        heads: int = 8,
+        points: int = 8,
+        *,
+        levels: int = 1,
+        references: int = 1,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
-        self.sampling = _Sampling(channels, heads, points, 2)
+        self.levels, self.references = levels, references
+        self.sampling = _Sampling(channels, heads, points, 2, groups=levels * references)
         self.value, self.output = nn.Conv2d(features, channels, 1), nn.Linear(channels, channels)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, queries: Tensor, seen: Sightings, features: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, seen: Sightings, features: Tensor | Sequence[Tensor]) -> Tensor:
         """Attends.
 
         Args:
             queries: (T, C).
-            seen: which images see them.
-            features: (B, V, C_f, h, w).
+            seen: which images see them; pixels are over the first level.
+            features: (B, V, C_f, h, w), or of each level, each half as fine as the one before. Samples of all levels, and of
+                all reference points, are added up.
 
         Returns:
             (T, C); zero before the output projection for queries that no camera sees.
         """
-        offsets, weights = self.sampling(queries)
-        values = self.value(features.transpose(0, 1).flatten(0, 1))
-        cells = row(offsets, [features.shape[-1], features.shape[-2]])
-        locations = seen.pixel[:, None, None] + offsets[seen.token] / cells
-        sampled = sample(values, locations, weights[seen.token], seen.counts)
-        total = sampled.new_zeros(len(queries), sampled.shape[-1]).index_add(0, seen.token, sampled)
-        return self.dropout(self.output(total / seen.cameras.clamp_min(1).unsqueeze(-1)))
+        maps = [features] if isinstance(features, Tensor) else list(features)
+        offsets, weights = (self._of_pairs(part, seen) for part in self.sampling(queries))
+        finest, total = maps[0].shape[-2:], None
+        for level, values in enumerate(maps):
+            values = self.value(values.transpose(0, 1).flatten(0, 1))
+            h, w = values.shape[-2:]
+            pixel = seen.pixel
+            if level:  # the last row and column of a level may reach further beyond the image than those of the first
+                pixel = pixel * row(pixel, [finest[1] / (w * 2**level), finest[0] / (h * 2**level)])
+            locations = pixel[:, None, None] + offsets[:, :, level] / row(offsets, [w, h])
+            sampled = sample(values, locations, weights[:, :, level], seen.counts)
+            total = sampled if total is None else total + sampled
+        assert total is not None, "there is at least one level"
+        summed = total.new_zeros(len(queries), total.shape[-1]).index_add(0, seen.token, total)
+        return self.dropout(self.output(summed / seen.cameras.clamp_min(1).unsqueeze(-1)))
+
+    def _of_pairs(self, sampling: Tensor, seen: Sightings) -> Tensor:
+        """(T, heads, references levels points, …) of tokens -> (P, heads, levels, points, …) of pairs."""
+        each = sampling.unflatten(2, (self.references, self.levels, -1))
+        if seen.reference is None:
+            return each[:, :, 0][seen.token]
+        return each.transpose(1, 2)[seen.token, seen.reference]

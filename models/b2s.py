@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from occstream.models.backbones import ImageEncoder
+from occstream.models.backbones import CameraEmbedding, ImageEncoder
 from occstream.models.batch import Batch, Cameras, OccOutputs, Occupancy, pool_binary
 from occstream.models.layers import SyncBatchNorm, VolumeEncoder, checkpointed, conv_bn, row
 from occstream.models.lift import LiftSplat
@@ -197,21 +197,6 @@ class QueryVolume(nn.Module):
     def forward(self, features: Tensor, batch: Batch) -> tuple[Tensor, None]:
         """Features (B, V, C_f, h, w) -> B (B, C, Xc, Yc, Zc) before the layers; no depth."""
         return self.queries.expand(len(features), -1, -1, -1, -1), None
-
-
-class CameraEmbedding(nn.Module):
-    """Tells features which camera they are of; a level needs no telling, as there is one."""
-
-    def __init__(self, cameras: int, channels: int) -> None:
-        super().__init__()
-        self.table = nn.Parameter(0.02 * torch.randn(cameras, channels))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (B, V, C, h, w). Raises ValueError for more cameras than there are embeddings."""
-        views = features.shape[1]
-        if views > len(self.table):
-            raise ValueError(f"{views} cameras, but the model has embeddings for {len(self.table)}: set model.cameras")
-        return features + self.table[:views, :, None, None]
 
 
 class FullHead(nn.Module):

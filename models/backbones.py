@@ -24,20 +24,21 @@ STRIDES = (4, 8, 16, 32)
 
 
 class ImageEncoder(nn.Module):
-    """ResNet + FPN: all levels from ``stride`` to 32 are merged top-down, one level is emitted.
+    """ResNet + FPN: all levels from ``stride`` to 32 are merged top-down; the first of them are emitted, one by default.
 
     Args:
         name: resnet18, resnet34, resnet50 or resnet101.
         width: channels of the stem; 64 is the published network, less is a narrow one for the CPU.
-        channels: of the emitted level.
-        stride: of the emitted level: 8, 16 (the paper's) or 32.
+        channels: of the emitted levels.
+        stride: of the first emitted level: 8, 16 (the paper's) or 32.
+        emitted: levels, each half as fine as the one before; beyond stride 32 by strided convolutions (as FPN).
         weights: "" for random, a path (``.safetensors``, or ``.pt`` with plain tensors), or a hub id such as
             ``microsoft/resnet-50``. All backbone tensors must be there, by the names of transformers or of torchvision,
             the latter below any prefix (a detector's).
         checkpointing: recompute activations in the backward pass.
 
     Raises:
-        ValueError: unknown name or stride, or weights that lack a tensor.
+        ValueError: unknown name or stride, no level or more than up to stride 64, or weights that lack a tensor.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class ImageEncoder(nn.Module):
         channels: int = 256,
         stride: int = 16,
         *,
+        emitted: int = 1,
         weights: str = "",
         checkpointing: bool = False,
     ) -> None:
@@ -57,6 +59,10 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"unknown backbone {name!r}; known: {', '.join(_DEPTHS)}")
         if stride not in STRIDES[1:]:
             raise ValueError(f"feature stride is {stride}, must be 8, 16 or 32")
+        if emitted < 1 or stride * 2 ** (emitted - 1) > 64:
+            raise ValueError(
+                f"{emitted} levels of image features from stride {stride} on; need 1 or more, up to stride 64"
+            )
         kind, depths = _DEPTHS[name]
         expand = 4 if kind == "bottleneck" else 1
         first = STRIDES.index(stride) + 1
@@ -74,19 +80,45 @@ class ImageEncoder(nn.Module):
         self.checkpointing = checkpointing
         self.lateral = nn.ModuleList(nn.Conv2d(widths[i - 1], channels, 1) for i in range(first, 5))
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
+        inside = min(emitted, len(self.lateral)) - 1
+        self.coarser = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(inside))
+        beyond = emitted - 1 - inside
+        self.beyond = nn.ModuleList(nn.Conv2d(channels, channels, 3, 2, padding=1) for _ in range(beyond))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) normalized -> (N, channels, ceil(H / stride), ceil(W / stride))."""
+        """(N, 3, H, W) normalized -> (N, channels, ceil(H / stride), ceil(W / stride)), of the first level."""
+        return self.pyramid(images)[0]
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """(N, 3, H, W) normalized -> every emitted level, the finest first, like ``forward``."""
         levels = checkpointed(self.levels, images, when=self.checkpointing)
-        merged = None
+        merged: list[Tensor] = []  # the coarsest first
         for conv, level in zip(reversed(self.lateral), reversed(levels)):
             own = conv(level)
-            merged = own if merged is None else own + F.interpolate(merged, own.shape[-2:], mode="nearest")
-        return self.smooth(merged)
+            merged.append(own + F.interpolate(merged[-1], own.shape[-2:], mode="nearest") if merged else own)
+        found = [conv(level) for conv, level in zip((self.smooth, *self.coarser), reversed(merged))]
+        for conv in self.beyond:
+            found.append(conv(found[-1]))
+        return found
 
     def levels(self, images: Tensor) -> tuple[Tensor, ...]:
         """The backbone's feature maps, from the emitted stride to 32."""
         return self.body(images).feature_maps
+
+
+class CameraEmbedding(nn.Module):
+    """Tells features which camera they are of; a level needs no telling, as there is one."""
+
+    def __init__(self, cameras: int, channels: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(0.02 * torch.randn(cameras, channels))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, V, C, h, w). Raises ValueError for more cameras than there are embeddings."""
+        views = features.shape[1]
+        if views > len(self.table):
+            raise ValueError(f"{views} cameras, but the model has embeddings for {len(self.table)}: set model.cameras")
+        return features + self.table[:views, :, None, None]
 
 
 def _load(body: nn.Module, weights: str) -> None:

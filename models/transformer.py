@@ -31,6 +31,13 @@ class TransformerConfig(Protocol):
     checkpointing: bool
 
 
+def feed_forward(width: int, hidden: int, dropout: float) -> nn.Sequential:
+    """Two layers of a transformer; residual not included."""
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, width), nn.Dropout(dropout)
+    )
+
+
 class TransformerLayer(nn.Module):
     """Self-attention to a volume, image cross-attention, feed-forward; post-norm (as BEVFormer)."""
 
@@ -39,13 +46,7 @@ class TransformerLayer(nn.Module):
         width = c.attention_channels
         self.volume = VolumeAttention(width, c.heads, c.self_points, c.dropout)
         self.images = ImageAttention(width, c.feature_channels, c.heads, c.cross_points, dropout=c.dropout)
-        self.ffn = nn.Sequential(
-            nn.Linear(width, c.ffn_channels),
-            nn.ReLU(),
-            nn.Dropout(c.dropout),
-            nn.Linear(c.ffn_channels, width),
-            nn.Dropout(c.dropout),
-        )
+        self.ffn = feed_forward(width, c.ffn_channels, c.dropout)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x: Tensor, tokens: Tokens, volume: Tensor, features: Tensor) -> Tensor:
@@ -89,13 +90,17 @@ class VoxelTokens(nn.Module):
         channels: of the embedding.
         image_size: (H, W) of the network's input.
         stride: pixels between image features; where the image does not divide by it, the last ones reach beyond its end.
+        references: points of each voxel that cameras may see, spread evenly over its height.
     """
 
     centers: Tensor
 
-    def __init__(self, grid: VoxelGrid, channels: int, image_size: tuple[int, int], stride: int = 1) -> None:
+    def __init__(
+        self, grid: VoxelGrid, channels: int, image_size: tuple[int, int], stride: int = 1, *, references: int = 1
+    ) -> None:
         super().__init__()
         self.shape, self.image_size = grid.shape, image_size
+        self.heights = [grid.voxel[2] * ((i + 0.5) / references - 0.5) for i in range(references)]
         self.covered = [-(-n // stride) * stride for n in image_size]
         centers = torch.tensor(grid.centers().reshape(-1, 3), dtype=torch.float32)
         self.register_buffer("centers", centers, persistent=False)
@@ -119,13 +124,27 @@ class VoxelTokens(nn.Module):
     def _sightings(self, index: list[Tensor], batch: Batch) -> Sightings:
         """Cameras see what is in front of them and in their image."""
         size, covered = row(self.centers, self.image_size[::-1]), row(self.centers, self.covered[::-1])
-        projected = project((self.centers[i] for i in index), batch)
+        projected = project((self._references(i) for i in index), batch)
         pixels, depth = (torch.cat(part, 1) for part in zip(*projected))
-        visible = (depth > 1e-5) & ((pixels > 0) & (pixels < size)).all(-1)  # of (V, T, 2)
-        each = [v.sum(1) for v in visible.split([len(i) for i in index], 1)]
+        visible = (depth > 1e-5) & ((pixels > 0) & (pixels < size)).all(-1)  # of (V, T references, 2)
+        several = len(self.heights)
+        each = [v.sum(1) for v in visible.split([several * len(i) for i in index], 1)]
         counts = torch.stack(each, 1).flatten().tolist()
-        camera, token = torch.nonzero_static(visible, size=sum(counts)).unbind(1)
-        return Sightings(token, pixels[camera, token] / covered, counts, visible.sum(0))
+        camera, point = torch.nonzero_static(visible, size=sum(counts)).unbind(1)
+        pixel = pixels[camera, point] / covered
+        if several == 1:
+            return Sightings(point, pixel, counts, visible.sum(0))
+        cameras = visible.unflatten(1, (-1, several)).any(2).sum(0)
+        token = torch.div(point, several, rounding_mode="floor")
+        return Sightings(token, pixel, counts, cameras, point % several)
+
+    def _references(self, voxels: Tensor) -> Tensor:
+        """(n references, 3) meters, of the first voxel, then of the second, ..."""
+        centers = self.centers[voxels]
+        if len(self.heights) == 1:
+            return centers
+        up = torch.stack([row(centers, [0.0, 0.0, height]) for height in self.heights])
+        return (centers[:, None] + up).flatten(0, 1)
 
 
 class DenseTransformer(nn.Module):
