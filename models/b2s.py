@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from occstream.models.backbones import CameraEmbedding, ImageEncoder
+from occstream.models.backbones import PIXEL_MEAN, PIXEL_STD, CameraEmbedding, ImageEncoder
 from occstream.models.batch import Batch, Cameras, OccOutputs, Occupancy, pool_binary
 from occstream.models.layers import SyncBatchNorm, VolumeEncoder, checkpointed, conv_bn, row
 from occstream.models.lift import LiftSplat
@@ -29,8 +29,6 @@ from occstream.models.registry import register
 from occstream.models.transformer import DenseTransformer, TransformerLayer, VoxelTokens
 from occstream.sharding.grid import VoxelGrid
 
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
 Strategy = Literal["intermediate", "replacing", "multi", "offboard"]
 Selection = Literal["predicted", "gt", "union"]
 _MAY_BE_ZERO = ("dense_layers", "head_rows", "dropout", "depth_blocks")

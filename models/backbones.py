@@ -21,6 +21,8 @@ _DEPTHS = {
     "resnet101": ("bottleneck", (3, 4, 23, 3)),
 }
 STRIDES = (4, 8, 16, 32)
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 class ImageEncoder(nn.Module):

@@ -102,6 +102,22 @@ class Cameras(Part):
 
 
 @dataclass
+class History(Part):
+    """Key-frames that the images are of, the current one first, then the one before it, and so on: ``Cameras`` has F V views, all
+    cameras of the first, then all of the second, ... Each view's ``camera_to_ego`` leads to the frame of the grid at *its own*
+    key-frame, and ``scene_aug`` mirrors the scene about that.
+
+    Attributes:
+        past_to_current: (B, F, 4, 4) float32 rigid: frame of the grid at that key-frame -> now, augmented, meters; the identity
+            for the first.
+        exists: (B, F) bool; False: the scene has no such key-frame, and nothing of it is to be read. The first always is there.
+    """
+
+    past_to_current: Tensor = along("frame", "poses")
+    exists: Tensor = along("frame")
+
+
+@dataclass
 class Occupancy(Part):
     """Voxel labels, augmented.
 
@@ -216,7 +232,7 @@ class Batch:
         labeled: S.
         scene_aug: (B, 3, 3) float32: scene augmentation, x' = scene_aug x in the ego frame. Labels and points are already
             augmented.
-        cameras, occupancy, points, point_labels, boxes, volumes: parts; None: the task does not read it.
+        cameras, history, occupancy, points, point_labels, boxes, volumes: parts; None: the task does not read it.
     """
 
     scene_aug: Tensor
@@ -228,6 +244,7 @@ class Batch:
     point_labels: PointLabels | None = None
     boxes: Boxes | None = None
     volumes: Volumes | None = None
+    history: History | None = None
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], keys: Sequence[str] = ()) -> Batch:
@@ -347,7 +364,7 @@ def _mirrored_yaw(yaw: Tensor, x: bool, y: bool) -> Tensor:
 
 PARTS: dict[str, type[Part]] = {
     "cameras": Cameras, "occupancy": Occupancy, "points": Points, "point_labels": PointLabels, "boxes": Boxes,
-    "volumes": Volumes,
+    "volumes": Volumes, "history": History,
 }  # fmt: skip
 """Parts of a batch by name."""
 

@@ -5,12 +5,15 @@ Shape legend: see ``batch``; ``N`` is the number of active voxels of all frames 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from occstream.models.layers import SyncBatchNorm, checkpointed
 
 Shape = tuple[int, int, int]
 
@@ -74,6 +77,19 @@ class Decoded:
         b, x, y, z = self.indices.unbind(1)
         return ((b * self.shape[0] + x) * self.shape[1] + y) * self.shape[2] + z
 
+    def first(self, frames: int, *, detached: bool = False) -> Decoded:
+        """Of the first frames, with all levels; ``detached`` from the graph where asked."""
+        features, indices = self.features.detach() if detached else self.features, self.indices
+        if indices is None:
+            return dataclasses.replace(self, features=features[:frames], frames=frames)
+        count = int((indices[:, 0] < frames).sum())
+        return dataclasses.replace(self, features=features[:count], indices=indices[:count], frames=frames)
+
+    def at(self, volume: Tensor) -> Tensor:
+        """(B, X, Y, Z) of anything -> (N,), in the order of ``rows``."""
+        flat, places = volume.reshape(-1), self.places
+        return flat if places is None else flat[places]
+
     def rows(self) -> Tensor:
         """(N, C) features of the active voxels, frame after frame, in ascending order of x, y, z."""
         return self.features if self.indices is not None else self.features.movedim(1, -1).flatten(0, -2)
@@ -112,3 +128,48 @@ class Decoded:
         total = values.new_zeros(self.frames * x * y, values.shape[1])
         column = torch.div(places, z, rounding_mode="floor")
         return (total.index_add(0, column, values) / z).unflatten(0, (self.frames, x, y)).movedim(-1, 1)
+
+
+class DenseDecoder(nn.Module):
+    """Deconvolutions with batch norm and ReLU, coarse to fine, of every voxel (PanoOcc, Sec. 3.5).
+
+    Kernels overlap in the plane and do not in height, where there are few voxels. A level that keeps its size in x and y is a
+    convolution of 5 x 5 there.
+
+    Args:
+        channels: of the coarse features.
+        widths: channels of each level.
+        factors: by how much each level is finer in x, y and z.
+        checkpointing: recompute activations in the backward pass.
+    """
+
+    def __init__(
+        self, channels: int, widths: Sequence[int], factors: Sequence[Shape], *, checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        self.checkpointing, levels = checkpointing, []
+        for width, factor in zip(widths, factors, strict=True):
+            plane = [_overlapping(f) for f in factor[:2]]
+            kernel, padding = zip(*plane, (factor[2], 0))
+            up = nn.ConvTranspose3d(channels, width, kernel, factor, padding, bias=False)
+            levels.append(nn.Sequential(up, SyncBatchNorm(width), nn.ReLU(inplace=True)))
+            channels = width
+        self.levels = nn.ModuleList(levels)
+
+    def forward(self, features: Tensor, truth: Tensor | None = None) -> Decoded:
+        """Decodes.
+
+        Args:
+            features: (B, C, X, Y, Z).
+            truth: what is occupied; not needed.
+        """
+        for level in self.levels:
+            features = checkpointed(level, features, when=self.checkpointing)
+        return Decoded.dense(features)
+
+
+def _overlapping(factor: int) -> tuple[int, int]:
+    """Kernel and padding of a transposed convolution that makes an axis ``factor`` times as long, and reaches its neighbors."""
+    if factor == 1:
+        return 5, 2
+    return (2 * factor, factor // 2) if factor % 2 == 0 else (3 * factor, factor)
