@@ -67,11 +67,7 @@ def sums(outputs: OccOutputs, batch: Batch, config: LossConfig) -> dict[str, Ten
     roles = _roles(outputs, batch, config)
     with full_precision(batch.device):
         if outputs.binary_logits is not None:
-            logits = outputs.binary_logits.float()
-            labels = batch.part(Occupancy)
-            target, valid = pool_binary(labels.binary, labels.binary_valid, logits.shape[1:])
-            errors = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
-            errors = torch.where(valid, errors, 0.0)
+            errors = binary_errors(outputs.binary_logits, batch)
             found |= {f"binary{role}": errors[frames].sum() for role, frames in roles.items()}
         if outputs.semantic_logits is not None:
             found["semantic"] = _semantic(outputs.semantic_logits.float(), batch, config)
@@ -91,7 +87,7 @@ def counts(outputs: OccOutputs, batch: Batch, config: LossConfig) -> dict[str, T
     found: dict[str, Tensor] = {}
     labels, roles = batch.part(Occupancy), _roles(outputs, batch, config)
     if outputs.binary_logits is not None:
-        valid = pool_binary(labels.binary, labels.binary_valid, outputs.binary_logits.shape[1:])[1]
+        valid = binary_valid(outputs.binary_logits.shape[1:], batch)
         found |= {f"binary{role}": valid[frames].sum() for role, frames in roles.items()}
     if outputs.semantic_logits is not None:
         valid = labels.classes() != IGNORE
@@ -103,6 +99,21 @@ def counts(outputs: OccOutputs, batch: Batch, config: LossConfig) -> dict[str, T
     if outputs.selected is not None:
         found["selected"] = torch.full((), batch.labeled, device=batch.device)
     return found
+
+
+def binary_errors(logits: Tensor, batch: Batch) -> Tensor:
+    """Binary cross-entropy of occupancy, on a grid of its own: logits (B, Xb, Yb, Zb) -> the same shape, float32, 0 where
+    nothing is known."""
+    labels = batch.part(Occupancy)
+    target, valid = pool_binary(labels.binary, labels.binary_valid, logits.shape[1:])
+    errors = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
+    return torch.where(valid, errors, 0.0)
+
+
+def binary_valid(shape: Sequence[int], batch: Batch) -> Tensor:
+    """Where ``binary_errors`` knows something: (B, *shape) bool."""
+    labels = batch.part(Occupancy)
+    return pool_binary(labels.binary, labels.binary_valid, shape)[1]
 
 
 def weights(config: LossConfig) -> dict[str, float | None]:

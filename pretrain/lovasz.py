@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -93,6 +94,12 @@ def lovasz_counts(labels: Tensor, classes: Sequence[int]) -> Tensor:
     """Whether a frame has any of the classes that ``lovasz_softmax`` averages (1) or not (0), float32: what the sum of frames'
     losses is divided by."""
     return torch.stack([(labels == c).any() for c in classes]).any().float()
+
+
+def draw_of(key: str) -> torch.Generator:
+    """Generator of the draw that ``lovasz_softmax`` makes for a frame: a function of its key."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _lovasz(probability: Tensor, truth: Tensor) -> Tensor:

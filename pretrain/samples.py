@@ -25,7 +25,7 @@ from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.order import generator
 from occstream.sharding.poses import compose, inverse
 from occstream.sharding.schema import IGNORE, Camera, Frame, Labels, Taxonomy, camera_to_key_ego
-from occstream.sharding.stream import Field
+from occstream.sharding.stream import Field, Window
 
 
 class FrameFiller:
@@ -93,7 +93,7 @@ class FrameFiller:
         return bool(self.depth_cell) or self.grid.frame == "lidar"
 
     @property
-    def window(self) -> tuple[int, ...]:
+    def window(self) -> tuple[int, ...] | Window:
         """Offsets of the key-frames that it reads beside each one."""
         return tuple(range(-1, -1 - self.history, -1))
 
@@ -147,48 +147,62 @@ class FrameFiller:
         """
         vary = self.train and self.config.enabled
         rng = generator(self.seed, epoch, frame.key) if vary else None
-        to_grid = np.eye(4)
-        if self.needs_lidar:
-            sweep = needed_sweep(frame)
-            if self.grid.frame == "lidar":
-                to_grid = inverse(sweep.sensor_to_ego)
-        times = [frame]
-        for offset in self.window:
-            times.append(frame.window.get(offset, times[-1]))  # before a scene's beginning its first frame stands still
-        shown = [(taken, name) for taken in times for name in self.cameras]
+        shown = [(taken, name) for taken in self._times(frame) for name in self.cameras]
         affines: dict[tuple[str, int, int], np.ndarray] = {}  # frames before are augmented as their camera is now
         for i, (taken, name) in enumerate(shown):
-            camera = _camera(taken, name)
+            camera = _camera(taken or frame, name)
             view = (name, camera.width, camera.height)
             if view not in affines:
                 affines[view] = image_affine(rng, view[1:], self.config)
             affine = affines[view]
-            try:
-                self._image(camera, affine, views, i)
-            except ValueError as error:
-                raise CorruptSample(f"frame {taken.key}, {name}: broken JPEG ({error}); pack its scene again") from None
+            if taken is not None:
+                self._image(taken, name, affine, views=views, i=i)
+            elif self.decode:
+                views["cameras.images"][i] = 0
             views["cameras.intrinsics"][i] = camera.intrinsics
-            views["cameras.camera_to_ego"][i] = compose(to_grid, camera_to_key_ego(frame, camera))
+            views["cameras.camera_to_ego"][i] = self._to_grid(frame, taken or frame, camera)
             views["cameras.post_rot"][i] = np.eye(3)
             views["cameras.post_rot"][i, :2, :2] = affine[:, :2]
             views["cameras.post_tran"][i] = (*affine[:, 2], 0)
             if self.depth_cell:
                 out = views["cameras.depth"][i]
-                depth_map(taken, camera, affine, self.config.image_size, cell=self.depth_cell, out=out)
+                depth_map(taken or frame, camera, affine, self.config.image_size, cell=self.depth_cell, out=out)
         flips = scene_flips(rng, self.config)
         views["scene_aug"][...] = flip_matrix(flips)
         if self.labels:
             self._labels(frame, flips, views)
         else:
             views["occupancy.binary"][...], views["occupancy.binary_valid"][...] = False, True
-        return [] if self.decode else [(f"frame {taken.key}, {name}", taken.cameras[name]) for taken, name in shown]
-
-    def _image(self, camera: Camera, affine: np.ndarray, views: dict[str, np.ndarray], i: int) -> None:
-        """Writes the i-th image of a sample, or checks that it can be decoded later. Raises ValueError: it is damaged."""
         if self.decode:
-            warp_jpeg(camera.jpeg, (camera.width, camera.height), affine, views["cameras.images"][i])
-        else:
-            check_jpeg(camera)
+            return []
+        return [(f"frame {(taken or frame).key}, {name}", (taken or frame).cameras[name]) for taken, name in shown]
+
+    def _times(self, frame: Frame) -> list[Frame | None]:
+        """Key-frames whose images are views, the sample's own first. None: there is none, and its images are black (or, where
+        they are decoded later, those of the sample's own)."""
+        times = [frame]
+        for offset in range(-1, -1 - self.history, -1):
+            times.append(frame.window.get(offset, times[-1]))  # before a scene's beginning its first frame stands still
+        return [*times]
+
+    def _to_grid(self, frame: Frame, taken: Frame, camera: Camera) -> np.ndarray:
+        """(4, 4): camera of a key-frame -> frame of the grid at the sample's own, of what stands still."""
+        to_ego = camera_to_key_ego(frame, camera)
+        if not self.needs_lidar:
+            return to_ego
+        sweep = needed_sweep(frame)
+        return compose(inverse(sweep.sensor_to_ego), to_ego) if self.grid.frame == "lidar" else to_ego
+
+    def _image(self, taken: Frame, name: str, affine: np.ndarray, *, views: dict[str, np.ndarray], i: int) -> None:
+        """Writes the i-th image of a sample, or checks that it can be decoded later. Raises CorruptSample: it is damaged."""
+        camera = taken.cameras[name]
+        try:
+            if self.decode:
+                warp_jpeg(camera.jpeg, (camera.width, camera.height), affine, views["cameras.images"][i])
+            else:
+                check_jpeg(camera)
+        except ValueError as error:
+            raise CorruptSample(f"frame {taken.key}, {name}: broken JPEG ({error}); pack its scene again") from None
 
     def _labels(self, frame: Frame, flips: tuple[bool, bool], views: dict[str, np.ndarray]) -> None:
         labels = frame.labels

@@ -236,4 +236,5 @@ class B2STask(Task):
         )
 
     def synthetic_batch(self, labeled: int, other: int) -> Batch:
-        return camera_frames(self.config, labeled, other, self._depth_cell)
+        history = self.config.data.history
+        return camera_frames(self.config, labeled, other, depth_cell=self._depth_cell, history=history)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from occstream.evaluation.report import prediction_picture
 from occstream.models.batch import Batch, OccOutputs, Occupancy, Volumes
 from occstream.models.occfiner import OccFiner, OccFinerConfig
 from occstream.pretrain.config import Config
-from occstream.pretrain.lovasz import lovasz_counts, lovasz_softmax, weighted_count, weighted_cross_entropy
+from occstream.pretrain.lovasz import draw_of, lovasz_counts, lovasz_softmax, weighted_count, weighted_cross_entropy
 from occstream.pretrain.tasks.base import Facts, Role, Scoring, Task
 from occstream.pretrain.tasks.occupancy import MaskedData, MaskedEval, mask_facts, occupancy_scoring
 from occstream.pretrain.tasks.registry import register
@@ -200,7 +199,7 @@ class OccFinerTask(Task):
                     wide.softmax(1),
                     truth,
                     sample=loss.lovasz_sample,
-                    generator=_generator(batch.keys[index] if batch.keys else ""),
+                    generator=draw_of(batch.keys[index] if batch.keys else ""),
                 )
             found = {name: found.get(name, 0.0) + value for name, value in values.items()}
         return found
@@ -280,8 +279,3 @@ def _name(manifest: Manifest, group: str) -> str:
     """Of the network that a label group is of."""
     network = manifest.author(group).network
     return f"network {network}" if network else f"labels {manifest.with_sidecar(group).labels!r}"
-
-
-def _generator(key: str) -> torch.Generator:
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -277,11 +277,18 @@ def camera_names(manifest: Manifest, scene: int, wanted: tuple[str, ...] | None 
     return wanted or names
 
 
-def camera_frames(config: OccupancyConfig, semantic: int, binary: int, depth_cell: int = 0) -> Batch:
-    """Frames of plausible content: six cameras around, a twentieth of the voxels occupied, in patches of 4 x 4."""
+def camera_frames(config: Any, semantic: int, binary: int, *, depth_cell: int = 0, history: int = 0) -> Batch:
+    """Frames of plausible content: six cameras around, a twentieth of the voxels occupied, in patches of 4 x 4.
+
+    Args:
+        config: a recipe with cameras (``data``) and ``augment``.
+        semantic, binary: frames with and without classes.
+        depth_cell: as of ``camera_sample``.
+        history: key-frames before, whose images are views too.
+    """
     g = torch.Generator().manual_seed(0)
     size, (height, width), shape = semantic + binary, config.augment.image_size, config.voxel_grid.shape
-    cameras = len(config.data.cameras or range(6)) * (1 + config.data.history)
+    cameras = len(config.data.cameras or range(6)) * (1 + history)
     to_ego = torch.eye(4).repeat(size, cameras, 1, 1)
     for v in range(cameras):
         a = 2 * math.pi * v / cameras
