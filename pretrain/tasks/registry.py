@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TASKS: dict[str, type[Task]] = {}
 """Tasks that are registered so far."""
-PACKAGED = {name: f"occstream.pretrain.tasks.{name}" for name in ("b2s", "occfiner", "spot")}
+PACKAGED = {name: f"occstream.pretrain.tasks.{name}" for name in ("b2s", "occfiner", "panoocc", "spot")}
 _GROUP = "occstream.tasks"
 _IMPORTS = "OCCSTREAM_IMPORT"  # children of this process import the same modules
 

@@ -37,7 +37,7 @@ from tests.pretrain.inprocess import world  # noqa: F401  a fixture
 from tests.pretrain.small import HERE, RECIPE, environment, losses, run_jobs
 
 TOY = str(HERE / "toy_task.py")
-OTHERS = {name: str(HERE / f"small-{name}.yaml") for name in ("occfiner", "spot")}
+OTHERS = {name: str(HERE / f"small-{name}.yaml") for name in ("occfiner", "panoocc", "spot")}
 RECIPES = {"b2s": RECIPE, "toy": str(HERE / "toy.yaml"), **OTHERS}
 SAME = ("train.batch=4", "train.steps=4", "train.save_every=2", "train.keep=9", "train.seed=3")
 
