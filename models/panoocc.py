@@ -162,15 +162,23 @@ class VoxelHead(nn.Module):
             for axis, (fine, coarse) in enumerate(zip(shape, decoded.shape)):
                 found = found if fine == coarse else found.repeat_interleave(fine // coarse, 2 + axis)
             return found
-        features = decoded.features
-        if decoded.shape != shape:
-            features = F.interpolate(features, shape, mode="trilinear", align_corners=False)
-        parts = features.movedim(1, -1).split(self.rows or shape[0], 1)
-        found = [checkpointed(self._part, part, when=len(parts) > 1) for part in parts]
+        features, coarse, times = decoded.features, decoded.shape[0], shape[0] // decoded.shape[0]
+        step = max(1, self.rows // times) if self.rows else coarse
+        found = []
+        for start in range(0, coarse, step):
+            end = min(start + step, coarse)
+            first = max(start - 1, 0)  # interpolation reaches into the neighboring rows
+            part = features[:, :, first : end + 1]
+            kept = slice(times * (start - first), times * (end - first))
+            found.append(checkpointed(self._part, part, shape[1:], times, kept, when=step < coarse))
         return (torch.cat(found, 1) if len(found) > 1 else found[0]).movedim(-1, 1)
 
-    def _part(self, rows: Tensor) -> Tensor:
-        return self.net(rows).float()
+    def _part(self, features: Tensor, size: tuple[int, int], times: int, kept: slice) -> Tensor:
+        """Some rows of features (B, D, x, Y', Z') -> (B, rows kept, *size, K)."""
+        whole = (times * features.shape[2], *size)
+        if features.shape[2:] != whole:
+            features = F.interpolate(features, whole, mode="trilinear", align_corners=False)
+        return self.net(features[:, :, kept].movedim(1, -1)).float()
 
 
 class PanoOcc(nn.Module):
