@@ -236,7 +236,8 @@ class DetectionMetric:
 
         ``mAP``, ``NDS`` and the mean errors are the official ones: a class without truth has an AP of 0 and errors of 1.
         ``mAP_present`` and ``NDS_present`` are over the classes that the truth has, ``recall`` is the share of all true boxes
-        that a prediction of any score matched at ``error_distance``. ``AP/class``, ``AP/class/distance`` and
+        that a prediction of any score matched at ``error_distance``, ``score_at_precision_80`` the score above which 80 % of
+        the predictions matched there. ``AP/class``, ``AP/class/distance`` and
         ``mATE/class`` are of one class. Without frames everything is NaN; errors that no class has are NaN, and NDS is
         then a mean without them.
 
@@ -260,8 +261,9 @@ class DetectionMetric:
         out = _summary(ap, errors)
         of_present = _summary(ap[present], errors[present])
         out |= {f"{name}_present": of_present[name] for name in ("mAP", "NDS")}
-        matched, total = (rows[:, 4 + rules.distances.index(rules.error_distance)] > 0).sum(), int(self.truths.sum())
-        out["recall"] = float(matched / total) if total else math.nan
+        right, total = rows[:, 4 + rules.distances.index(rules.error_distance)] > 0, int(self.truths.sum())
+        out["recall"] = float(right.sum() / total) if total else math.nan
+        out["score_at_precision_80"] = score_at_precision(rows[:, 3], right) if self.keys else math.nan
         for c, name in enumerate(rules.classes):
             out[f"AP/{name}"] = float(ap[c].mean())
             out |= {f"AP/{name}/{d:g}": float(v) for d, v in zip(rules.distances, ap[c])}
@@ -280,6 +282,24 @@ class DetectionMetric:
             values = [found[f"AP/{name}"], *(found[f"{m}/{name}"] for m in MEAN_ERRORS)]
             lines.append(f"  {name:<22} " + " ".join(f"{v:7.4f}" for v in values))
         return "\n".join(lines)
+
+
+def score_at_precision(scores: np.ndarray, right: np.ndarray, precision: float = 0.8) -> float:
+    """The threshold of scores above which this share of boxes is right, as low as it may be; 1 where there is none.
+
+    Args:
+        scores: (n,) of boxes of all frames. right: (n,) bool.
+    """
+    order = np.argsort(-scores, kind="stable")
+    scores, share = scores[order], right[order].cumsum() / np.arange(1, len(scores) + 1)
+    # Equal scores are above a threshold together.
+    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) if len(scores) else np.zeros(0, np.int64)
+    good = ends[share[ends] >= precision]
+    if not len(good):
+        return 1.0
+    last = int(good[-1])
+    below = scores[last + 1] if last + 1 < len(scores) else 0.0
+    return float((scores[last] + below) / 2)
 
 
 def check_boxes(key: str, found: BoxSet, rules: DetectionRules, *, predicted: bool) -> None:

@@ -33,7 +33,8 @@ class RefineConfig:
     overlap: float = 0.5
     """A box of whose claim surer boxes have taken a larger share gets nothing."""
     claims: Literal["things", "class"] = "things"
-    """What a box claims: all things, which take its class (the paper), or only those predicted as its class."""
+    """What a box claims: all things, which take its class (the paper), but for those in or beside a box of the class that is
+    predicted for them; or only those predicted as its class."""
     leftover: Literal["components", "nearest", "one"] = "components"
     """Instances of things that no box claims: connected components of a class (26 neighbors); that of the nearest center of its
     class seen from above, within ``reach``; or none, which is one segment a class."""
@@ -172,12 +173,15 @@ def _refine(elements: _Elements, found: FoundBoxes, config: RefineConfig) -> Seg
     classes, ids = elements.classes.astype(np.uint8), np.zeros(len(elements.xyz), np.uint16)
     sure = np.flatnonzero(found.scores > config.threshold)
     order = sure[np.argsort(-found.scores[sure], kind="stable")]
+    agreed = np.zeros(len(ids), bool)
+    for number in order.tolist():
+        agreed |= in_box(elements.xyz, found.boxes[number], elements.grow) & (elements.classes == found.classes[number])
     kept: list[int] = []
     for number in order.tolist():
+        mine = in_box(elements.xyz, found.boxes[number])
         box, kind = found.boxes[number], found.classes[number]
-        mine = in_box(elements.xyz, box)
-        if config.claims == "class":
-            mine &= elements.classes == kind
+        same = elements.classes == kind
+        mine &= same if config.claims == "class" else same | ~agreed
         if elements.floor:
             mine &= elements.thing | (elements.xyz[:, 2] >= box[2] - box[5] / 2 + elements.floor)
         size, free = int(mine.sum()), mine & (ids == 0)
@@ -308,21 +312,3 @@ def labels_at(volume: np.ndarray, xyz: np.ndarray, grid: VoxelGrid, outside: int
 def taxonomy_ids(names: Sequence[str], taxonomy: Taxonomy) -> np.ndarray:
     """(n,) int64 ids in a taxonomy of classes of boxes, by name; those that it does not have are ``IGNORE``."""
     return np.array([taxonomy.id(n) if n in taxonomy.classes else IGNORE for n in names], np.int64)
-
-
-def score_at_precision(scores: np.ndarray, right: np.ndarray, precision: float = 0.8) -> float:
-    """The threshold of scores above which this share of boxes is right, as low as it may be; 1 where there is none.
-
-    Args:
-        scores: (n,) of boxes of all frames. right: (n,) bool.
-    """
-    order = np.argsort(-scores, kind="stable")
-    scores, share = scores[order], right[order].cumsum() / np.arange(1, len(scores) + 1)
-    # Equal scores are above a threshold together.
-    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) if len(scores) else np.zeros(0, np.int64)
-    good = ends[share[ends] >= precision]
-    if not len(good):
-        return 1.0
-    last = int(good[-1])
-    below = scores[last + 1] if last + 1 < len(scores) else 0.0
-    return float((scores[last] + below) / 2)

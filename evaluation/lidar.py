@@ -34,18 +34,21 @@ class DetectionResult(EvalResult):
         mean: ``mAP``, ``NDS``, the same over the classes that the truth has (``mAP_present``, ``NDS_present``), and ``recall``,
             the share of true boxes that a prediction of any score lies within 2 m of; in percent.
         errors: ``mATE`` in m, ``mASE`` as 1 - IoU, ``mAOE`` in rad, ``mAVE`` in m/s.
+        threshold: the score above which 80 % of the boxes found are right to within 2 m, 1 where there is none.
         per_class: average precision by class name, in percent; classes that the truth does not have count as 0 in ``mAP``.
         present: names of the classes that the truth has.
     """
 
     mean: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    threshold: float = 1.0
     per_class: dict[str, float] = field(default_factory=dict)
     present: tuple[str, ...] = ()
     headline: ClassVar[Mapping[str, str]] = {"mAP": "mAP", "NDS": "NDS"}
 
     def scores(self) -> dict[str, float]:
-        return self.mean | self.errors | {f"class/{name}": value for name, value in self.per_class.items()}
+        found = self.mean | self.errors | {"score_at_precision_80": self.threshold}
+        return found | {f"class/{name}": value for name, value in self.per_class.items()}
 
     def conditions(self) -> str:
         absent = [name for name in self.per_class if name not in self.present]
@@ -90,6 +93,7 @@ class DetectionScores:
             frames=0,
             mean={name: 100 * found[name] for name in ("mAP", "NDS", "mAP_present", "NDS_present", "recall")},
             errors={name: found[name] for name in MEAN_ERRORS if not np.isnan(found[name])},
+            threshold=found["score_at_precision_80"],
             per_class={name: 100 * found[f"AP/{name}"] for name in names},
             present=tuple(name for name, count in zip(names, self.metric.truths.tolist()) if count),
         )

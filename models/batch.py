@@ -172,11 +172,13 @@ class PointLabels(Part):
 
     Attributes:
         classes: (n,) uint8 class id or 255 = ignore, in the order of ``Points``.
+        instances: (n,) int32 ids of countable objects within the frame, 0 for none; None where sweeps do not have them.
         counts: (S,) int64 points of each labeled frame.
     """
 
     classes: Tensor = along("labeled row")
     counts: Tensor = along("labeled")
+    instances: Tensor | None = along("labeled row", default=None)
 
 
 AnyPart = TypeVar("AnyPart", bound=Part)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from occstream.evaluation.detection import score_at_precision
 from occstream.evaluation.instances import (
     FoundBoxes,
     RefineConfig,
@@ -13,7 +14,6 @@ from occstream.evaluation.instances import (
     panoptic_labels,
     refine_points,
     refine_voxels,
-    score_at_precision,
     true_point_instances,
     true_voxel_instances,
     unknown_things,
@@ -92,6 +92,9 @@ def test_a_box_gives_its_class_to_things_and_leaves_stuff_and_free_space():
     segments = refined(semantic, found)
     assert segments.classes[:7, 0, 0].tolist() == [BUS] * 4 + [ROAD, FREE, FREE]
     assert segments.instances[:7, 0, 0].tolist() == [1] * 4 + [0] * 3
+    both = boxes((span(0, 6), BUS, 0.9), (span(1, 1), CAR, 0.85))  # a car where one is predicted stays one
+    assert refined(semantic, both).classes[:4, 0, 0].tolist() == [BUS, CAR, BUS, BUS]
+    assert refined(semantic, both).instances[:4, 0, 0].tolist() == [1, 2, 1, 1]
     own = refined(semantic, found, claims="class", leftover="one")
     assert own.classes[:4, 0, 0].tolist() == [CAR, CAR, BUS, BUS]
     assert own.instances[:4, 0, 0].tolist() == [0, 0, 1, 1]
