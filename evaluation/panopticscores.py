@@ -243,14 +243,19 @@ class PointPanopticScores:
         labels, points = batch.part(PointLabels), batch.part(Points)
         counts = labels.counts.tolist()
         classes = [c.cpu().numpy() for c in labels.classes.split(counts)]
-        if labels.instances is not None:
-            instances = [i.cpu().numpy() for i in labels.instances.split(counts)]
-        else:
-            clouds = [cloud.cpu().numpy() for cloud in points.xyz[: sum(counts)].split(counts)]
-            instances = [
-                true_point_instances(xyz, kinds, *boxes, things=self.things)[0]
-                for xyz, kinds, boxes in zip(clouds, classes, self.rows.true(batch))
-            ]
+        clouds = [cloud.cpu().numpy() for cloud in points.xyz[: sum(counts)].split(counts)]
+        said = labels.instances.split(counts) if labels.instances is not None else [None] * len(counts)
+        boxes = self.rows.true(batch) if batch.boxes is not None else [None] * len(counts)
+        instances = []
+        for xyz, kinds, own, rows in zip(clouds, classes, said, boxes):
+            if own is not None and not (own < 0).any():
+                instances.append(own.cpu().numpy())
+            elif rows is not None:
+                instances.append(true_point_instances(xyz, kinds, *rows, things=self.things)[0])
+            else:
+                raise ValueError(
+                    "neither instances of points nor boxes are there: nothing says which points are of one thing"
+                )
         return [(unknown_things(c, i, self.things), i) for c, i in zip(classes, instances)]
 
     def update(self, outputs: Any, batch: Batch) -> int:

@@ -172,7 +172,7 @@ class PointLabels(Part):
 
     Attributes:
         classes: (n,) uint8 class id or 255 = ignore, in the order of ``Points``.
-        instances: (n,) int32 ids of countable objects within the frame, 0 for none; None where sweeps do not have them.
+        instances: (n,) int32 ids of countable objects within the frame, 0 for none, -1 where the sweep does not say; or None.
         counts: (S,) int64 points of each labeled frame.
     """
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from occstream.models.spot import column_classes
+from occstream.pretrain.annotations import box_fields, ignore_points, write_boxes
 from occstream.pretrain.beams import Mode, resample_beams
-from occstream.sharding.exactmath import angle_of, cos_sin
+from occstream.sharding.exactmath import cos_sin
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.order import generator
 from occstream.sharding.poses import apply, compose, inverse, rotate
@@ -126,17 +127,6 @@ def turned(labels: np.ndarray, grid: VoxelGrid, turn: Turn, outside: int) -> np.
     return out
 
 
-def points_inside(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """(B,) int32 number of points (N, 3) in each box (B, 7), faces included; center, length, width, height, yaw."""
-    found = np.zeros(len(boxes), np.int32)
-    for number, (x, y, z, *half, yaw) in enumerate(boxes.astype(np.float64) / [1, 1, 1, 2, 2, 2, 1]):
-        near = points[np.abs(points[:, 0] - x) <= half[0] + half[1]].astype(np.float64) - (x, y, z)
-        cosine, sine = cos_sin(yaw)
-        along, across = near[:, 0] * cosine + near[:, 1] * sine, near[:, 1] * cosine - near[:, 0] * sine
-        found[number] = ((abs(along) <= half[0]) & (abs(across) <= half[1]) & (abs(near[:, 2]) <= half[2])).sum()
-    return found
-
-
 class _Cloud(NamedTuple):
     """Points (n, 3), their features (n, C), classes (n,) uint8 and whether they are kept (n,) bool."""
 
@@ -241,10 +231,7 @@ class LidarFiller:
             arrays["occupancy.binary_valid"][index] = False
         if "occupancy.semantic" in arrays:
             arrays["occupancy.semantic"][index] = IGNORE
-        if "point_labels.classes" in arrays:
-            counts = arrays["point_labels.counts"]
-            end = int(counts[: index + 1].sum())
-            arrays["point_labels.classes"][end - int(counts[index]) : end] = IGNORE
+        ignore_points(arrays, index)
 
     @property
     def label_shape(self) -> tuple[int, int, int]:
@@ -262,9 +249,7 @@ class LidarFiller:
             names = {"binary": "bool", "binary_valid": "bool"} | ({"semantic": "uint8"} if self.targets.known else {})
             found |= {f"occupancy.{name}": Field(self.label_shape, dtype) for name, dtype in names.items()}
         if self.targets.boxes is not None:
-            shapes = {"boxes": ((7,), "float32"), "velocity": ((2,), "float32"), "classes": ((), "uint8")}
-            shapes["points"] = ((), "int32")
-            found |= {f"boxes.{name}": Field(shape, dtype, ragged=True) for name, (shape, dtype) in shapes.items()}
+            found |= box_fields()
         if self.targets.points:
             found["point_labels.classes"] = Field((), "uint8", ragged=True)
         return found
@@ -295,7 +280,8 @@ class LidarFiller:
         elif self.targets.occupancy:
             views["occupancy.binary"][...] = views["occupancy.binary_valid"][...] = False
         if self.targets.boxes is not None:
-            self._boxes(frame, to_scene, turn.scale, xyz=xyz, views=views)
+            wanted, train = self.targets.boxes, self.seed is not None
+            write_boxes(frame, wanted, to_scene, views=views, xyz=xyz, train=train, scale=turn.scale)
         if self.targets.points:
             views["point_labels.classes"] = joined.classes
 
@@ -383,33 +369,6 @@ class LidarFiller:
         if known is None and self.mask != "auto":
             raise ValueError(f"frame {frame.key} has no {self.mask} mask; set mask=auto or pack labels that have it")
         return known
-
-    def _boxes(
-        self, frame: Frame, to_scene: np.ndarray, scale: float, *, xyz: np.ndarray, views: dict[str, np.ndarray]
-    ) -> None:
-        wanted = self.targets.boxes or ()
-        found = frame.boxes
-        if found is None:
-            raise ValueError(f"frame {frame.key} has no boxes; pack the labels group of a source that has them")
-        ids = np.array([wanted.index(name) if name in wanted else IGNORE for name in found.names], np.uint8)
-        rows = np.flatnonzero(ids != IGNORE)
-        boxes = np.asarray(found.boxes, np.float64).reshape(-1, 7)[rows]
-        moved = np.empty_like(boxes)
-        moved[:, :3], moved[:, 3:6] = apply(to_scene, boxes[:, :3]), boxes[:, 3:6] * scale
-        velocity = np.full((len(rows), 3), np.nan)
-        for number, yaw in enumerate(boxes[:, 6]):
-            heading = rotate(to_scene, np.array([*cos_sin(yaw), 0.0]))
-            moved[number, 6] = angle_of(heading[0], heading[1])
-        if found.velocity is not None:
-            velocity = rotate(to_scene, np.pad(np.asarray(found.velocity, np.float64)[rows], ((0, 0), (0, 1))))
-        inside = points_inside(xyz, moved)
-        # Nobody can find in training what no point lies on; in evaluation the metric decides.
-        keep = inside > 0 if self.seed is not None else np.ones(len(rows), bool)
-        views["boxes.boxes"], views["boxes.velocity"] = (
-            moved[keep].astype(np.float32),
-            velocity[keep, :2].astype(np.float32),
-        )
-        views["boxes.classes"], views["boxes.points"] = ids[rows][keep], inside[keep]
 
 
 def scale_intensity(values: np.ndarray, kind: Intensity) -> np.ndarray:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 import torch
 
+from occstream.pretrain.annotations import Annotations
 from occstream.pretrain.augment import (
     AugmentConfig,
     depth_map,
@@ -23,6 +25,7 @@ from occstream.pretrain.deviceimages import DeviceImages
 from occstream.sharding.codec import CorruptSample, IncompleteSample, check_jpeg
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.order import generator
+from occstream.sharding.pointlabels import point_labels
 from occstream.sharding.poses import compose, inverse
 from occstream.sharding.schema import IGNORE, Camera, Frame, Labels, Taxonomy, camera_to_key_ego
 from occstream.sharding.stream import Field, Window
@@ -47,6 +50,8 @@ class FrameFiller:
         history: previous key-frames whose images are further views, after those of the frame itself, moved to where
             they were taken from by the ego's motion: what stands still falls into place.
         decode: write images; False: return them as they are stored, for ``deviceimages``.
+        voxels_from: voxel labels as they are packed, or made of the points of the frame's own sweep (``pointlabels``).
+        annotations: boxes and points.
 
     Raises:
         ValueError: flips are asked for on a grid that is not symmetric.
@@ -69,11 +74,13 @@ class FrameFiller:
         labels: bool = True,
         history: int = 0,
         decode: bool = True,
+        voxels_from: Literal["labels", "points"] = "labels",
+        annotations: Annotations | None = None,
     ) -> None:
         self.config, self.cameras, self.grid, self.taxonomy = config, cameras, grid, taxonomy
         self.seed, self.train, self.mask, self.semantic, self.binary_from = seed, train, mask, semantic, binary_from
         self.soft, self.depth_cell, self.labels, self.history = soft and semantic, depth_cell, labels, history
-        self.decode = decode
+        self.decode, self.voxels_from, self.annotations = decode, voxels_from, annotations or Annotations()
         for axis, wanted in enumerate((config.flip_x, config.flip_y)):
             if (
                 train
@@ -93,6 +100,16 @@ class FrameFiller:
         return bool(self.depth_cell) or self.grid.frame == "lidar"
 
     @property
+    def _reads(self) -> Iterator[str]:
+        """Groups, some more than once."""
+        yield "cameras"
+        if self.labels:
+            yield "labels" if self.voxels_from == "labels" else "lidar"
+        if self.needs_lidar:
+            yield "lidar"
+        yield from self.annotations.groups
+
+    @property
     def window(self) -> tuple[int, ...] | Window:
         """Offsets of the key-frames that it reads beside each one."""
         return tuple(range(-1, -1 - self.history, -1))
@@ -100,7 +117,7 @@ class FrameFiller:
     @property
     def groups(self) -> tuple[str, ...]:
         """What is read of a shard."""
-        return ("cameras", *(["labels"] if self.labels else []), *(["lidar"] if self.needs_lidar else []))
+        return tuple(dict.fromkeys(self._reads))
 
     def finish(self, device: torch.device, threads: int) -> DeviceImages | None:
         """What decodes the images of a batch where this does not."""
@@ -111,6 +128,7 @@ class FrameFiller:
         arrays["occupancy.binary_valid"][index] = False
         if "occupancy.semantic" in arrays:
             arrays["occupancy.semantic"][index] = IGNORE
+        self.annotations.invalidate(arrays, index)
 
     def fields(self) -> dict[str, Field]:
         """Arrays of one sample."""
@@ -136,7 +154,7 @@ class FrameFiller:
             }
         if self.depth_cell:
             shapes["cameras.depth"] = ((v, -(-h // self.depth_cell), -(-w // self.depth_cell)), "float32")
-        return {name: Field(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        return {name: Field(shape, dtype) for name, (shape, dtype) in shapes.items()} | self.annotations.fields()
 
     def __call__(self, frame: Frame, epoch: int, views: dict[str, np.ndarray]) -> list[tuple[str, Camera]]:
         """Fills the views of one sample; returns what is yet to be decoded, by "frame …, camera" for messages.
@@ -173,6 +191,11 @@ class FrameFiller:
             self._labels(frame, flips, views)
         else:
             views["occupancy.binary"][...], views["occupancy.binary_valid"][...] = False, True
+        to_scene = np.eye(4)
+        to_scene[:3, :3] = flip_matrix(flips)
+        if self.grid.frame == "lidar":
+            to_scene = compose(to_scene, inverse(needed_sweep(frame).sensor_to_ego))
+        self.annotations.write(frame, to_scene, views, train=self.train)
         if self.decode:
             return []
         return [(f"frame {(taken or frame).key}, {name}", (taken or frame).cameras[name]) for taken, name in shown]
@@ -206,6 +229,8 @@ class FrameFiller:
 
     def _labels(self, frame: Frame, flips: tuple[bool, bool], views: dict[str, np.ndarray]) -> None:
         labels = frame.labels
+        if self.voxels_from == "points":
+            labels = point_labels(frame, self.grid, self.taxonomy)
         if labels is None:
             raise ValueError(f"frame {frame.key} has no labels; pack the labels group")
         if labels.binary.shape != self.grid.shape:

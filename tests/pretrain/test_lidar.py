@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from occstream.pretrain.annotations import points_inside
 from occstream.pretrain.lidar import (
     LidarConfig,
     LidarFiller,
     Targets,
     Turn,
     draw_turn,
-    points_inside,
     turn_of,
     turned,
 )
