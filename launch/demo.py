@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from occstream.evaluation.charts import page
 from occstream.evaluation.compare import compare
 from occstream.pretrain.events import describe_uri
 
@@ -63,7 +64,7 @@ def demo(out: Path, seeds: int) -> int:
     picture = min(out.glob("replay-*/pictures/*.png"), default="none")
     print(f"\npictures:  {out}/*/pictures/, for example {picture}")
     print(f"MLflow:    mlflow ui --backend-store-uri {uri}")
-    print("           then open http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning")
+    print(f"           then open http://127.0.0.1:5000/{page('1', charts=False)}")
     print(f"took       {time.perf_counter() - began:.0f} s")
     return 0
 

@@ -1,6 +1,6 @@
 """The event file of a run, ``metrics.jsonl``, and names around it.
 
-One JSON object per line: ``{"run": {name, tags, params, key, id}}``, ``{"step", "time", "metrics": {…}}``,
+One JSON object per line: ``{"run": {name, tags, params, datasets, terms, key, id}}``, ``{"step", "time", "metrics": {…}}``,
 ``{"artifact": path in the run's folder}``, ``{"params": {…}}``, ``{"changed": {setting: [before, now]}, "step"}``,
 ``{"status": "FINISHED" | "FAILED" | "KILLED" | "RUNNING"}`` (killed: told to stop; running: started again).
 """

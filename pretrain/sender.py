@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from occstream.evaluation.charts import arrange_runs
+from occstream.evaluation.compare import HEADLINE
 from occstream.pretrain.events import EVENTS, KEY, STATE, VARIABLE, describe_uri, parse_event, read_events
 from occstream.sharding import storage
 from occstream.sharding.secrets import redact, refuse_secrets
@@ -130,6 +132,7 @@ class Sender:
         for event in events:
             if "params" in event or "run" in event:
                 self._params(client, event.get("run", event)["params"], known.data.params)
+                self._datasets(client, event.get("run", {}))
             elif "artifact" in event and Path(event["artifact"]).name not in files:
                 self._other(client, event)
         last = [e for e in events if "status" in e][-1:]
@@ -236,6 +239,7 @@ class Sender:
         """Goes on with the run that the server has of this one, or creates it; then its parameters."""
         if self.run_id is None:
             experiment, key = self.experiment(client), about.get("key", "")
+            self._arrange(client, experiment, about)
             found = self._find(client, experiment, key, about.get("id", ""))
             if found is None:
                 tags = {**about["tags"], "mlflow.runName": about["name"], **({KEY: key} if key else {})}
@@ -247,6 +251,40 @@ class Sender:
             self.state["run_id"] = found.info.run_id
             self._remember()
         self._params(client, about["params"], client.get_run(self._run).data.params)
+        self._datasets(client, about)
+
+    def _datasets(self, client: MlflowClient, about: dict) -> None:
+        """Gives the run its data sets. The server knows by name and digest which it has already."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = []
+        for one in about.get("datasets", []):
+            context, *fields = (str(one[key]) for key in ("context", "name", "digest", "source_type", "source"))
+            tags = [InputTag("mlflow.data.context", context)]
+            inputs.append(DatasetInput(Dataset(*fields, profile=str(one["profile"])), tags))
+        if not inputs:
+            return
+        try:
+            client.log_inputs(self._run, inputs)
+        except Exception as error:
+            if not refuses(error):
+                raise
+            if status_of(error) == 404:
+                client.get_run(self._run)  # raises if it is the run that is gone: else an old server knows no data sets
+            self._refuse("data sets", error)
+
+    def _arrange(self, client: MlflowClient, experiment: str, about: dict) -> None:
+        """Puts the scores and losses of a new run on the experiment's page."""
+        tags = about["tags"]
+        headline = json.loads(tags.get(HEADLINE, "{}"))
+        if not headline:
+            return
+        try:
+            arrange_runs(client, experiment, headline, about.get("terms", []), by="arm" if "arm" in tags else "")
+        except Exception as error:
+            if not refuses(error):
+                raise
+            self._refuse("the arrangement of charts", error)
 
     @staticmethod
     def _find(client: MlflowClient, experiment: str, key: str, run_id: str) -> Run | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from occstream.models import Batch, concat
 from occstream.pretrain.config import Config, DataConfig, EvalConfig, ReplaySource
 from occstream.pretrain.distributed import World
+from occstream.pretrain.provenance import Reading
 from occstream.pretrain.reading import Prefetcher, device_batches, open_stream, to_batch
 from occstream.pretrain.tasks.base import Role, Sample, Scoring, without_replaced
 from occstream.pretrain.tasks.registry import task_of
@@ -47,6 +48,7 @@ class TrainData:
         frames_per_step: S and B frames of all ranks in one optimizer step.
         fingerprint, fingerprints: of the S manifest; of all.
         unknown: numbers that the task found out about its streams, by setting; ``notes``: lines to print.
+        readings: what is read, stream by stream.
         sensors: names that samples are made of, in order.
         rule: what the order is drawn from.
     """
@@ -70,6 +72,7 @@ class TrainData:
         self.scenes: set[str] = set()
         self.fingerprints: dict[str, str] = {}
         self.unknown: dict[str, float] = {}
+        self.readings: list[Reading] = []
         self._feeds: dict[str, _Feed] = {}
         micro = cfg.batch // cfg.accumulate
         self._add("data", "main", manifest, data, scenes=scenes, order=order, batch=micro, most=micro)
@@ -128,6 +131,8 @@ class TrainData:
         facts = self._task.facts(name, source, manifest, scenes)
         self.unknown |= facts.numbers
         self.notes += facts.notes
+        frames = sum(manifest.scenes[i].frames for i in scenes)
+        self.readings.append(Reading("training" if role == "main" else role, manifest, len(scenes), frames))
 
     def _order(
         self,
@@ -325,6 +330,7 @@ class EvalData:
         scenes: their names.
         sensors: names that samples are made of, in order.
         unknown: the number that the task found out about the data, or None; ``notes``: lines to print.
+        readings: what is read; empty if nothing is held out.
         scoring: how it scores; None if nothing is held out.
     """
 
@@ -333,6 +339,7 @@ class EvalData:
         self.unknown: float | None = None
         self.scoring: Scoring | None = None
         self.notes: list[str] = []
+        self.readings: list[Reading] = []
         task, ev = task_of(config), config.eval
         manifest = open_manifest(ev.url or config.data.url)
         scenes = evaluation_scenes(manifest, config.data, ev)
@@ -348,6 +355,7 @@ class EvalData:
         self.sensors = task.sensors(manifest, scenes[0], sensors)
         sample = task.sample("eval", ev, self.sensors)
         manifest = check_manifest(manifest, sample, config)
+        self.readings.append(Reading("evaluation", manifest, len(scenes), self.total))
         facts = task.facts("eval", ev, manifest, scenes)
         self.unknown = next(iter(facts.numbers.values()), None)
         self.scoring = task.scoring(manifest, self.unknown)

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Tracker:
         uri: MLflow tracking URI; empty: only the event file.
         experiment: MLflow experiment.
         name, tags, params: of the MLflow run; used when the run is new.
+        datasets: of ``provenance.datasets``, likewise; ``terms``: losses that charts are made for.
         active: False makes every call do nothing (ranks other than 0).
         key, run_id: of a run to continue, from its checkpoint, where the folder does not know it.
     """
@@ -49,6 +50,8 @@ class Tracker:
         name: str,
         tags: Mapping[str, str],
         params: Mapping[str, Any],
+        datasets: Sequence[Mapping[str, str]] = (),
+        terms: Sequence[str] = (),
         active: bool = True,
         key: str = "",
         run_id: str = "",
@@ -70,6 +73,7 @@ class Tracker:
         if not began:
             self.key = key or uuid.uuid4().hex
             about = {"name": name, "tags": dict(tags), "params": flatten(params), "key": self.key}
+            about |= {"datasets": [dict(one) for one in datasets], "terms": list(terms)}
             self._append({"run": about | ({"id": run_id} if run_id else {})})
         else:
             self.key = began[0].get("key", "")

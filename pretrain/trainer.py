@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from occstream.evaluation.charts import NOTE
 from occstream.evaluation.compare import headline_tag
 from occstream.evaluation.evaluate import EvalResult
 from occstream.models import Batch
@@ -33,6 +31,7 @@ from occstream.pretrain.optim import Schedule
 from occstream.pretrain.optimstate import load_optimizer_state
 from occstream.pretrain.partition import float_state, to_local
 from occstream.pretrain.profile import Profile
+from occstream.pretrain.provenance import code_version, datasets, description, source_tags
 from occstream.pretrain.resume import check_same_run
 from occstream.pretrain.runconfig import write_config
 from occstream.pretrain.seeds import seed_everything
@@ -159,7 +158,10 @@ class _Training:
         Args:
             state: of the checkpoint that the run resumes from, or empty.
         """
-        config, data = self.config, self.data
+        config, data, task = self.config, self.data, self.task
+        readings, code = [*data.readings, *self.held_out.readings], code_version()
+        sizes = {"steps": self.total, "processes": self.world.size, "parameters": self.parameters}
+        note = description(task, readings, **sizes)
         about = {
             "task": config.task,
             "stage": config.stage,
@@ -171,15 +173,17 @@ class _Training:
             uri=config.track.uri,
             experiment=config.track.experiment,
             name=self.folder.name,
-            tags={**about, **headline_tag(self.task.headline), **config.track.tags},
+            tags={**about, **source_tags(code), NOTE: note, **headline_tag(task.headline), **config.track.tags},
             params={
                 **config.to_dict(),
                 **{f"{name}_fingerprint": value for name, value in data.fingerprints.items()},
                 "world_size": self.world.size,
                 "parameters": self.parameters,
                 **{f"unknown_share.{key}": share for key, share in data.unknown.items()},
-                "code": _code_version(),
+                "code": code,
             },
+            datasets=datasets(readings),
+            terms=task.terms,
             active=self.world.is_main,
             key=state.get("run_key") or "",
             run_id=state.get("mlflow_run_id") or "",
@@ -341,15 +345,3 @@ def _mean_over_ranks(terms: Mapping[str, Tensor], world: World) -> dict[str, flo
         dist.all_reduce(values)
         values /= world.size
     return dict(zip(terms, values.tolist()))
-
-
-def _code_version() -> str:
-    """Commit of the checkout this runs from ("+" if it has changes), else ``OCCSTREAM_COMMIT`` (set in the image, which
-    has no .git), else the version of the installed package."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
-        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("OCCSTREAM_COMMIT") or metadata.version("occstream")
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
-    return found.stdout.strip() + ("+" if changed else "")

@@ -11,6 +11,8 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, TEMPORARILY_UNAVAILABLE
 
+from occstream.evaluation.charts import VIEW
+from occstream.evaluation.compare import headline_tag
 from occstream.launch import cli
 from occstream.pretrain.config import load_config
 from occstream.pretrain.events import EVENTS, STATE, VARIABLE, describe_uri, flatten, read_events
@@ -43,7 +45,7 @@ def _history(uri, run_id, key):
 @pytest.mark.slow
 def test_everything_arrives_once(tmp_path):
     uri, folder = _uri(tmp_path), tmp_path / "run"
-    tracker = _tracker(folder, uri)
+    tracker = _tracker(folder, uri, datasets=[DATA])
     for step in range(1, 1203):
         tracker.log(step, {"train/loss": step / 2, "bad": float("nan")})
     (folder / "note.txt").write_text("hello")
@@ -52,6 +54,12 @@ def test_everything_arrives_once(tmp_path):
     client = open_client(uri)
     run = client.get_run(tracker.run_id)
     assert run.data.params == {"optim.lr": "0.1", "grid": "tiny"}
+    [kept] = run.inputs.dataset_inputs
+    assert (kept.dataset.digest, kept.dataset.source, kept.tags[0].value) == (
+        DATA["digest"],
+        DATA["source"],
+        DATA["context"],
+    )
     assert (run.data.tags["arm"], run.info.run_name, run.info.status) == ("a", "run-1", "FINISHED")
     assert sorted(_history(uri, tracker.run_id, "train/loss")) == [(s, s / 2) for s in range(1, 1203)]
     assert "bad" not in run.data.metrics
@@ -114,6 +122,8 @@ class Server:
 
     def __init__(self):
         self.runs, self.error, self.failures, self.bad = {}, None, 0, ()
+        self.tags = {}
+        self.knows_data_sets = True
 
     def get_experiment_by_name(self, name):
         return SimpleNamespace(experiment_id="1")
@@ -150,6 +160,18 @@ class Server:
                 raise MlflowException("a parameter cannot change", INVALID_PARAMETER_VALUE)
         run.data.tags |= {t.key: t.value for t in tags}
 
+    def get_experiment(self, experiment):
+        return SimpleNamespace(tags=dict(self.tags))
+
+    def set_experiment_tag(self, experiment, key, value):
+        self.tags[key] = value
+
+    def log_inputs(self, run_id, inputs):
+        if not self.knows_data_sets:
+            raise MlflowException("no such page", RESOURCE_DOES_NOT_EXIST)
+        known = {(one.dataset.name, one.dataset.digest): one for one in inputs}
+        self.get_run(run_id).inputs = {**known, **vars(self.get_run(run_id)).get("inputs", {})}
+
     def get_metric_history(self, run_id, key):
         return self.get_run(run_id).history[key]
 
@@ -170,6 +192,47 @@ def server(monkeypatch):
     it = Server()
     monkeypatch.setattr(Sender, "_connect", lambda self: it)
     return it
+
+
+DATA = {
+    "name": "synthetic",
+    "digest": "0" * 32,
+    "source_type": "s3",
+    "source": '{"uri": "s3://b/set"}',
+    "profile": '{"scenes": 3}',
+    "context": "training, evaluation",
+}
+
+
+def test_data_sets_and_charts_reach_the_server(server, tmp_path):
+    tags = {**headline_tag({"eval/miou": "mIoU"}), "arm": "a"}
+    tracker = Tracker(
+        tmp_path, uri="", experiment="x", name="one", tags=tags, params={}, datasets=[DATA], terms=["binary"]
+    )
+    tracker.close()
+    sender = Sender(tmp_path, "http://tracker", "study")
+    sender.send()
+    [found] = server.get_run(sender.run_id).inputs.values()
+    assert (found.dataset.name, found.dataset.digest, found.dataset.source) == (DATA["name"], "0" * 32, DATA["source"])
+    assert [(tag.key, tag.value) for tag in found.tags] == [("mlflow.data.context", "training, evaluation")]
+    view = json.loads(server.tags[VIEW])
+    assert "metrics.`eval/miou`" in view["selectedColumns"]
+    assert "line-train/binary" in [card["uuid"] for card in view["compareRunCharts"]]
+    server.get_run(sender.run_id).inputs = {}
+    sender.repair()
+    assert server.get_run(sender.run_id).inputs  # what was lost there is sent again
+
+
+def test_a_server_that_knows_no_data_sets_gets_everything_else(server, tmp_path, capsys):
+    server.knows_data_sets = False
+    tracker = Tracker(tmp_path, uri="", experiment="x", name="one", tags={}, params={}, datasets=[DATA])
+    tracker.log(1, {"x": 1.0})
+    tracker.close()
+    sender = Sender(tmp_path, "http://tracker", "study")
+    sender.send()
+    assert sender.done()
+    assert _steps(server, sender.run_id) == [1]
+    assert "rejects data sets permanently" in capsys.readouterr().err
 
 
 def _steps(server, run_id, key="x"):

@@ -139,6 +139,17 @@ def test_a_run_logs_a_curve_of_scores_and_ends_with_one(evaluated):
     assert result.evaluation.metrics() == pytest.approx(curve[6], nan_ok=True)
 
 
+def test_a_run_says_what_it_is_made_of(evaluated, data):
+    run, _ = evaluated
+    [about] = [e["run"] for e in read_events(run / "metrics.jsonl") if "run" in e]
+    [found] = about["datasets"]
+    assert found["digest"] == Manifest.load(data).fingerprint
+    assert found["context"] == "training, evaluation"
+    assert about["terms"] == ["binary", "semantic", "depth"]
+    assert "* evaluation: 2 scenes (6 frames)" in about["tags"]["mlflow.note.content"]
+    assert about["tags"]["mlflow.source.git.commit"] == about["params"]["code"].removesuffix("+")
+
+
 @pytest.mark.parametrize("step", [2, 4, 6])
 def test_each_evaluation_is_that_of_its_checkpoint(evaluated, step):
     run, _ = evaluated
