@@ -1,10 +1,10 @@
 """The tables of docs/operations.md: saved, resumed, resized and exported at every ZeRO stage, by the next losses.
 
-    python -m tests.pretrain.zero_table FOLDER [b2s | spot]
+    python -m tests.pretrain.zero_table FOLDER [b2s | spot | panoocc]
 
-Each stage of the task, on two gloo processes, saved in the middle: 20 steps of fine-tuning with replay (b2s), or 10 steps each of
-pre-training, detection and segmentation (spot). Prints the largest difference of any loss of the second half from the run
-that was not interrupted, as a share of it.
+Each stage of the task, on two gloo processes, saved in the middle: 20 steps of fine-tuning with replay (b2s), or 10 of it
+(panoocc), or 10 steps each of pre-training, detection and segmentation (spot). Prints the largest difference of any loss of the
+second half from the run that was not interrupted, as a share of it.
 """
 
 from __future__ import annotations
@@ -86,8 +86,14 @@ def spot(root: Path) -> list[Kind]:
     return [Kind(root / stage, recipe, stage, 5, words) for stage in ("pretrain", "detect", "segment")]
 
 
+def panoocc(root: Path) -> list[Kind]:
+    pack_small(str(root / "data"))
+    words = (f"replay.url={root}/data", "optim.lr=1e-4", "train.batch=1", "replay.batch=3", "data.scenes=2")
+    return [Kind(root / "finetune", str(HERE / "small-panoocc.yaml"), "finetune", 5, words)]
+
+
 def main(root: Path, task: str = "b2s") -> None:
-    kinds = {"b2s": b2s, "spot": spot}[task](root)
+    kinds = {"b2s": b2s, "spot": spot, "panoocc": panoocc}[task](root)
     for kind in kinds:
         kind.run()
     print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|")
