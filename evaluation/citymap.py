@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from occstream.evaluation.drive import DriveReader
-from occstream.evaluation.propagate import Pulled, Rule, overlapping, packed, pull, pull_maps
+from occstream.evaluation.propagate import Device, Pulled, Rule, overlapping, packed, pull, pull_maps
 from occstream.evaluation.votes import VoteConfig, voting
 from occstream.sharding import storage
 from occstream.sharding.codec import canonical_json
@@ -182,6 +182,7 @@ def make_map(
     things: bool = False,
     part: tuple[int, int] = (1, 1),
     threads: int = 1,
+    device: Device = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Made:
     """Makes a map, shard by shard; a rerun continues where it stopped.
@@ -195,7 +196,8 @@ def make_map(
         things: keep classes of what may move.
         part: (i, n): only every n-th shard; parts may be made anywhere and their folders copied together, the last part run
             then completes the map.
-        threads: of this process.
+        threads: of this process on the CPU.
+        device: cuda, cpu, or the GPU where there is one (auto); the bytes are the same.
         progress: gets shards done and shards in all.
 
     Raises:
@@ -215,7 +217,7 @@ def make_map(
     for scene in scenes:
         frames.add(scene)
     frames.volumes = np.empty((min(MOST_FRAMES, len(frames.places)), *reader.grid.shape), np.uint8)
-    work = _Tiles(frames, voting(config, reader.grid, taxonomy), threads)
+    work = _Tiles(frames, voting(config, reader.grid, taxonomy), threads, device)
     origin = {"map": VERSION, "labels": reader.manifest.fingerprint, "scenes": scenes, "things": things,
               "votes": dataclasses.asdict(config)}  # fmt: skip
     digest = hashlib.blake2b(canonical_json(origin), digest_size=16).hexdigest()
@@ -288,8 +290,9 @@ class _Tiles:
         made: counts.
     """
 
-    def __init__(self, frames: _Frames, rule: Rule, threads: int) -> None:
+    def __init__(self, frames: _Frames, rule: Rule, threads: int, device: Device) -> None:
         grid = frames.reader.grid
+        self.device: Device = device
         self.frames, self.rule, self.threads, self.grid, self.made = frames, rule, threads, grid, Made()
         self.tile = VoxelGrid(
             "tile", (0, 0, 0), (TILE * grid.voxel[0], TILE * grid.voxel[1], TILE * grid.voxel[2]), grid.voxel
@@ -347,5 +350,13 @@ class _Tiles:
         before = np.full(self.tile.shape, IGNORE, np.uint8)
         said = numbers.tolist()
         return pull(
-            self.rule, maps, self.frames.volumes, slots, before=before, details=True, numbers=said, threads=self.threads
+            self.rule,
+            maps,
+            self.frames.volumes,
+            slots,
+            before=before,
+            details=True,
+            numbers=said,
+            threads=self.threads,
+            device=self.device,
         )

@@ -8,9 +8,11 @@ sums that are written out, so neither can the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 import numba
 import numpy as np
@@ -25,6 +27,8 @@ VOTE_UNIT = 1_000_000  # of a vote's weight: decimal weights are whole numbers, 
 SHARE_UNIT = 1_000  # of a class's share of the weight
 LOG_UNIT = 65_536  # of a log probability
 MOST_SOURCES = 32_767  # of one target: they are counted in 16 bits
+Device = Literal["auto", "cpu", "cuda"]
+GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")  # one of them is there where a process may see a GPU (Linux, WSL)
 SLACK = 1e-6  # voxels: a center that falls on a face goes to the upper voxel, whatever rounding made of it
 
 
@@ -158,6 +162,7 @@ def pull(
     numbers: Sequence[int] | None = None,
     doubts: tuple[np.ndarray, np.ndarray] | None = None,
     threads: int = 1,
+    device: Device = "auto",
 ) -> Pulled:
     """Scores of all sources for a box of target voxels, and the class that wins.
 
@@ -177,7 +182,8 @@ def pull(
         numbers: S numbers to report as ``last``; 0, 1, … by default.
         doubts: second classes (IGNORE: none) and how sure sources are of the first beside them, in 255ths, like ``sources``:
             a voxel's weight, or what a table says of it, is shared by both.
-        threads: to work with.
+        threads: to work with on the CPU.
+        device: cuda, cpu, or the GPU where there is one (auto). The same bytes come out; confidence under a table is the CPU's.
 
     Raises:
         ValueError: the rule was made for another grid, or there are too many sources.
@@ -191,6 +197,12 @@ def pull(
     end, room = before.shape if end is None else end, before.shape if details else (0, 0, 0)
     frames, last, confidence = np.zeros(room, np.int32), np.full(room, -1, np.int32), np.zeros(room, np.uint8)
     out = Pulled(before.copy(), frames, last, confidence) if details else Pulled(before.copy())
+    if on_gpu(device) and not (details and rule.bayes):
+        from occstream.evaluation.cudapull import pull_into
+
+        options = {"slots": slots, "itself": itself, "numbers": numbers, "doubts": doubts}
+        pull_into(out, rule, maps, sources, index=_chosen(wanted, begin, end), **options)
+        return out
     second, sure = (each.reshape(-1, size) for each in doubts or (np.zeros(0, np.uint8), np.zeros(0, np.uint8)))
     arguments = (
         np.ascontiguousarray(maps, np.float64),
@@ -212,13 +224,37 @@ def pull(
     def work(first: int, after: int) -> None:
         _pull((first, begin[1], begin[2]), (after, end[1], end[2]), *arguments)
 
-    cuts = np.linspace(begin[0], end[0], max(1, min(threads, end[0] - begin[0])) + 1).astype(int).tolist()
+    _in_threads(work, begin[0], end[0], threads)
+    return out
+
+
+def _in_threads(work: Callable[[int, int], None], begin: int, end: int, threads: int) -> None:
+    """Calls work for the parts of a range."""
+    cuts = np.linspace(begin, end, max(1, min(threads, end - begin)) + 1).astype(int).tolist()
     if len(cuts) == 2:
         work(*cuts)
     else:
         with ThreadPoolExecutor(len(cuts) - 1) as pool:
             list(pool.map(work, cuts[:-1], cuts[1:]))
-    return out
+
+
+def on_gpu(device: Device) -> bool:
+    """Whether ``pull`` works on a GPU. Raises ValueError if one is asked for and there is none."""
+    if device == "cpu" or (device == "auto" and not any(Path(place).exists() for place in GPU_FILES)):
+        return False  # without importing torch
+    from occstream.evaluation.cudapull import usable
+
+    if device == "cuda" and not usable():
+        raise ValueError("device cuda: there is no CUDA device here, or Triton is missing; use cpu or auto")
+    return usable()
+
+
+def _chosen(wanted: np.ndarray | None, begin: Sequence[int], end: Sequence[int]) -> np.ndarray:
+    """(V, 3) indices of the target voxels to decide."""
+    box = tuple(slice(b, e) for b, e in zip(begin, end))
+    if wanted is None:
+        return np.stack(np.meshgrid(*map(np.arange, begin, end), indexing="ij"), -1).reshape(-1, 3)
+    return np.argwhere(wanted[box]) + np.asarray(begin)
 
 
 def evidence(

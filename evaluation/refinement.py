@@ -20,7 +20,7 @@ from occstream.evaluation.bayes import (
     scores_by_exponent,
 )
 from occstream.evaluation.drive import BoxMotion, DriveReader, Source, Volumes, Votes, label_manifest
-from occstream.evaluation.propagate import Rule, evidence, overlapping, packed, pull, pull_maps
+from occstream.evaluation.propagate import Device, Rule, evidence, overlapping, packed, pull, pull_maps
 from occstream.evaluation.votes import VoteConfig, voting
 from occstream.sharding.attach import Sidecar
 from occstream.sharding.codec import Coding, encode
@@ -121,7 +121,7 @@ class SceneRefiner:
         reader: of the labels.
         rule: how to count.
         config: settings.
-        threads: of the kernel.
+        threads: of the kernel on the CPU; ``device``: as ``propagate.pull`` has it.
         done: time that was spent.
     """
 
@@ -129,6 +129,7 @@ class SceneRefiner:
     rule: Rule
     config: RefineConfig
     threads: int = 1
+    device: Device = "auto"
     done: Refined = field(default_factory=Refined)
     _buffers: list[np.ndarray] = field(default_factory=list)
 
@@ -164,6 +165,7 @@ class SceneRefiner:
             doubts=volumes.doubts,
             wanted=None if boxes is None else boxes.owner == 0,
             threads=self.threads,
+            device=self.device,
         ).semantic
         return out if boxes is None else self._boxes(volumes, index, window, boxes=boxes, out=out)
 
@@ -189,6 +191,7 @@ class SceneRefiner:
                 wanted=boxes.owner == number,
                 begin=where.min(0).tolist(),
                 end=(where.max(0) + 1).tolist(),
+                device=self.device,
             ).semantic
         return out
 
@@ -202,6 +205,7 @@ def refine(
     table: Confusions | None = None,
     part: tuple[int, int] = (1, 1),
     threads: int = 1,
+    device: Device = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Refined:
     """Refines a label group of a data set, shard by shard; a rerun continues where it stopped.
@@ -213,7 +217,8 @@ def refine(
         config: settings.
         table: for rule bayes.
         part: (i, n): only every n-th shard. The call that finds all parts done publishes the manifest.
-        threads: of this process.
+        threads: of this process on the CPU.
+        device: cuda, cpu, or the GPU where there is one (auto); the bytes are the same.
         progress: gets shards done and shards in all.
 
     Raises:
@@ -226,7 +231,7 @@ def refine(
     base, began = Manifest.load(url), time.perf_counter()
     reader = DriveReader(base, group, config.voxels, config.view, tracks=config.movers == "tracks", soft=config.soft)
     rule = make_rule(config, reader.manifest, table)
-    refiner = SceneRefiner(reader, rule, config, threads)
+    refiner = SceneRefiner(reader, rule, config, threads, device)
     sidecar = _sidecar(base, reader.manifest, name, group, config=config, table=table)
     numbers = {scene.name: number for number, scene in enumerate(base.scenes)}
 

@@ -40,17 +40,26 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--bev", action="store_true", help="also write map.png and map.pgw, a georeferenced picture from above"
     )
     p.add_argument("--part", default="1/1", help="i/n: only every n-th shard of the map")
-    p.add_argument("--workers", type=at_least(1), default=1, help="threads (default 1)")
+    p.add_argument("--workers", type=at_least(1), default=1, help="threads on the CPU (default 1)")
+    p.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="what counts votes: a GPU with Triton where there is one (auto, default); the result is the same",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from occstream.evaluation.citymap import CityMap, extra, make_map
     from occstream.evaluation.mapfiles import write_bev, write_laz, write_ply
+    from occstream.evaluation.propagate import on_gpu
     from occstream.evaluation.votes import VoteConfig
 
     for package in ("zarr", *(("laspy", "lazrs") if args.laz else ())):
         extra(package)  # before hours of work
+    if on_gpu(args.device):
+        print("votes are counted on the GPU")
     made = make_map(
         args.url,
         args.labels,
@@ -60,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         things=args.things,
         part=parse_part(args.part),
         threads=args.workers,
+        device=args.device,
         progress=lambda done, total: print(f"{done}/{total} shards", flush=True) if done % 10 in (0, total) else None,
     )
     if made.shards:

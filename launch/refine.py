@@ -82,11 +82,18 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         "implies --soft",
     )
     p.add_argument("--part", default="1/1", help="i/n: only every n-th shard")
-    p.add_argument("--workers", type=at_least(1), default=1, help="threads (default 1)")
+    p.add_argument("--workers", type=at_least(1), default=1, help="threads on the CPU (default 1)")
+    p.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="what counts votes: a GPU with Triton where there is one (auto, default); the result is the same",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    from occstream.evaluation.propagate import on_gpu
     from occstream.evaluation.refinement import RefineConfig, refine
     from occstream.evaluation.votes import VoteConfig
 
@@ -95,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
     if args.rule == "votes" and (args.holdout or args.table):
         raise ValueError("--holdout and --table belong to --rule bayes; votes need no table")
     part = parse_part(args.part)
+    if on_gpu(args.device):
+        print("votes are counted on the GPU")
     if args.local and not _locally(args, part):
         return 0
     table = _table(args, config) if args.rule == "bayes" else None
@@ -106,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
         table=table,
         part=part,
         threads=args.workers,
+        device=args.device,
         progress=lambda done, total: print(f"{done}/{total} shards", flush=True) if done % 10 in (0, total) else None,
     )
     if found.frames:

@@ -11,12 +11,17 @@ from collections.abc import Callable, Iterator
 from typing import get_args
 from unittest import mock
 
+import numpy as np
 import torch
 from checks import Check, Skipped, need, peak, section
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 import occstream.models
+from occstream.evaluation.bayes import Confusions, naive_bayes
+from occstream.evaluation.cudapull import pull_into
+from occstream.evaluation.propagate import Pulled, Rule, packed, pull, pull_maps
+from occstream.evaluation.votes import VoteConfig, voting
 from occstream.launch.doctor import examine, report
 from occstream.models import MODELS, Batch, attention, build_model, kernels, lift
 from occstream.models.b2s import Strategy
@@ -28,6 +33,8 @@ from occstream.pretrain.meter import best_time
 from occstream.pretrain.networks import create_model
 from occstream.pretrain.streams import TrainData
 from occstream.pretrain.tasks.registry import task_of
+from occstream.sharding.grid import GRIDS, VoxelGrid
+from occstream.sharding.schema import TAXONOMIES
 from tests.models.helpers import SMALL, make_batch, occupancy_loss, two_equal_ranks
 
 Given = Tensor | list[tuple[Tensor, Tensor]]  # by the geometry: points, or pixels and depths of every camera
@@ -214,6 +221,41 @@ class _Focal(torch.autograd.Function):
     def backward(ctx: BackwardCFunction, grad: Tensor) -> Tensor:
         [slope] = ctx.saved_tensors
         return grad * slope
+
+
+@section("votes", "the kernel of `occstream refine`: the bytes of the CPU, on SemanticKITTI's grid with 23 frames")
+def votes(check: Check) -> str:
+    rng = np.random.default_rng(0)
+    grid = VoxelGrid("small", (0, -2, -1), (4, 2, 1), (0.5, 0.5, 0.5)) if check.dry else GRIDS["semantickitti"]
+    frames, taxonomy = (3, TAXONOMIES["occ3d"]) if check.dry else (23, TAXONOMIES["semantickitti"])
+    poses = np.stack([np.eye(4)] * frames)
+    angle = np.linspace(0, 0.6, frames)
+    poses[:, 0, 0], poses[:, 1, 1], poses[:, 1, 0], poses[:, 0, 1] = (
+        np.cos(angle), np.cos(angle), np.sin(angle), -np.sin(angle),
+    )  # fmt: skip
+    poses[:, 0, 3] = np.arange(frames) * 0.08 * (grid.upper[0] - grid.lower[0]) / 2
+    classes = taxonomy.num_classes + 1
+    said = rng.integers(0, classes, (frames, *grid.shape), np.uint8)
+    sources = packed(said, rng.random(said.shape) < 0.5)
+    maps, before, found = pull_maps(grid, poses[0], grid, poses), said[0], []
+    bayes = naive_bayes(Confusions(rng.integers(0, 200, (9, 2, classes, classes))), grid, taxonomy)
+    for rule in (voting(VoteConfig(), grid, taxonomy), bayes):
+        rule = dataclasses.replace(rule, parked=True)
+        want = pull(rule, maps, sources, range(frames), before=before, itself=0, device="cpu").semantic
+        index = np.argwhere(before < 255)
+        frames_of = {"slots": range(frames), "itself": 0, "numbers": range(frames)}
+        options = {**frames_of, "index": index, "doubts": None, "device": str(check.device)}
+        made = []
+
+        def work(rule: Rule = rule, options: dict = options, made: list = made) -> None:
+            out = Pulled(before.copy())
+            pull_into(out, rule, maps, sources, **options)
+            made[:] = [out.semantic]
+
+        took = best_time(work, check.device, 1 if check.dry else 5)
+        found.append(f"{'bayes' if rule.bayes else 'votes'}: {1e3 * took:.1f} ms a frame")
+        need(bool((made[0] == want).all()), f"{found[-1]}, {int((made[0] != want).sum())} voxels differ")
+    return "; ".join(found)
 
 
 @section(

@@ -37,7 +37,7 @@ def test_every_section_runs_and_none_stops_the_others(dry):
     done, out = dry
     found = json.loads((out / "table.json").read_text())
     assert list(found) == [
-        *("doctor", "agree", "geometry", "kernels", "batch norm", "decoder", "compile", "waits"),
+        *("doctor", "agree", "geometry", "kernels", "votes", "batch norm", "decoder", "compile", "waits"),
         *("step", "bevformer", "offboard", "zero", "resume", "evaluate", "trace", "train"),
     ]
     failed = {name: f["found"] for name, f in found.items() if f["status"] == "FAILED"}

@@ -4,6 +4,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from occstream.evaluation import tritonpull
+from occstream.evaluation.cudapull import VOXELS
 from occstream.models import kernels
 
 
@@ -46,3 +48,11 @@ if __name__ == "__main__":
         kinds = {"logits": "fp32", "columns": "fp32", "slope": "fp32", "partial": "fp32"}
         constants = {"WEIGHTED": True, "SQUARE": True, "ACC": k.fp32, "BLOCK": 1024, "gamma": 2.0}
         build(k.negative_focal, arch, kinds, "count classes", constants)
+        bytes_of = "sources second sure place things trusted out confidence"
+        whole = {"index": "i32", "numbers": "i32", "frames": "i32", "last": "i32", "weights": "i32", "table": "i32"}
+        wide = {"maps": "fp64", "slots": "i64", "shares": "i64", "prior": "i64"}
+        kinds = dict.fromkeys(bytes_of.split(), "u8") | whole | wide
+        switches = {"DOUBTS": True, "PARKED": True, "TRUSTED": True, "DETAILS": True, "VOXELS": VOXELS, "CH": 32}
+        numbers = "count sources_count itself classes a b c_size"
+        for bayes in (False, True):
+            build(tritonpull.pull, arch, kinds, numbers, {"BAYES": bayes, **switches})
