@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from occstream.models import kernels
-from occstream.models.layers import full_precision, row
+from occstream.models.layers import Pointwise2d, Pointwise3d, full_precision, row
 
 
 def sample(values: Tensor, locations: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
@@ -88,7 +88,7 @@ class VolumeAttention(nn.Module):
     def __init__(self, channels: int, heads: int = 8, points: int = 4, dropout: float = 0.1) -> None:
         super().__init__()
         self.sampling = _Sampling(channels, heads, points, 3)
-        self.value, self.output = nn.Conv3d(channels, channels, 1), nn.Linear(channels, channels)
+        self.value, self.output = Pointwise3d(channels, channels), nn.Linear(channels, channels)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, references: Tensor, volume: Tensor, counts: list[int]) -> Tensor:
@@ -161,7 +161,7 @@ class ImageAttention(nn.Module):
         super().__init__()
         self.levels, self.references = levels, references
         self.sampling = _Sampling(channels, heads, points, 2, groups=levels * references)
-        self.value, self.output = nn.Conv2d(features, channels, 1), nn.Linear(channels, channels)
+        self.value, self.output = Pointwise2d(features, channels), nn.Linear(channels, channels)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, seen: Sightings, features: Tensor | Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from occstream.models.backbones import PIXEL_MEAN, PIXEL_STD, CameraEmbedding, ImageEncoder
 from occstream.models.batch import Batch, Cameras, OccOutputs, Occupancy, pool_binary
-from occstream.models.layers import SyncBatchNorm, VolumeEncoder, checkpointed, conv_bn, row
+from occstream.models.layers import Pointwise3d, SyncBatchNorm, VolumeEncoder, checkpointed, conv_bn, row
 from occstream.models.lift import LiftSplat
 from occstream.models.registry import register
 from occstream.models.transformer import DenseTransformer, TransformerLayer, VoxelTokens
@@ -172,7 +172,7 @@ class LiftVolume(nn.Module):
         self.encoder = VolumeEncoder(
             c.lift_channels, c.encoder_channels, c.encoder_blocks, c.encoder_strides, outputs=c.encoder_out
         )
-        self.compact = nn.Conv3d(c.encoder_out, c.compact_channels, 1)
+        self.compact = Pointwise3d(c.encoder_out, c.compact_channels)
 
     def forward(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features (B, V, C_f, h, w) -> B (B, C, Xc, Yc, Zc), depth (B, V, D, h, w) summing to 1 over D."""
@@ -256,7 +256,7 @@ class SparsePart(nn.Module):
         super().__init__()
         self.c, self.shape = c, binary.shape
         self.into = nn.Linear(c.binary_channels, c.attention_channels)
-        self.volume = nn.Conv3d(c.binary_channels, c.attention_channels, 1)
+        self.volume = Pointwise3d(c.binary_channels, c.attention_channels)
         self.tokens = VoxelTokens(binary, c.attention_channels, image_size, c.feature_stride)
         self.layers = nn.ModuleList(TransformerLayer(c) for _ in range(c.sparse_layers))
         self.out = nn.Linear(c.attention_channels, c.binary_channels)
@@ -396,7 +396,7 @@ class B2S(nn.Module):
             first = nn.Sequential(up, SyncBatchNorm(c.binary_channels), nn.ReLU(inplace=True))
         self.decoder = nn.Sequential(first, conv_bn(3, c.binary_channels, c.binary_channels))
         sparse = c.strategy in ("intermediate", "offboard")
-        self.binary_head = nn.Conv3d(c.binary_channels, 1, 1) if c.strategy == "intermediate" else None
+        self.binary_head = Pointwise3d(c.binary_channels, 1) if c.strategy == "intermediate" else None
         self.semantic = SparsePart(c, binary, num_classes, image_size) if sparse and semantic else None
         outputs = {"binary": 1} if not semantic or c.strategy == "multi" else {}
         outputs |= {"semantic": num_classes} if semantic else {}

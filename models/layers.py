@@ -105,6 +105,49 @@ def conv_bn(
     )
 
 
+class _Pointwise:
+    """A convolution with a kernel of 1 as one matrix product over all cells: (N, inputs, …) -> (N, outputs, …), channels last in
+    memory. The convolution itself, on the CPU, takes the channels to the front first, and whatever follows with them."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1)  # pyright: ignore[reportCallIssue] (of the convolution)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
+class Pointwise2d(_Pointwise, nn.Conv2d):
+    """See ``_Pointwise``; parameters of ``nn.Conv2d(inputs, outputs, 1)``."""
+
+
+class Pointwise3d(_Pointwise, nn.Conv3d):
+    """See ``_Pointwise``; parameters of ``nn.Conv3d(inputs, outputs, 1)``."""
+
+
+class Merge(nn.Conv3d):
+    """``Pointwise3d`` of several volumes side by side, each resized to one shape, without that they are ever side by side: both
+    are linear, so each volume is mapped at its own size, and what is resized has the channels of the result."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1)
+
+    def forward(self, levels: Sequence[Tensor], shape: tuple[int, int, int]) -> Tensor:
+        """Volumes (N, c, x, y, z) whose c add up to the inputs -> (N, outputs, *shape)."""
+        columns = self.weight.flatten(1).split([level.shape[1] for level in levels], 1)
+        total = None
+        for level, weight in zip(levels, columns):
+            bias = self.bias if total is None else None
+            own = F.linear(level.movedim(1, -1), weight, bias).movedim(-1, 1)
+            if own.shape[2:] != shape:
+                own = F.interpolate(own, shape, mode="trilinear", align_corners=False)
+            total = own if total is None else total + own
+        assert total is not None, "an encoder has a level"
+        return total
+
+
 class ResidualBlock(nn.Module):
     """Two 3-convolutions with batch norm and a shortcut, in 2 or 3 dimensions."""
 
@@ -142,16 +185,15 @@ class VolumeEncoder(nn.Module):
             ]
             self.levels.append(nn.Sequential(*layers))
             inputs = width
-        self.merge = nn.Conv3d(sum(channels), outputs, 1)
+        self.merge = Merge(sum(channels), outputs)
 
     def forward(self, x: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """(B, C, X, Y, Z) -> (B, outputs, *shape)."""
         found = []
         for level in self.levels:
             x = level(x)
-            resized = x if x.shape[2:] == shape else F.interpolate(x, shape, mode="trilinear", align_corners=False)
-            found.append(resized)
-        return self.merge(torch.cat(found, 1))
+            found.append(x)
+        return self.merge(found, shape)
 
 
 class AxialEmbedding(nn.Module):
