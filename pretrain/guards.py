@@ -24,7 +24,7 @@ from torch import Tensor
 
 from occstream.pretrain.config import Config
 from occstream.pretrain.distributed import World
-from occstream.pretrain.engine import buffers_of, clip_gradients, drop_step, fuses, or_nan, put_back
+from occstream.pretrain.engine import buffers_of, clip_gradients, decides, drop_step, or_nan, put_back
 from occstream.sharding import threads
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ class FiniteGuard:
         self.engine, self.config, self.run, self.world, self.heard = engine, config, run, world, heard
         self.limit, self.skipped = config.train.skip_nonfinite, 0
         self.norm: Tensor | float = math.nan
-        self._late = fuses(world.device) and not config.train.zero_stage and not self.limit
+        self._late = decides(world.device) and not config.train.zero_stage and not self.limit
         self._held: tuple[_Step, list[Tensor], torch.cuda.Event | None] | None = None
         self._now = _Step(0)
 

@@ -100,7 +100,7 @@ def test_numbers_of_a_step_are_asked_for_one_step_later():
     made.is_gradient_accumulation_boundary, made.zero_optimization_stage = (lambda: True), (lambda: 0)
     made.backward, made.step = (lambda loss: None), mock.Mock()
     heard = []
-    with mock.patch.object(guards, "fuses", return_value=True):
+    with mock.patch.object(guards, "decides", return_value=True):
         guard = FiniteGuard(made, Config(), None, ALONE, heard=lambda *flags: heard.append(flags))
     for step in range(3):
         guard.begin(step)
@@ -121,7 +121,7 @@ def test_a_fused_optimizer_goes_on_where_it_was_and_where_another_was(tmp_path, 
         words = [f"train.steps={steps}", "train.save_every=2", "optim.schedule=constant", "eval.scenes=1"]
         with (
             mock.patch.object(engine, "fuses", return_value=fused),
-            mock.patch.object(guards, "fuses", return_value=fused),
+            mock.patch.object(guards, "decides", return_value=fused),
         ):
             train(world, "pretrain", str(tmp_path / "data"), tmp_path / name, *words)
         return losses(tmp_path / name)
@@ -142,7 +142,7 @@ def test_ending_a_step_reads_nothing_back_before_the_next(monkeypatch):
     made = with_gradients(3)
     made.is_gradient_accumulation_boundary, made.zero_optimization_stage = (lambda: True), (lambda: 0)
     made.backward, made.step = (lambda loss: None), mock.Mock()
-    with mock.patch.object(guards, "fuses", return_value=True):
+    with mock.patch.object(guards, "decides", return_value=True):
         guard = FiniteGuard(made, Config(), None, ALONE, heard=lambda *flags: None)
     for step in range(2):
         with Ops() as ops:
