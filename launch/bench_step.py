@@ -34,7 +34,7 @@ def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, *, batch: in
         repeats: timed steps; builds take turns.
 
     Returns:
-        Medians in seconds by build and part, FLOPs, ceilings, peak memory (CUDA).
+        Medians in seconds by build and part (CPU time where there is one thread of a CPU), FLOPs, ceilings, peak memory (CUDA).
     """
     config = load_config(recipe, overrides, **({"stage": stage} if stage else {}))
     device = pick_device()
@@ -46,8 +46,8 @@ def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, *, batch: in
     precision = config.train.precision
     if precision != "fp32":
         builds[precision] = _Build(config, device, frames, precision=precision)
+    builds[f"{precision} kernels"] = _Build(config, device, frames, precision=precision, with_kernels=True)
     if device.type == "cuda":
-        builds[f"{precision} kernels"] = _Build(config, device, frames, precision=precision, with_kernels=True)
         builds[f"{precision} kernels compile"] = _Build(
             config, device, frames, precision=precision, with_kernels=True, compiled=True
         )
@@ -163,7 +163,7 @@ class _Build:
         self.task = task_of(config)
         accelerate(self.model, device, with_kernels, compiled=self.task.compile if compiled else None)
         self.losses: list[float] = []
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.times: dict[str, list[float]] = defaultdict(list)
         self.peak = 0
         for part, module in self.task.timed(self.model).items():
@@ -177,7 +177,7 @@ class _Build:
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return time.process_time() if _alone(self.device) else time.perf_counter()
 
     @contextlib.contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -187,7 +187,7 @@ class _Build:
 
     def step(self) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
-        kernels.use(self.kernels)
+        kernels.use(self.kernels, self.device.type)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with self._timed("step"):
@@ -213,9 +213,14 @@ class _Build:
         return found | ({"peak_bytes": float(self.peak)} if self.peak else {})
 
 
+def _alone(device: torch.device) -> bool:
+    """Whether the time of this process tells what a step takes: others may load the machine meanwhile."""
+    return device.type == "cpu" and torch.get_num_threads() == 1
+
+
 def _flops(build: _Build) -> float:
     """Forward and backward of matrix products and convolutions; sampling, sorting and losses are not counted."""
-    kernels.use(build.kernels)
+    kernels.use(build.kernels, build.device.type)
     with FlopCounterMode(display=False) as counter:
         outputs = build.model(build.frames)
         build.task.loss(outputs, build.frames)[0].backward()
@@ -233,7 +238,9 @@ def _ceilings(device: torch.device) -> dict[str, float]:
 
 
 def _device(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return "CPU, 1 thread, CPU time" if _alone(device) else f"CPU, {torch.get_num_threads()} threads"
 
 
 def _show(found: dict, recipe: str, stage: str) -> None:

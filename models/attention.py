@@ -32,6 +32,8 @@ def sample(values: Tensor, locations: Tensor, weights: Tensor, counts: list[int]
         assert tensor.dtype in (torch.float32, torch.float64), f"sampling in {tensor.dtype}, must be float32"
     if kernels.wanted_for(values):
         return kernels.sample(values, locations, weights, counts)
+    if compiled := kernels.compiled_for(values):
+        return compiled.sample(values, locations, weights, counts)
     heads = weights.shape[1]
     # grid_sample wants the last axis of the tensor first: (z, y, x) for (X, Y, Z), but (u, v) for (h, w).
     values = values.to(locations.dtype)

@@ -1,6 +1,7 @@
-"""Triton kernels behind the functions of ``lift``, ``attention`` and ``losses``, which are their reference.
+"""Triton kernels behind the functions of ``lift``, ``attention`` and ``losses``, which are their reference; and which kernels
+a process uses: these for CUDA tensors, or those of ``cpukernels`` for tensors of the CPU.
 
-Off unless ``use(True)`` (``train.kernels``), and used for CUDA tensors alone. They accumulate in fp32, or in fp64 for fp64
+Off unless ``use`` turns them on (``train.kernels``). These accumulate in fp32, or in fp64 for fp64
 input: the tests compare them so with the reference, through Triton's interpreter where there is no GPU. Triton itself is
 imported at the first use: the package works without it.
 """
@@ -8,8 +9,8 @@ imported at the first use: the package works without it.
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -19,20 +20,33 @@ from occstream.models.autograd import Context
 if TYPE_CHECKING:
     import triton.language as tl
 
-_wanted = False
+_wanted: Literal["", "cuda", "cpu"] = ""
 
 
-def use(wanted: bool) -> None:
-    """Turns the kernels on or off for this process. Raises ImportError if they are wanted and Triton is missing."""
+def use(wanted: bool, device: str = "cuda") -> None:
+    """Turns kernels on or off for this process: those for tensors of ``device`` (cuda or cpu), and no others.
+
+    Raises:
+        ImportError: Triton is missing and its kernels are wanted.
+    """
     global _wanted
-    if wanted:
+    if wanted and device == "cuda":
         _kernels()
-    _wanted = wanted
+    _wanted = ("cuda" if device == "cuda" else "cpu") if wanted else ""
 
 
 def wanted_for(tensor: Tensor) -> bool:
-    """Whether a function should run its kernel."""
-    return _wanted and tensor.is_cuda
+    """Whether a function should run its Triton kernel."""
+    return _wanted == "cuda" and tensor.is_cuda
+
+
+def compiled_for(tensor: Tensor) -> ModuleType | None:
+    """``cpukernels``, if a function should run its loop in place of the reference."""
+    if _wanted != "cpu" or tensor.device.type != "cpu":
+        return None
+    from occstream.models import cpukernels  # numba takes a while, and few processes need it
+
+    return cpukernels
 
 
 @functools.cache

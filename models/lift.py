@@ -138,6 +138,11 @@ def voxel_pool(depth: Tensor, context: Tensor, points: Tensor, grid: VoxelGrid) 
     _fp32(points)
     batch, views, bins, h, w = depth.shape
     x, y, z = grid.shape
+    if compiled := kernels.compiled_for(depth):
+        rows = context.float().permute(0, 1, 3, 4, 2).reshape(batch * views * h * w, -1)
+        places = compiled.places(points, grid).view(batch * views, bins, h * w)
+        out = compiled.pool(depth.float().reshape(batch * views, bins, h * w), rows, places, batch * x * y * z)
+        return out.view(batch, x, y, z, -1).permute(0, 4, 1, 2, 3)
     index = ((points - row(points, grid.lower)) / row(points, grid.voxel)).floor().long()
     inside = ((index >= 0) & (index < row(index, grid.shape))).all(-1)
     voxel = (index[..., 0] * y + index[..., 1]) * z + index[..., 2]

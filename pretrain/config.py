@@ -162,8 +162,8 @@ class TrainConfig:
     """On CUDA, matrix products and convolutions of fp32 tensors round their inputs to TF32 (10 bits of mantissa): faster on
     A100 and later. False: fp32 means fp32."""
     kernels: bool = False
-    """Triton kernels for voxel pooling, deformable sampling and the focal loss on CUDA (``occstream bench step`` and
-    ``infra/gpu_check.sh`` compare them with the reference)."""
+    """Kernels in place of plain PyTorch: on CUDA Triton's for voxel pooling, deformable sampling and the focal loss, on the CPU
+    compiled loops for the first two (``occstream bench step`` and ``infra/gpu_check.sh`` compare them with the reference)."""
     compile: bool = False
     """``torch.compile`` of the image encoder, on CUDA; ZeRO stages 0 to 2."""
     init: str = ""

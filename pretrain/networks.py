@@ -27,16 +27,17 @@ def accelerate(
     tf32: bool = False,
     compiled: Callable[[nn.Module, str], None] | None = None,
 ) -> None:
-    """Turns on what makes steps faster on CUDA; nothing changes on the CPU, and no name of a parameter anywhere. Torch itself
-    lets convolutions take TF32 where nobody says otherwise: here they do what ``tf32`` says, as matrix products do.
+    """Turns on what makes steps faster; no name of a parameter changes. Torch itself lets convolutions take TF32 on CUDA where
+    nobody says otherwise: here they do what ``tf32`` says, as matrix products do.
 
     Args:
-        compiled: what compiles a network (``Task.compile``), None: nothing does.
+        with_kernels: Triton's on CUDA, compiled loops on the CPU.
+        compiled: what compiles a network on CUDA (``Task.compile``), None: nothing does.
 
     Raises:
-        ImportError: kernels are wanted and Triton is missing.
+        ImportError: kernels are wanted on CUDA and Triton is missing.
     """
-    kernels.use(with_kernels and device.type == "cuda")
+    kernels.use(with_kernels, device.type)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         if compiled:

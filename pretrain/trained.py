@@ -105,7 +105,8 @@ def load_trained(path: str | Path, overrides: Sequence[str] = (), number: int = 
     model = create_model(config)
     checkpoint.load_declared(model, saved.weights(), model.state_dict(), origin=str(saved.path))
     accelerate(model.to(device), device, cfg.kernels, tf32=cfg.tf32)
-    used = "with Triton kernels" if cfg.kernels and device.type == "cuda" else "without Triton kernels"
+    kind = "Triton" if device.type == "cuda" else "compiled CPU"
+    used = f"{'with' if cfg.kernels else 'without'} {kind} kernels"
     print(f"computes in {cfg.precision}, {used} (train.precision, train.kernels)", flush=True)
     return Trained(
         config,
