@@ -9,6 +9,7 @@ import simplejpeg
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image
 from torch import Tensor
 
 from occstream.evaluation.occupancy import Head, classify
@@ -30,6 +31,7 @@ from occstream.sharding.voxelrays import first_hit
 
 BINARY_LOW, BINARY_HIGH = np.array([38, 70, 140]), np.array([250, 210, 90])  # colors of the lowest and highest voxel
 BACKGROUND = 250
+LEAST_WIDTH = 500  # pixels of a camera in a picture: on fewer, dots hide what they lie on
 SHADE = {-1: 1.0, 0: 0.72, 1: 0.86, 2: 1.0}  # by the axis of the face
 
 
@@ -84,13 +86,17 @@ def class_colors(semantic: np.ndarray, taxonomy: Taxonomy) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, pixels: np.ndarray, depth: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Image with voxel centers as dots, near ones larger and in front.
+    """Image with voxel centers as dots, near ones larger and in front; a small one is enlarged for it.
 
     Args:
         image: (H, W, 3) uint8. pixels: (N, 2). depth: (N,) meters. colors: (N, 3) uint8.
     """
-    out = image.copy()
-    height, width = image.shape[:2]
+    out, times = image.copy(), -(-LEAST_WIDTH // image.shape[1])
+    if times > 1:
+        size = image.shape[1] * times, image.shape[0] * times
+        out = np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+        pixels = (pixels + 0.5) * times - 0.5
+    height, width = out.shape[:2]
     order = np.argsort(-depth)
     for i in order:
         u, v, d = round(pixels[i, 0]), round(pixels[i, 1]), depth[i]
@@ -150,7 +156,8 @@ def prediction_picture(
 
     dots = colors[tuple(cells.T)] if len(cells) else np.zeros((0, 3), np.uint8)
     images = []
-    for i, name in enumerate(cameras):
+    for i in _around(_numpy(batch.part(Cameras).camera_to_ego[index]) if cameras else np.zeros((0, 4, 4))):
+        name = cameras[i]
         image = _numpy(batch.part(Cameras).images[index, i]).transpose(1, 2, 0)
         images.append((name, overlay(image, _numpy(pixels[i]), _numpy(depth[i]), dots)))
     named = [k for k in range(taxonomy.num_classes) if k in present]
@@ -191,8 +198,9 @@ def frame_picture(path: Path, frame: Frame, manifest: Manifest) -> None:
     if grid and grid.frame == "lidar" and frame.lidar is not None:
         pose = sweep_to_key_ego(frame, frame.lidar)
         centers = centers @ pose[:3, :3].T + pose[:3, 3]
-    images = []
-    for name, camera in frame.cameras.items():
+    images, seen_by = [], list(frame.cameras.items())
+    poses = [camera_to_key_ego(frame, camera) for _, camera in seen_by]
+    for name, camera in (seen_by[i] for i in _around(np.array(poses).reshape(-1, 4, 4))):
         image = simplejpeg.decode_jpeg(camera.jpeg, "RGB", min_width=900, min_height=1)
         scale = image.shape[1] / camera.width
         to_camera = np.linalg.inv(camera_to_key_ego(frame, camera))
@@ -201,6 +209,16 @@ def frame_picture(path: Path, frame: Frame, manifest: Manifest) -> None:
         images.append((name, overlay(image, pixels[:, :2], local[:, 2], dots)))
     title = f"{frame.key}  ({manifest.labels or 'no'} labels)"
     _compose(path, images, panels, taxonomy, classes=classes, title=title)
+
+
+def _around(poses: np.ndarray) -> list[int]:
+    """Cameras in the order of a driver's view: those that look ahead from left to right, then those that look back.
+
+    Args:
+        poses: (V, 3 or 4, 4) camera to ego.
+    """
+    ahead, left = poses[:, 0, 2], poses[:, 1, 2]
+    return sorted(range(len(poses)), key=lambda i: (ahead[i] < -1e-3, -left[i]))
 
 
 def _seen_from_above(labels: Labels) -> np.ndarray:

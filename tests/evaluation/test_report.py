@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from occstream.evaluation import report
 from occstream.evaluation.compare import Row, Run, compare, gain, headline_of, headline_tag, mean_and_spread, rows_by
 from occstream.evaluation.report import height_colors, overlay, prediction_picture, render
 from occstream.launch import cli
@@ -30,13 +31,25 @@ def test_rendering_shows_left_on_the_left_and_far_at_the_top():
 
 
 def test_overlay_draws_near_points_over_far_ones_and_skips_those_behind():
-    image = np.zeros((40, 60, 3), np.uint8)
-    pixels = np.array([[30, 20], [30, 20], [10, 10]])
-    out = overlay(
-        image, pixels, np.array([2.0, 20.0, -5.0]), np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
-    )
-    assert out[20, 30, 0] > out[20, 30, 1]
-    assert out[10, 10].max() == 0
+    colors = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+    pixels, depth = np.array([[30, 20], [30, 20], [10, 10]]), np.array([2.0, 20.0, -5.0])
+    for times in (1, 9):  # a small image is enlarged, and its dots lie where they did
+        image = np.zeros((40 * 9 // times, 60 * 9 // times, 3), np.uint8)
+        out = overlay(image, pixels * (9 // times), depth, colors)
+        assert out.shape == (360, 540, 3)
+        assert out[184, 274, 0] > out[184, 274, 1]
+        assert out[94, 94].max() == 0
+        rows, columns, _ = np.nonzero(out)
+        assert (round(rows.mean()), round(columns.mean())) == ((184, 274) if times == 9 else (180, 270))
+
+
+def test_cameras_are_shown_as_a_driver_sees_them():
+    """Names and order of nuScenes' rig; the way that a camera looks is the third column of its pose."""
+    yaws = {"front": 0, "front right": -55, "front left": 55, "back": 180, "back left": 110, "back right": -110}
+    poses = np.zeros((6, 4, 4))
+    poses[:, :2, 2] = [(np.cos(np.radians(a)), np.sin(np.radians(a))) for a in yaws.values()]
+    shown = [list(yaws)[i] for i in report._around(poses)]
+    assert shown == ["front left", "front", "front right", "back left", "back", "back right"]
 
 
 def test_prediction_picture_is_written(tmp_path):

@@ -5,6 +5,7 @@ import torch
 
 from occstream.launch.cli import main
 from occstream.launch.predict import predict_checkpoint
+from occstream.models import kernels
 from occstream.pretrain import checkpoint
 from occstream.pretrain.tasks.registry import task_of
 from occstream.pretrain.trained import load_trained
@@ -67,8 +68,11 @@ def test_each_part_takes_its_own_gpu_and_says_so(monkeypatch, capsys, part, gpu)
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_checkpoint_computes_in_its_recipes_precision_and_says_so(place, capsys, precision):
-    trained = load_trained(place / "teacher", [f"train.precision={precision}"])
-    assert f"computes in {precision}, without Triton kernels" in capsys.readouterr().out
+    used = precision == "bf16"
+    trained = load_trained(place / "teacher", [f"train.precision={precision}", f"train.kernels={used}"])
+    said = f"computes in {precision}, {'with' if used else 'without'} compiled CPU kernels"
+    assert said in capsys.readouterr().out
+    assert (kernels.compiled_for(torch.zeros(1)) is not None) == used
     found = []
     trained.model.images.register_forward_hook(lambda module, args, out: found.append(out.dtype))
     trained.model(task_of(trained.config).synthetic_batch(1, 0))
