@@ -13,7 +13,7 @@ from occstream.evaluation.propagate import ABSTAIN, IN_VIEW, packed
 from occstream.evaluation.votes import in_frustum
 from occstream.sharding.doubts import doubts
 from occstream.sharding.grid import VoxelGrid
-from occstream.sharding.labels import box_poses, grid_to_global
+from occstream.sharding.labels import box_poses, grid_to_global, labels_to_global
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.poses import apply, compose, inverse
 from occstream.sharding.schema import IGNORE, Boxes, Frame, posed
@@ -63,6 +63,7 @@ class Source:
         masks: packed bits of mask_lidar and mask_camera, None where the labels have none.
         boxes: None unless asked for, or if the frame has none.
         doubts: second classes and how sure the first are beside them, (X, Y, Z) uint8 each, until a slot holds them.
+        placed: pose of the labels, if they have one of their own.
     """
 
     frame: Frame
@@ -71,6 +72,7 @@ class Source:
     masks: dict[str, np.ndarray | None]
     boxes: BoxMotion | None = None
     doubts: tuple[np.ndarray, np.ndarray] | None = None
+    placed: np.ndarray | None = None
 
     def mask(self, name: str) -> np.ndarray | None:
         """(X, Y, Z) bool mask of the labels, or None."""
@@ -161,19 +163,20 @@ class DriveReader:
             raise ValueError(
                 f"{where} names class {labels.semantic[wrong][0]}, its taxonomy ends with {len(self.manifest.classes)}"
             )
-        pose = grid_to_global(frame, self.grid)
-        view = self._view(scene, labels.mask_camera, pose, frame)
+        own = grid_to_global(frame, self.grid)
+        view = self._view(scene, labels.mask_camera, own, frame)
         masks = {
             name: None if mask is None else np.packbits(mask.reshape(-1))
             for name, mask in (("mask_lidar", labels.mask_lidar), ("mask_camera", labels.mask_camera))
         }
-        boxes = self._box_motion(self._boxes.frame(scene, index), pose) if self._boxes else None
+        boxes = self._box_motion(self._boxes.frame(scene, index), own) if self._boxes else None
         bare = Frame(frame.scene, frame.index, frame.token, frame.timestamp, frame.ego_to_global)
         try:
             unsure = doubts(labels) if self.soft else None
         except ValueError as error:
             raise ValueError(f"{where} {error}, or refine without --soft") from None
-        return Source(bare, pose, self._spoken[labels.semantic], masks, boxes, unsure), view
+        pose = labels_to_global(frame, labels, self.grid)
+        return Source(bare, pose, self._spoken[labels.semantic], masks, boxes, unsure, labels.ego_to_global), view
 
     def _view(self, scene: int, mask: np.ndarray | None, pose: np.ndarray, frame: Frame) -> np.ndarray | None:
         """What counts as in view; None: everything."""

@@ -15,7 +15,7 @@ from scipy import ndimage
 from occstream.sharding.attach import Sidecar
 from occstream.sharding.codec import Coding, encode
 from occstream.sharding.grid import VoxelGrid
-from occstream.sharding.labels import grid_to_global
+from occstream.sharding.labels import labels_to_global
 from occstream.sharding.manifest import Author, Manifest, SceneEntry
 from occstream.sharding.poses import apply
 from occstream.sharding.schema import IGNORE, Frame, Labels, get_taxonomy, labeled
@@ -79,7 +79,7 @@ def corrupted(
     grows = 1 + (config.far - 1) * np.minimum(np.sqrt(x * x + y * y) / 51.2, 1)
     grows = grows * np.where(in_view, 1, config.out_of_view)
     own = _cubes(centers, config.cube, number, frame.index)
-    world = _cubes(apply(grid_to_global(frame, grid), centers), config.cube, number, -1)
+    world = _cubes(apply(labels_to_global(frame, labeled(frame), grid), centers), config.cube, number, -1)
 
     def hit(cubes: np.ndarray, share: np.ndarray | float, kind: int) -> np.ndarray:
         return uniform(cubes, config.seed * 16 + kind) < np.minimum(share, 0.95)
@@ -149,7 +149,8 @@ def attach_corrupted(
                 view = own.mask_camera if in_view is None else in_view
                 view = np.ones(own.binary.shape, bool) if view is None else view
                 said = corrupted(frame, base.label_grid, free, view, number=numbers[scene.name], config=config)
-                frame.labels, frame.boxes = Labels(said < free, said, own.mask_lidar, view), None
+                frame.labels = Labels(said < free, said, own.mask_lidar, view, ego_to_global=own.ego_to_global)
+                frame.boxes = None
                 writer.add(frame.key, encode(frame, "labels", Coding(level=level)))
 
     for number in sorted(sidecar.scenes):

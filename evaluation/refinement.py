@@ -292,7 +292,7 @@ def _write(writer: ShardWriter, source: Source, semantic: np.ndarray, refiner: S
     known = source.mask("mask_lidar")
     if known is not None:  # what other frames tell of a voxel that this one did not see is known
         known |= (source.semantic == IGNORE) & (semantic != IGNORE)
-    labels = Labels(semantic < free, semantic, known, source.mask("mask_camera"))
+    labels = Labels(semantic < free, semantic, known, source.mask("mask_camera"), ego_to_global=source.placed)
     frame = dataclasses.replace(source.frame, labels=labels)
     members = encode(frame, "labels", Coding(level=LEVEL))
     writer.add(frame.key, members)

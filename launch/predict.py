@@ -259,7 +259,7 @@ class _Job:
         return found
 
     def _labeled(self, frame: Frame, made: dict[str, Labels]) -> Frame:
-        """A frame with its prediction, which knows the voxels that the set's own labels know."""
+        """A frame with its prediction, which knows the voxels that the set's own labels know, and lies where they do."""
         labels = made.get(frame.key)
         if labels is None:
             raise ValueError(
@@ -269,5 +269,6 @@ class _Job:
         own = frame.labels if self.labeled else None
         labels.mask_lidar = own.mask_lidar if own else None
         labels.mask_camera = own.mask_camera if own else None
+        labels.ego_to_global = own.ego_to_global if own else None
         self.done.voxels += int(np.count_nonzero(labels.binary))
         return Frame(frame.scene, frame.index, frame.token, frame.timestamp, frame.ego_to_global, labels=labels)

@@ -12,7 +12,7 @@ import numpy as np
 from occstream.pretrain.augment import flip_matrix, flip_voxels
 from occstream.sharding.doubts import doubts
 from occstream.sharding.grid import VoxelGrid
-from occstream.sharding.labels import grid_to_global
+from occstream.sharding.labels import labels_to_global
 from occstream.sharding.order import generator
 from occstream.sharding.poses import compose, inverse
 from occstream.sharding.schema import IGNORE, Frame, Labels, Taxonomy
@@ -163,14 +163,15 @@ class VolumeFiller:
         clip = self.config.clip
         distant = [o for o in frame.window if o not in clip]
         places = dict(enumerate(clip)) | dict(enumerate(distant, len(clip)))
-        to_pivot = inverse(grid_to_global(frame, self.grid))
+        to_pivot = inverse(labels_to_global(frame, self._said(frame), self.grid))
         for place in range(self.config.frames):
             offset = places.get(place)
             near = None if offset is None else frame.window.get(offset) if offset else frame
             if near is None:
                 self._absent(place, views)
                 continue
-            pose = compose(self._to_middle, to_pivot, grid_to_global(near, self.grid), self._from_middle)
+            place_of = labels_to_global(near, self._said(near), self.grid)
+            pose = compose(self._to_middle, to_pivot, place_of, self._from_middle)
             views["volumes.to_pivot"][place] = pose.astype(np.float32) * signs[:, None] * signs
             views["volumes.exists"][place] = True
             self._predicted(near, flips, place, views)
@@ -183,14 +184,18 @@ class VolumeFiller:
         if self.config.soft:
             views["volumes.second"][place], views["volumes.confidence"][place] = IGNORE, 0
 
-    def _predicted(self, frame: Frame, flips: tuple[bool, bool], place: int, views: dict[str, np.ndarray]) -> None:
+    def _said(self, frame: Frame) -> Labels:
         labels = frame.label_sets.get(self.group)
         if labels is None or labels.semantic is None:
             raise ValueError(
                 f"frame {frame.key}: {self.group} has no classes of it to refine; predict with a network that gives classes"
             )
+        return labels
+
+    def _predicted(self, frame: Frame, flips: tuple[bool, bool], place: int, views: dict[str, np.ndarray]) -> None:
+        labels = self._said(frame)
         self._check_shape(frame, labels, self.group)
-        views["volumes.classes"][place] = flip_voxels(labels.semantic, flips)
+        views["volumes.classes"][place] = flip_voxels(labels.classes(), flips)
         if self.config.soft:
             try:
                 second, confidence = doubts(labels)

@@ -215,6 +215,8 @@ def _check_frame(frame: Frame, manifest: Manifest) -> Iterator[str]:
             ("LiDAR ego_to_global", frame.lidar.ego_to_global),
         ]
         yield from _check_points(frame.lidar, manifest)
+    if frame.labels is not None:
+        poses.append(("ego_to_global of the labels", frame.labels.ego_to_global))
     yield from (f"{name} is not a rigid pose" for name, pose in poses if pose is not None and not is_rigid(pose))
     if frame.labels is not None:
         yield from _check_labels(frame.labels, manifest)

@@ -154,6 +154,8 @@ def _encode_labels(frame: Frame, coding: Coding) -> tuple[dict[str, Any], Member
     arrays: dict[str, dict] = {}
     members = _pack_arrays(frame.labels, _LABEL_ARRAYS, arrays, coding.level)
     about: dict[str, Any] = {"arrays": arrays} if arrays else {}
+    if frame.labels.ego_to_global is not None:
+        about["labels"] = {"ego_to_global": _matrix(frame.labels.ego_to_global)}
     if frame.boxes is not None:
         about["boxes"] = {
             "boxes": np.asarray(frame.boxes.boxes, np.float32).tolist(),
@@ -257,6 +259,8 @@ def _decode_group(frame: Frame, head: dict, members: dict[str, bytes]) -> None:
     if "binary" in arrays:
         others = {name: arrays.get(name) for name in _LABEL_ARRAYS if name != "binary"}
         frame.labels = Labels(arrays["binary"], **others)
+        if "labels" in head:
+            frame.labels.ego_to_global = _pose(head["labels"]["ego_to_global"])
     if "boxes" in head:
         b = head["boxes"]
         velocity = b["velocity"]

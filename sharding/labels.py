@@ -40,7 +40,7 @@ from occstream.sharding.schema import (
 )
 from occstream.sharding.voxelrays import count_points, first_box, mark_free, mark_visible, place_returns
 
-VERSION = "lidar-3"
+VERSION = "lidar-4"
 TILE = 16.0  # meters: edge of the squares that the static cloud is sorted by
 
 
@@ -81,7 +81,8 @@ def label_scene(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: Label
     Returns:
         The same scene with ``Frame.labels``: ``binary``, ``mask_lidar`` (occupied, or passed by a ray), ``mask_camera``
         (of these, in view of a camera and not hidden), and ``semantic`` if the scene has point classes: the majority of
-        each voxel, IGNORE where a voxel has only points without class or was never seen.
+        each voxel, IGNORE where a voxel has only points without class or was never seen; ``ego_to_global`` where poses were
+        leveled. The frames keep their own.
 
     Raises:
         ValueError: a frame has no LiDAR sweep.
@@ -123,7 +124,9 @@ def label_scene(scene: Scene, grid: VoxelGrid, taxonomy: Taxonomy, config: Label
             occupied, semantic = _dilate(occupied, semantic, ~passed, config.dilation)
         observed = occupied | passed
         seen = _camera_mask(frame, occupied, observed, grid) & observed if frame.cameras else None
-        frames.append(dataclasses.replace(original.frames[number], labels=Labels(occupied, semantic, observed, seen)))
+        placed = frame.ego_to_global if config.level else None
+        labels = Labels(occupied, semantic, observed, seen, ego_to_global=placed)
+        frames.append(dataclasses.replace(original.frames[number], labels=labels))
     return dataclasses.replace(original, frames=frames)
 
 
@@ -318,3 +321,12 @@ def grid_to_global(frame: Frame, grid: VoxelGrid) -> np.ndarray:
     if grid.frame == "ego":
         return posed(frame)
     return compose(posed(frame), sweep_to_key_ego(frame, swept(frame)))
+
+
+def labels_to_global(frame: Frame, labels: Labels, grid: VoxelGrid) -> np.ndarray:
+    """``grid_to_global`` by the pose of labels of the frame, which may be better than the frame's own."""
+    if labels.ego_to_global is None:
+        return grid_to_global(frame, grid)
+    if grid.frame == "ego":
+        return labels.ego_to_global
+    return compose(labels.ego_to_global, inverse(posed(frame)), grid_to_global(frame, grid))

@@ -258,6 +258,8 @@ class Labels:
             is None; free has the logit from which a class is preferred to it.
         ranked: (M, k) uint8, the classes that ``logits`` belong to, best first (``free_id`` is one); or None.
         evidence: uint8, probability of a prediction that the voxel is occupied, 255 is 1; or None.
+        ego_to_global: (4, 4) float64 meters, pose by which these labels of a drive lie over each other, where their maker has
+            corrected the frame's own (height and tilt, by the ground); None: the frame's.
     """
 
     binary: np.ndarray
@@ -268,6 +270,7 @@ class Labels:
     logits: np.ndarray | None = None
     ranked: np.ndarray | None = None
     evidence: np.ndarray | None = None
+    ego_to_global: np.ndarray | None = None
 
     def known(self) -> np.ndarray:
         """(X, Y, Z) bool: voxels that the labels say something about; the others are neither occupied nor free."""
