@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -76,7 +76,7 @@ def in_box(points: np.ndarray, box: np.ndarray, grow: float | Sequence[float] = 
     """
     x, y, z, *half = np.asarray(box, np.float64)[:6] / [1, 1, 1, 2, 2, 2]
     cosine, sine = cos_sin(float(box[6]))
-    if isinstance(grow, float):
+    if isinstance(grow, (int, float)):
         half = [size + grow for size in half]
     else:
         c, s, (a, b, up) = abs(cosine), abs(sine), (size / 2 for size in grow)
@@ -227,7 +227,8 @@ def _components(cells: np.ndarray, classes: np.ndarray, taken: int) -> np.ndarra
         at = tuple((cells[mine] - low).T)
         there = np.zeros(cells[mine].max(0) - low + 1, bool)
         there[at] = True
-        labels, parts = ndimage.label(there, np.ones((3, 3, 3)))
+        labeled: Any = ndimage.label(there, np.ones((3, 3, 3)))
+        labels, parts = labeled
         number[mine] = count + labels[at] - 1
         count += parts
     sizes = np.bincount(number, minlength=count)

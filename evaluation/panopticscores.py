@@ -211,7 +211,7 @@ class PointPanopticScores:
         taxonomy: of the labels.
         config: how boxes give instances.
         classes: gives the class of each point of the labeled frames, (n,) integers, from a network's outputs.
-        boxes: gives the boxes of each frame.
+        boxes: gives the boxes of each frame; None: a network without.
     """
 
     nothing = "without a single point of a known class: there is no score; choose scenes with point labels"
@@ -221,7 +221,7 @@ class PointPanopticScores:
         taxonomy: Taxonomy,
         config: RefineConfig,
         classes: Callable[[Any, Batch], Tensor],
-        boxes: Callable[[Any, Batch], Sequence[Detections]],
+        boxes: Callable[[Any, Batch], Sequence[Detections]] | None,
     ) -> None:
         self.taxonomy, self.config, self.classes, self.boxes = taxonomy, config, classes, boxes
         self.metric, self.things = point_panoptic(taxonomy), point_things(taxonomy)
@@ -232,9 +232,10 @@ class PointPanopticScores:
         part, counts = batch.part(Points), batch.part(Points).counts[: batch.labeled].tolist()
         clouds = [cloud.cpu().numpy() for cloud in part.xyz[: sum(counts)].split(counts)]
         classes = [found.cpu().numpy() for found in self.classes(outputs, batch).split(counts)]
+        said = self.boxes(outputs, batch) if self.boxes else [_NOTHING] * batch.labeled
         return [
             refine_points(xyz, found, self.rows.found(boxes), things=self.things, config=self.config)
-            for xyz, found, boxes in zip(clouds, classes, self.boxes(outputs, batch))
+            for xyz, found, boxes in zip(clouds, classes, said)
         ]
 
     def truth(self, batch: Batch) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -225,11 +225,18 @@ def _run_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
 
     p = command(
-        "submit", _submit, "write a detector's boxes of a packed nuScenes split as a submission to the benchmark"
+        "submit",
+        _submit,
+        "write what a run finds in a packed nuScenes split as a submission to a benchmark",
+        "Boxes are one JSON file; of points (lidarseg, panoptic) there is a file for each sweep, below a folder.",
     )
     p.add_argument("checkpoint", help="a run's folder or one of its step-… folders")
     p.add_argument("url", help="the data set, packed from nuScenes")
-    p.add_argument("--out", required=True, help="the JSON file")
+    p.add_argument("--out", required=True, help="the JSON file; for points the folder")
+    p.add_argument("--kind", choices=("detection", "lidarseg", "panoptic"), default="detection", help="which benchmark")
+    p.add_argument(
+        "--split", choices=("train", "val", "test", "mini_train", "mini_val"), default="val", help="of points"
+    )
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. detect.most=300")
 
     p = command(
@@ -394,8 +401,9 @@ def _export(args: argparse.Namespace) -> int:
 def _submit(args: argparse.Namespace) -> int:
     from occstream.launch.submit import submit
 
-    samples, boxes = submit(args.checkpoint, args.url, args.out, tuple(args.settings))
-    print(f"wrote {args.out}: {boxes:,} boxes of {samples:,} samples, attributes by class and speed")
+    samples, found = submit(args.checkpoint, args.url, args.out, tuple(args.settings), kind=args.kind, split=args.split)
+    boxes = f"boxes of {samples:,} samples, attributes by class and speed"
+    print(f"wrote {args.out}: {found:,} {boxes if args.kind == 'detection' else f'points of {samples:,} sweeps'}")
     return 0
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from occstream.models.attention import MapAttention
@@ -101,13 +102,32 @@ def decode(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([x, y, z, *sizes, yaw], 1).astype(codes.dtype), codes[:, 8:]
 
 
+class _SelfAttention(nn.Module):
+    """Attention of queries to each other; residual not included. Parameters are those of its linear parts alone: ZeRO-3 gathers
+    them where they are called, which ``nn.MultiheadAttention`` does not do."""
+
+    def __init__(self, channels: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.share = heads, dropout
+        self.places, self.values = nn.Linear(channels, 2 * channels), nn.Linear(channels, channels)
+        self.output, self.dropout = nn.Linear(channels, channels), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """x (B, Q, C), position (Q, C) -> (B, Q, C)."""
+        parts = (*self.places(x + position).chunk(2, -1), self.values(x))
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        share = self.share if self.training else 0.0
+        found = F.scaled_dot_product_attention(query, key, value, dropout_p=share)
+        return self.dropout(self.output(found.transpose(1, 2).flatten(2)))
+
+
 class _Layer(nn.Module):
     """Self-attention, attention to the map, feed-forward; post-norm."""
 
     def __init__(self, c: DetrConfig) -> None:
         super().__init__()
         width = c.channels
-        self.queries = nn.MultiheadAttention(width, c.heads, c.dropout, batch_first=True)
+        self.queries = _SelfAttention(width, c.heads, c.dropout)
         self.map = MapAttention(width, c.heads, c.points, c.dropout)
         self.ffn = nn.Sequential(
             nn.Linear(width, c.ffn_channels),
@@ -116,13 +136,11 @@ class _Layer(nn.Module):
             nn.Linear(c.ffn_channels, width),
             nn.Dropout(c.dropout),
         )
-        self.dropout = nn.Dropout(c.dropout)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x: Tensor, position: Tensor, references: Tensor, bev: Tensor) -> Tensor:
         """x (B, Q, C), position (Q, C), references (B, Q, 2) in 0..1, map (B, C, X, Y) -> (B, Q, C)."""
-        placed = x + position
-        x = self.norms[0](x + self.dropout(self.queries(placed, placed, x, need_weights=False)[0]))
+        x = self.norms[0](x + self.queries(x, position))
         counts = [x.shape[1]] * len(x)
         seen = self.map((x + position).flatten(0, 1), references.flatten(0, 1), bev, counts)
         x = self.norms[1](x + seen.view_as(x))
@@ -168,7 +186,7 @@ class DetrHead(nn.Module):
         self.extent = tuple(upper - lower for lower, upper in zip(grid.lower, grid.upper))
         width = config.channels
         self.input = nn.Conv2d(inputs, width, 1)
-        self.content, self.position = nn.Embedding(config.queries, width), nn.Embedding(config.queries, width)
+        self.content, self.position = (nn.Parameter(torch.randn(config.queries, width)) for _ in range(2))
         self.references = nn.Linear(width, 3)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
         self.names = nn.ModuleList(_classifier(width, len(classes)) for _ in self.layers)
@@ -177,8 +195,7 @@ class DetrHead(nn.Module):
     def forward(self, bev: Tensor) -> Queried:
         """(B, inputs, X, Y) -> what each layer says."""
         bev, size = self.input(bev), len(bev)
-        position = self.position.weight
-        x = self.content.weight.expand(size, -1, -1)
+        position, x = self.position, self.content.expand(size, -1, -1)
         references = self.references(position).float().sigmoid().expand(size, -1, -1)
         logits, codes = [], []
         for layer, names, boxes in zip(self.layers, self.names, self.boxes):
@@ -204,18 +221,19 @@ class DetrHead(nn.Module):
         placed = [x[..., None], y[..., None], code[..., 2:4], z[..., None], code[..., 5:]]
         return torch.cat(placed, -1), moved
 
-    @torch.no_grad()
-    def decode(self, outputs: Queried) -> list[Detections]:
-        """Boxes of each frame, of the last layer. Equal scores are in the order of queries and classes."""
-        return [self._decode(logits, codes) for logits, codes in zip(outputs.logits[-1], outputs.codes[-1])]
 
-    def _decode(self, logits: Tensor, codes: Tensor) -> Detections:
-        c, scores = self.config, logits.float().sigmoid().flatten()
-        scores, place = scores.sort(descending=True, stable=True)
-        scores, place = scores[: c.most], place[: c.most]
-        rows = codes.float()[place // logits.shape[1]].cpu().numpy()
-        boxes, velocity = decode(rows)
-        scores, classes = scores.cpu().numpy(), (place % logits.shape[1]).cpu().numpy()
-        keep = np.isfinite(rows).all(1) & (scores >= c.score_threshold)
-        keep &= (np.abs(boxes[:, :3]) <= np.array(c.limits, np.float32)).all(1)
-        return Detections(boxes[keep], velocity[keep], classes[keep], scores[keep])
+@torch.no_grad()
+def found_boxes(outputs: Queried, c: DetrConfig) -> list[Detections]:
+    """Boxes of each frame, of the last layer. Equal scores are in the order of queries and classes."""
+    return [_found(logits, codes, c) for logits, codes in zip(outputs.logits[-1], outputs.codes[-1])]
+
+
+def _found(logits: Tensor, codes: Tensor, c: DetrConfig) -> Detections:
+    scores, place = logits.float().sigmoid().flatten().sort(descending=True, stable=True)
+    scores, place = scores[: c.most], place[: c.most]
+    rows = codes.float()[place // logits.shape[1]].cpu().numpy()
+    boxes, velocity = decode(rows)
+    scores, classes = scores.cpu().numpy(), (place % logits.shape[1]).cpu().numpy()
+    keep = np.isfinite(rows).all(1) & (scores >= c.score_threshold)
+    keep &= (np.abs(boxes[:, :3]) <= np.array(c.limits, np.float32)).all(1)
+    return Detections(boxes[keep], velocity[keep], classes[keep], scores[keep])

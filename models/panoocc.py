@@ -1,8 +1,8 @@
-"""PanoOcc: one camera network for semantic voxels, from learned voxel queries of several key-frames (Wang et al.).
+"""PanoOcc: one camera network for semantic voxels and boxes, from learned voxel queries of several key-frames (Wang et al.).
 
 Images of each key-frame -> a pyramid of features -> voxel queries on a coarse grid -> those of earlier key-frames moved to where
-they are now, fused with the current ones -> features on a fine grid -> occupied or not (all frames), thing or not, and a class
-of each voxel of the labels' grid (semantic frames only).
+they are now, fused with the current ones -> features on a fine grid -> occupied or not (all frames), thing or not, a class of
+each voxel of the labels' grid, and boxes of what is seen from above (semantic frames only).
 
 Shape legend: see ``batch``; ``F`` key-frames, ``X' Y' Z'`` voxels of the fine grid, ``D`` its channels, ``N`` its active voxels.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from occstream.models.backbones import PIXEL_MEAN, PIXEL_STD, ImageEncoder
 from occstream.models.batch import Batch, Cameras, History, OccOutputs
 from occstream.models.decoding import Decoded, DenseDecoder, Level
+from occstream.models.detr import DetrHead, Queried
 from occstream.models.layers import checkpointed
 from occstream.models.temporal import TemporalFusion
 from occstream.models.voxelqueries import ViewEncoder
@@ -131,11 +132,13 @@ class PanoOutputs(OccOutputs):
         decoded: features on the fine grid, of the first max(S, 1) frames; None before fine-tuning. With S = 0 they are cut off
             from the graph.
         things: (N,) float32 logits of its active voxels (``decoded.rows``), > 0 = of a thing class.
+        detection: boxes of the first max(S, 1) frames, as ``detr.DetrHead`` says them; None without a detector.
     """
 
     levels: tuple[Level, ...] = ()
     decoded: Decoded | None = None
     things: Tensor | None = None
+    detection: Queried | None = None
 
 
 class VoxelHead(nn.Module):
@@ -190,6 +193,8 @@ class PanoOcc(nn.Module):
         num_classes: K without free.
         image_size: (H, W) of the input.
         semantic: False leaves out what only semantic frames teach (pre-training).
+        voxels: False leaves out the classes of voxels: boxes are all that semantic frames teach.
+        detector: makes the head of boxes for a number of channels of the map; None: without.
 
     Raises:
         ValueError: the labels' grid is not whole times as fine as the decoder's.
@@ -197,11 +202,19 @@ class PanoOcc(nn.Module):
 
     pixel_mean: Tensor
     pixel_std: Tensor
-    SEMANTIC = ("thing_head.", "voxel_head.")
+    SEMANTIC = ("thing_head.", "voxel_head.", "detector.")
     """Prefixes of what pre-training does not have."""
 
     def __init__(
-        self, c: PanoOccConfig, grid: VoxelGrid, num_classes: int, image_size: tuple[int, int], *, semantic: bool
+        self,
+        c: PanoOccConfig,
+        grid: VoxelGrid,
+        num_classes: int,
+        image_size: tuple[int, int],
+        *,
+        semantic: bool,
+        voxels: bool = True,
+        detector: Callable[[int], DetrHead] | None = None,
     ) -> None:
         super().__init__()
         if any(n % fine for n, fine in zip(grid.shape, c.fine)):
@@ -232,7 +245,8 @@ class PanoOcc(nn.Module):
         width = c.upsample_channels[-1]
         self.binary_head = nn.Linear(width, 1)
         self.thing_head = nn.Linear(width, 1) if semantic else None
-        self.voxel_head = VoxelHead(width, c.head_channels, num_classes, c.head_rows) if semantic else None
+        self.voxel_head = VoxelHead(width, c.head_channels, num_classes, c.head_rows) if semantic and voxels else None
+        self.detector = detector(width) if semantic and detector else None
         if self.thing_head is not None:
             nn.init.constant_(self.thing_head.bias, -4.595)
 
@@ -255,13 +269,17 @@ class PanoOcc(nn.Module):
         decoded = self.decoder(fused, truth)
         binary = decoded.volume(self.binary_head(decoded.rows()).float(), EMPTY).squeeze(1)
         outputs = PanoOutputs(binary, levels=decoded.levels)
-        if self.voxel_head is None or self.thing_head is None:
+        if self.thing_head is None:
             return outputs
         # Frames without semantic labels stop here. A rank that has no others runs the rest on one frame, cut off from the
         # graph, so that every parameter takes part on every rank, which ZeRO relies on; the loss gives it weight 0.
-        outputs.decoded = decoded.first(max(batch.labeled, 1), detached=not batch.labeled)
-        outputs.things = self.thing_head(outputs.decoded.rows()).squeeze(1).float()
-        outputs.semantic_logits = self.voxel_head(outputs.decoded, self.shape)
+        outputs.decoded = shown = decoded.first(max(batch.labeled, 1), detached=not batch.labeled)
+        outputs.things = things = self.thing_head(shown.rows()).squeeze(1).float()
+        if self.voxel_head is not None:
+            outputs.semantic_logits = self.voxel_head(shown, self.shape)
+        if self.detector is not None:
+            # Foreground alone, averaged over height (Sec. 3.6).
+            outputs.detection = self.detector(shown.bev(things.sigmoid()[:, None] * shown.rows()))
         return outputs
 
     def _encoded(self, batch: Batch, history: History) -> tuple[Tensor, Tensor | None]:

@@ -67,10 +67,8 @@ class Annotations:
                 if sweep.classes is None:
                     raise ValueError(f"frame {frame.key}: its LiDAR points have no classes; use data that has them")
                 views["point_labels.classes"] = sweep.classes
-                known = sweep.instances is not None
-                views["point_labels.instances"] = (
-                    sweep.instances.astype(np.int32) if known else np.full(len(xyz), -1, np.int32)
-                )
+                ids = np.full(len(xyz), -1) if sweep.instances is None else sweep.instances
+                views["point_labels.instances"] = ids.astype(np.int32)
         if self.boxes is not None:
             write_boxes(frame, self.boxes, to_scene, views=views, xyz=xyz if self.seen else None, train=train)
 

@@ -134,7 +134,7 @@ def _of_frame(
 def _roles(outputs: PanoOutputs, batch: Batch) -> dict[str, slice]:
     """Frames whose binary losses have a normalizer of their own: in fine-tuning semantic and replayed ones. The same on every
     rank."""
-    if outputs.semantic_logits is None:
+    if outputs.decoded is None:
         return {"": slice(None)}
     return {"@main": slice(0, batch.labeled), "@replay": slice(batch.labeled, None)}
 

@@ -9,13 +9,14 @@ from typing import Literal
 
 import numpy as np
 
+from occstream.pretrain.annotations import Annotations
 from occstream.pretrain.augment import flip_matrix, flip_voxels
 from occstream.sharding.doubts import doubts
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.labels import labels_to_global
 from occstream.sharding.order import generator
 from occstream.sharding.poses import compose, inverse
-from occstream.sharding.schema import IGNORE, Frame, Labels, Taxonomy
+from occstream.sharding.schema import IGNORE, Frame, Labels, Taxonomy, posed
 from occstream.sharding.stream import Field, Window
 
 
@@ -70,6 +71,7 @@ class VolumeFiller:
         seed: of the run; None: no augmentation, and references at fixed places.
         mask: voxels of the truth that count, as ``data.mask`` says.
         truth: False: samples have no labels.
+        annotations: boxes.
     """
 
     def __init__(
@@ -82,11 +84,14 @@ class VolumeFiller:
         seed: int | None = None,
         mask: Literal["auto", "none", "lidar", "camera"] = "auto",
         truth: bool = True,
+        annotations: Annotations | None = None,
     ) -> None:
         self.config, self.group, self.grid, self.taxonomy = config, group, grid, taxonomy
         self.seed, self.mask, self.truth = seed if config.enabled else None, mask, truth
         posed = ("lidar",) if grid.frame == "lidar" else ()  # the sweep says where such a grid is
-        self.groups: tuple[str, ...] = (*(("labels",) if truth else ()), group, *posed)
+        self.annotations = annotations or Annotations()
+        read = (*(("labels",) if truth else ()), group, *posed, *self.annotations.groups)
+        self.groups: tuple[str, ...] = tuple(dict.fromkeys(read))
         self.window = Window(self.offsets, (group, *posed))
         middle = (np.asarray(grid.lower) + grid.upper) / 2
         self._to_middle, self._from_middle = np.eye(4), np.eye(4)
@@ -144,7 +149,7 @@ class VolumeFiller:
         if self.truth:
             names = {"binary": "bool", "binary_valid": "bool", "semantic": "uint8"}
             found |= {f"occupancy.{name}": Field(shape, dtype) for name, dtype in names.items()}
-        return found
+        return found | self.annotations.fields()
 
     def __call__(self, frame: Frame, epoch: int, views: dict[str, np.ndarray]) -> None:
         """Fills a sample.
@@ -177,6 +182,10 @@ class VolumeFiller:
             self._predicted(near, flips, place, views)
         if self.truth:
             self._truth(frame, flips, views)
+        to_scene = np.eye(4)
+        to_scene[:3, :3] = mirror
+        to_scene = compose(to_scene, to_pivot, posed(frame)) if self.annotations.groups else to_scene
+        self.annotations.write(frame, to_scene, views, train=self.seed is not None)
 
     def _absent(self, place: int, views: dict[str, np.ndarray]) -> None:
         views["volumes.to_pivot"][place] = np.eye(4)

@@ -52,7 +52,7 @@ def point_labels(frame: Frame, grid: VoxelGrid, taxonomy: Taxonomy, *, empty: Em
         mark_free(passed, sweep.xyz[whole], to_voxels / np.array(grid.voxel)[:, None])
         known |= passed.reshape(-1)
     semantic[known & ~binary] = taxonomy.free_id
-    classes = sweep.classes[whole][inside].astype(np.int64)
+    classes = np.asarray(sweep.classes, np.int64)[whole][inside]
     voted = classes < taxonomy.num_classes
     voxels, winners = majority(place[voted], classes[voted])
     semantic[voxels] = winners
@@ -65,4 +65,5 @@ def majority(places: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.nd
     at, kind = pairs // 256, pairs % 256
     order = np.lexsort((kind, -counts, at))
     found, first = np.unique(at[order], return_index=True)
-    return found, kind[order][first].astype(np.uint8)
+    winners: np.ndarray = kind[order][first]
+    return found, winners.astype(np.uint8)

@@ -24,6 +24,7 @@ from occstream.pretrain.tasks.occupancy import (
     camera_frames,
     camera_names,
     camera_sample,
+    eval_boxes,
     mask_facts,
     occupancy_scoring,
 )
@@ -168,6 +169,7 @@ class B2STask(Task):
             binary_from=data.binary_from if role != "replay" else "labels",
             soft=data.soft and role == "main",
             labels=labeled,
+            annotations=eval_boxes(self.config, role, classes=self.semantic),
         )
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from occstream.evaluation.detection import BoxSet
 from occstream.evaluation.evaluate import Metric
+from occstream.evaluation.instances import Segments
 from occstream.evaluation.predictions import Keep
 from occstream.models.batch import Batch
 from occstream.pretrain.config import Config
@@ -279,6 +280,19 @@ class Task(ABC):
     def detections(self, outputs: Any, batch: Batch) -> list[BoxSet]:
         """Boxes found in each frame of a batch, in the frame of the labels."""
         raise ValueError(f"task {self.name} finds no boxes")
+
+    inputs: ClassVar[tuple[str, ...]] = ()
+    """What its networks look at, as benchmarks ask: of camera, lidar, radar, map, external."""
+    segments: bool = False
+    """Whether the network of this stage gives classes to LiDAR points."""
+
+    def point_settings(self) -> tuple[str, ...]:
+        """Overrides of the recipe with which samples of a role "predict" have points."""
+        return ()
+
+    def point_segments(self, outputs: Any, batch: Batch) -> list[Segments]:
+        """Classes and instances of the points of each labeled frame of a batch, in the order of its sweep."""
+        raise ValueError(f"task {self.name} gives points no classes")
 
     @abstractmethod
     def synthetic_batch(self, labeled: int, other: int) -> Batch:

@@ -18,7 +18,7 @@ from occstream.models.occfiner import OccFiner, OccFinerConfig
 from occstream.pretrain.config import Config
 from occstream.pretrain.lovasz import draw_of, lovasz_counts, lovasz_softmax, weighted_count, weighted_cross_entropy
 from occstream.pretrain.tasks.base import Facts, Role, Scoring, Task
-from occstream.pretrain.tasks.occupancy import MaskedData, MaskedEval, mask_facts, occupancy_scoring
+from occstream.pretrain.tasks.occupancy import MaskedData, MaskedEval, eval_boxes, mask_facts, occupancy_scoring
 from occstream.pretrain.tasks.registry import register
 from occstream.pretrain.volumes import VolumeFiller, WindowConfig
 from occstream.sharding.manifest import Manifest
@@ -121,6 +121,7 @@ class OccFinerTask(Task):
             seed=config.train.seed if role == "main" else None,
             mask=source.mask,
             truth=role != "predict",
+            annotations=eval_boxes(config, role, classes=True),
         )
 
     def input(self, source: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,11 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from occstream.evaluation.evaluate import JointMetric
+from occstream.evaluation.detection import rules_of
+from occstream.evaluation.evaluate import JointMetric, Metric
+from occstream.evaluation.instances import RefineConfig
 from occstream.evaluation.occupancy import Head, OccupancyMetric, classify
+from occstream.evaluation.panopticscores import VoxelPanopticScores, VoxelSegments
 from occstream.evaluation.rayiou import ray_origins
 from occstream.evaluation.rayscores import RayScores
 from occstream.models.batch import Batch, Cameras, OccOutputs, Occupancy
+from occstream.models.centerpoint import Detections
+from occstream.pretrain.annotations import Annotations
 from occstream.pretrain.augment import AugmentConfig
 from occstream.pretrain.config import Config, DataConfig, EvalConfig, Mask
 from occstream.pretrain.losses import LossConfig
@@ -28,6 +33,9 @@ from occstream.sharding.manifest import Manifest
 from occstream.sharding.poses import compose
 from occstream.sharding.schema import IGNORE, Frame, frame_key, swept
 from occstream.sharding.stream import ShardReader
+
+FindBoxes = Callable[[Any, Batch], Sequence[Detections]]
+"""Boxes of each frame, from a network's outputs."""
 
 
 @dataclass
@@ -51,6 +59,9 @@ class MaskedEval(EvalConfig):
     rays: bool = False
     """Also score RayIoU: by what rays of a LiDAR meet that stands where the scene's did. Takes about 0.1 s a frame of 200 x
     200 x 16 voxels, and needs the lidar group. Rays pass unknown voxels; published scores are of ``mask: none``."""
+    panoptic: bool = False
+    """Also score panoptic quality of voxels, and of rays with ``rays``: true instances follow from the boxes of the labels. A
+    network that finds no boxes is scored by connected voxels of a class."""
 
 
 @dataclass
@@ -142,6 +153,8 @@ def occupancy_scoring(
     kind: Head,
     threshold: float = 0.25,
     classes: bool = True,
+    boxes: FindBoxes | None = None,
+    more: Mapping[str, Callable[[], Metric]] | None = None,
 ) -> Scoring:
     """Scores by the labels' own convention, or the recipe's.
 
@@ -149,7 +162,10 @@ def occupancy_scoring(
         config: a recipe whose section ``eval`` has ``convention`` and ``mask``.
         grid: of the labels.
         kind, threshold: how logits become classes.
-        classes: whether the network of the stage predicts classes of voxels, into which rays can be cast.
+        classes: whether the network of the stage predicts classes of voxels: without, there are neither rays nor instances.
+        boxes: gives the boxes of each frame that claim voxels for ``eval.panoptic``, as ``refine`` of the recipe says; None: a
+            network without.
+        more: further scores, by kind.
     """
     wanted, (own, how) = config.eval.convention, manifest.metric_convention()
     convention, notes = own if wanted == "auto" else wanted, []
@@ -169,25 +185,53 @@ def occupancy_scoring(
             threshold=threshold,
         )
 
-    if config.eval.rays and not classes:
-        notes.append("eval.rays=true: no rays are cast, this stage predicts no classes of voxels")
-    if not (config.eval.rays and classes):
+    makers: dict[str, Callable[[], Metric]] = {"IoU": voxels}
+    for name in ("rays", "panoptic"):
+        if getattr(config.eval, name) and not classes:
+            notes.append(f"eval.{name}=true is without effect: this stage predicts no classes of voxels")
+    if classes and (config.eval.rays or config.eval.panoptic):
+        makers |= _instance_scoring(config, manifest, notes, grid=grid, kind=kind, threshold=threshold, boxes=boxes)
+    makers |= more or {}
+    if len(makers) == 1:
         return Scoring(voxels, notes)
-    places = LidarPlaces(manifest, grid)
-    if config.eval.mask != "none":
-        notes.append(
-            f"eval.rays=true: rays pass voxels that eval.mask={config.eval.mask} leaves out; eval.mask=none has all"
-        )
+    return Scoring(lambda: JointMetric({name: make() for name, make in makers.items()}), notes)
+
+
+def _instance_scoring(
+    config: Any,
+    manifest: Manifest,
+    notes: list[str],
+    *,
+    grid: VoxelGrid,
+    kind: Head,
+    threshold: float,
+    boxes: FindBoxes | None,
+) -> dict[str, Callable[[], Metric]]:
+    """Scores of rays and of panoptic voxels; arguments as of ``occupancy_scoring``."""
 
     def found(outputs: OccOutputs, batch: Batch) -> Tensor:
         if outputs.semantic_logits is None:
             raise ValueError("the network has no classes")
         return classify(outputs.semantic_logits[: batch.labeled], kind, threshold)
 
-    def both() -> JointMetric:
-        return JointMetric({"IoU": voxels(), "RayIoU": RayScores(config.classes, grid, places, found)})
+    makers: dict[str, Callable[[], Metric]] = {}
+    refine = getattr(config, "refine", None) or RefineConfig()
+    segments = VoxelSegments(config.classes, grid, refine, found, boxes=boxes) if config.eval.panoptic else None
+    if config.eval.rays:
+        places, instances = LidarPlaces(manifest, grid), segments.of_rays if segments else None
+        makers["RayIoU"] = lambda: RayScores(config.classes, grid, places, found, instances=instances)
+        if config.eval.mask != "none":
+            left = f"eval.mask={config.eval.mask}"
+            notes.append(f"eval.rays=true: rays pass voxels that {left} leaves out; eval.mask=none has all")
+    if segments:
+        makers["PQ-voxel"] = lambda: VoxelPanopticScores(segments)
+    return makers
 
-    return Scoring(both, notes)
+
+def eval_boxes(config: Any, role: str, *, classes: bool) -> Annotations | None:
+    """What samples of an evaluation need for ``eval.panoptic``; None: nothing."""
+    wanted = role == "eval" and classes and config.eval.panoptic
+    return Annotations(rules_of(config.classes).classes, seen=False) if wanted else None
 
 
 class LidarPlaces:

@@ -1,8 +1,9 @@
-"""PanoOcc: semantic voxels from the images of several key-frames (Wang et al.), after binary pre-training of the same network."""
+"""PanoOcc: semantic voxels, boxes and panoptic voxels from the images of several key-frames (Wang et al.), after binary
+pre-training of the same network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -10,13 +11,24 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from occstream.evaluation.detection import BoxSet, rules_of
+from occstream.evaluation.evaluate import Metric
+from occstream.evaluation.instances import RefineConfig, Segments
+from occstream.evaluation.lidar import DetectionScores, PointScores
 from occstream.evaluation.occupancy import HEADLINE
+from occstream.evaluation.panopticscores import PointPanopticScores
+from occstream.evaluation.pointseg import convention_of
 from occstream.evaluation.predictions import Keep, predict
 from occstream.evaluation.report import prediction_picture
-from occstream.models.batch import Batch, Cameras, History
+from occstream.models.batch import Batch, Boxes, Cameras, History, Points
+from occstream.models.centerpoint import Detections
+from occstream.models.detr import DetrConfig, DetrHead, Queried, found_boxes
+from occstream.models.layers import row
 from occstream.models.panoocc import PanoOcc, PanoOccConfig, PanoOutputs
 from occstream.pretrain import panolosses
+from occstream.pretrain.annotations import Annotations
 from occstream.pretrain.augment import AugmentConfig
+from occstream.pretrain.boxlosses import BoxLossConfig, BoxLosses
 from occstream.pretrain.config import Config
 from occstream.pretrain.keyframes import KeyFrameFiller
 from occstream.pretrain.panolosses import PanoLoss
@@ -39,6 +51,7 @@ PARTS = {
     "temporal encoder": "temporal",
     "decoder": "decoder",
     "voxel head": "voxel_head",
+    "detector": "detector",
 }  # part of a step -> module of the network
 
 
@@ -52,6 +65,11 @@ class PanoData(MaskedData):
     """Key-frames from one of ``model.frames`` to the next (PanoOcc, Table 8: 0.5 s, the distance of nuScenes' key-frames)."""
     binary_from: Literal["labels", "semantic"] = "labels"
     """Binary target: the packed binary labels, or made from the semantic labels."""
+    voxels_from: Literal["labels", "points"] = "labels"
+    """Voxel labels of ``data`` and ``eval``: as they are packed, or of the points of each frame's own sweep: the class of most
+    of a voxel's points, free where a ray passed, the rest unknown (PanoOcc, Sec. 4.2)."""
+    seen_boxes: bool = True
+    """Learn and score only boxes that LiDAR points lie in; needs the lidar group. False: all boxes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,14 +78,32 @@ class PanoData(MaskedData):
 
 
 @dataclass
+class PanoEval(MaskedEval):
+    """Evaluation at the end of training (and every ``every`` steps)."""
+
+    panoptic: bool = True
+    """Also score panoptic quality of voxels where the network has both heads, and of rays with ``rays``: boxes above
+    ``refine.threshold`` claim voxels. True instances follow from the boxes of the labels."""
+    points: bool = False
+    """Also score the classes of LiDAR points, which are those of the voxels they lie in, and with both heads panoptic quality of
+    points. Needs sweeps whose points have classes."""
+
+
+@dataclass
 class PanoOccRecipe(Config):
     """A recipe of PanoOcc."""
 
+    heads: Literal["voxels", "boxes", "joint"] = "voxels"
+    """What stage finetune learns and predicts: classes of voxels, boxes (PanoOcc, Sec. 3.6), or both."""
+
     data: PanoData = field(default_factory=PanoData)
-    eval: MaskedEval = field(default_factory=MaskedEval)
+    eval: PanoEval = field(default_factory=PanoEval)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: PanoOccConfig = field(default_factory=PanoOccConfig)
     loss: PanoLoss = field(default_factory=PanoLoss)
+    detect: DetrConfig = field(default_factory=DetrConfig)
+    box_loss: BoxLossConfig = field(default_factory=BoxLossConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,11 +122,18 @@ class PanoOccTask(Task):
     name = "panoocc"
     stages: ClassVar[Mapping[str, str]] = {
         "pretrain": "Pre-trains on binary occupancy.",
-        "finetune": "Fine-tunes semantic occupancy.",
+        "finetune": "Fine-tunes semantic occupancy and detection.",
     }
     Config = PanoOccRecipe
-    terms = ("binary", "voxel", "lovasz", "thing")
-    headline: ClassVar[Mapping[str, str]] = {f"eval/{name}": HEADLINE[name] for name in ("miou", "iou", "binary_iou")}
+    terms = ("binary", "voxel", "lovasz", "thing", "box_class", "box")
+    headline: ClassVar[Mapping[str, str]] = {
+        "eval/miou": HEADLINE["miou"],
+        "eval/mAP": "mAP",
+        "eval/NDS": "NDS",
+        "eval/voxel_pq": "PQ-voxel",
+        "eval/iou": HEADLINE["iou"],
+        "eval/binary_iou": HEADLINE["binary_iou"],
+    }
     knobs = (
         "train.accumulate (more micro-steps)",
         "model.checkpointing=true",
@@ -98,16 +141,20 @@ class PanoOccTask(Task):
         "train.zero_stage",
         "more processes",
     )
+    inputs = ("camera",)
     config: PanoOccRecipe
 
     def __init__(self, config: PanoOccRecipe) -> None:
         super().__init__(config)
         self.semantic = self.labeled = self.replays = config.stage == "finetune"
-        names = config.classes.classes
+        self.voxels, self.detects = (self.semantic and config.heads in (head, "joint") for head in ("voxels", "boxes"))
+        self.segments, self.rules = self.voxels, rules_of(config.classes)
+        names, boxed = config.classes.classes, self.rules.classes if self.detects else ()
         self._labels: dict[str, Any] = {
             "classes": names,
-            "things": [i for i, name in enumerate(names) if name in config.classes.things],
+            "things": [i for i, name in enumerate(names) if name in config.classes.things or name in boxed],
         }
+        self._boxes = BoxLosses(config.voxel_grid, len(self.rules.classes), config.detect.queries, config.box_loss)
 
     @property
     def title(self) -> str:
@@ -124,7 +171,12 @@ class PanoOccTask(Task):
             config.classes.num_classes,
             config.augment.image_size,
             semantic=self.semantic,
+            voxels=self.voxels,
+            detector=self._detector if self.detects else None,
         )
+
+    def _detector(self, channels: int) -> DetrHead:
+        return DetrHead(channels, self.config.voxel_grid, self.rules.classes, self.config.detect)
 
     def check(self, model: nn.Module) -> None:
         if not self.semantic and not self.config.loss.binary_weight:
@@ -160,12 +212,22 @@ class PanoOccTask(Task):
             interval=config.data.interval,
             seed=config.train.seed if train else 0,
             train=train,
-            semantic=self.semantic and role in ("main", "eval"),
+            semantic=self.voxels and role in ("main", "eval"),
+            voxels_from=config.data.voxels_from if role in ("main", "eval") else "labels",
+            annotations=self._annotations(role),
             mask=source.mask,
             binary_from=config.data.binary_from if role != "replay" else "labels",
             labels=labeled,
             decode=config.train.decoder == "cpu",
         )
+
+    def _annotations(self, role: Role) -> Annotations:
+        """Boxes and points of a sample."""
+        ev = self.config.eval
+        boxes = self.detects and role in ("main", "eval")
+        points = self.voxels and ev.points and role in ("eval", "predict")
+        classes = self.rules.classes if boxes else None
+        return Annotations(classes, seen=self.config.data.seen_boxes, points=points, labels=role == "eval")
 
     def facts(self, key: str, source: Any, manifest: Manifest, scenes: Sequence[int]) -> Facts:
         binary_from = "labels" if key.startswith("replay") else self.config.data.binary_from
@@ -174,19 +236,67 @@ class PanoOccTask(Task):
     # Learning
 
     def counts(self, outputs: PanoOutputs, batch: Batch) -> dict[str, Tensor]:
-        return panolosses.counts(outputs, batch, self.config.loss, **self._labels)
+        found = panolosses.counts(outputs, batch, self.config.loss, **self._labels)
+        return found | self._boxes.counts(_boxes(batch)) if self.detects else found
 
     def sums(self, outputs: PanoOutputs, batch: Batch) -> dict[str, Tensor]:
-        return panolosses.sums(outputs, batch, self.config.loss, **self._labels)
+        found = panolosses.sums(outputs, batch, self.config.loss, **self._labels)
+        return found | self._boxes.sums(_queried(outputs), _boxes(batch)) if self.detects else found
 
     @property
     def weights(self) -> Mapping[str, float | None]:
-        return {term: getattr(self.config.loss, f"{term}_weight") for term in self.terms}
+        return {term: getattr(self.config.loss, f"{term}_weight") for term in self.terms[:4]} | self._boxes.weights
 
     # Evaluation and prediction
 
     def scoring(self, manifest: Manifest, unknown: float | None) -> Scoring:
-        return occupancy_scoring(self.config, manifest, unknown, grid=self.config.voxel_grid, kind="softmax_focal")
+        config, more = self.config, dict[str, Callable[[], Metric]]()
+        if self.detects:
+            more["AP"] = lambda: DetectionScores(config.classes, self._found_boxes)
+        if self.voxels and config.eval.points:
+            more["point IoU"] = lambda: PointScores(config.classes, self._point_classes)
+            if self.detects:
+                more["PQ"] = self._point_panoptic
+        return occupancy_scoring(
+            config,
+            manifest,
+            unknown,
+            grid=config.voxel_grid,
+            kind="softmax_focal",
+            classes=self.voxels,
+            boxes=self._found_boxes if self.detects else None,
+            more=more,
+        )
+
+    def _found_boxes(self, outputs: PanoOutputs, batch: Batch) -> list[Detections]:
+        return found_boxes(_queried(outputs), self.config.detect)
+
+    def _point_classes(self, outputs: PanoOutputs, batch: Batch) -> Tensor:
+        """(n,) of the points of labeled frames: the class of the voxel that each lies in, or that is nearest to it beyond the
+        grid. Never free, nor a class that nothing may be called."""
+        points, logits = batch.part(Points), outputs.semantic_logits
+        if logits is None:
+            raise ValueError("the network has no classes")
+        count = int(points.counts[: batch.labeled].sum())
+        grid, first = self.config.voxel_grid, convention_of(self.config.classes).first
+        xyz, owners = points.xyz[:count], points.owners()[:count]
+        at = (xyz - row(xyz, grid.lower)) / row(xyz, grid.voxel)
+        last = row(at, [n - 1 for n in grid.shape])
+        x, y, z = torch.minimum(at.floor().clamp_min(0), last).long().unbind(1)
+        return logits[owners, first:, x, y, z].argmax(1) + first
+
+    def point_settings(self) -> tuple[str, ...]:
+        return ("eval.points=true",)
+
+    def point_segments(self, outputs: PanoOutputs, batch: Batch) -> list[Segments]:
+        return self._point_panoptic().segments(outputs, batch)
+
+    def _point_panoptic(self) -> PointPanopticScores:
+        boxes = self._found_boxes if self.detects else None
+        return PointPanopticScores(self.config.classes, self.config.refine, self._point_classes, boxes)
+
+    def detections(self, outputs: PanoOutputs, batch: Batch) -> list[BoxSet]:
+        return [BoxSet(f.boxes, f.classes, f.velocity, scores=f.scores) for f in self._found_boxes(outputs, batch)]
 
     def draw(
         self, path: Path, batch: Batch, outputs: PanoOutputs, *, index: int, sensors: Sequence[str], title: str
@@ -205,8 +315,8 @@ class PanoOccTask(Task):
         return True
 
     def check_prediction(self) -> None:
-        if not self.semantic:
-            raise ValueError("is of a pre-training run, which predicts no classes; give a fine-tuned one")
+        if not self.voxels:
+            raise ValueError("predicts no classes of voxels; give a fine-tuned run whose heads are voxels or joint")
 
     def predict(
         self, model: nn.Module, batches: Iterable[Batch], keep: Keep, flips: bool
@@ -221,4 +331,37 @@ class PanoOccTask(Task):
         poses[..., 0, 3] = -2.0 * torch.arange(frames)
         batch.cameras = batch.part(Cameras).each(lambda _, value: value.repeat(1, frames, *[1] * (value.dim() - 2)))
         batch.history = History(poses, torch.ones(batch.size, frames, dtype=torch.bool))
+        if self.detects:
+            batch.boxes = self._cars(labeled)
         return batch
+
+    def _cars(self, labeled: int, count: int = 5) -> Boxes:
+        """Boxes in a row, of all classes in turn."""
+        lower, upper = (torch.tensor(corner) for corner in (self.config.voxel_grid.lower, self.config.voxel_grid.upper))
+        share = (torch.arange(count) + 0.5) / count
+        centers = (lower + (upper - lower) * share[:, None]).repeat(labeled, 1)
+        rows = torch.cat([centers, torch.tensor([4.5, 1.9, 1.6, 0.3]).repeat(len(centers), 1)], 1)
+        return Boxes(
+            boxes=rows,
+            classes=torch.arange(len(rows)).remainder(len(self.rules.classes)).to(torch.uint8),
+            velocity=torch.ones(len(rows), 2),
+            points=torch.full((len(rows),), 9, dtype=torch.int32),
+            counts=torch.full((labeled,), count),
+        )
+
+
+def _queried(outputs: PanoOutputs) -> Queried:
+    if outputs.detection is None:
+        raise ValueError("the network has no detector")
+    return outputs.detection
+
+
+def _boxes(batch: Batch) -> Boxes:
+    """True boxes of the labeled frames of a batch, which may have none."""
+    if batch.boxes is not None:
+        return batch.boxes
+    if batch.labeled:
+        raise ValueError("the batch has no boxes")
+    of = dict.fromkeys(("classes", "points", "counts"), torch.zeros(0, dtype=torch.int64, device=batch.device))
+    nothing = torch.zeros(0, 7, device=batch.device)
+    return Boxes(boxes=nothing, velocity=nothing[:, :2], **of)

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from occstream.evaluation.detection import BoxSet, rules_of
 from occstream.evaluation.evaluate import JointMetric, Metric
+from occstream.evaluation.instances import RefineConfig, Segments
 from occstream.evaluation.lidar import DetectionScores, PointScores
 from occstream.evaluation.lidarpictures import detection_picture, segmentation_picture
+from occstream.evaluation.panopticscores import PointPanopticScores
 from occstream.evaluation.pointseg import convention_of
 from occstream.evaluation.predictions import Keep, predict
 from occstream.evaluation.report import prediction_picture
@@ -34,7 +36,7 @@ from occstream.pretrain.lidar import LidarConfig, LidarFiller, Targets
 from occstream.pretrain.lovasz import lovasz_counts, lovasz_softmax, weighted_count, weighted_cross_entropy
 from occstream.pretrain.reading import cache
 from occstream.pretrain.tasks.base import Facts, Role, Scoring, Task, Transfer
-from occstream.pretrain.tasks.occupancy import MaskedData, MaskedEval, mask_facts, occupancy_scoring
+from occstream.pretrain.tasks.occupancy import MaskedData, MaskedEval, eval_boxes, mask_facts, occupancy_scoring
 from occstream.pretrain.tasks.registry import register
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import Manifest
@@ -153,6 +155,7 @@ class SpotTask(Task):
         "eval/iou": "IoU",
         "eval/binary_iou": "binary IoU",
     }
+    inputs = ("lidar",)
     config: SpotRecipe
 
     def __init__(self, config: SpotRecipe) -> None:
@@ -247,7 +250,7 @@ class SpotTask(Task):
             targets = Targets(
                 config.occupancy if self.pretrains else "",
                 columns=self._priority() if config.model.target == "bev" else None,
-                boxes=self.rules.classes if self.detects else None,
+                boxes=self.rules.classes if self.detects or self._scores_instances(role) else None,
                 points=self.segments,
                 known=role != "replay",
                 all_points=self.teaches and role in ("main", "replay"),
@@ -261,6 +264,14 @@ class SpotTask(Task):
             seed=config.train.seed if role in ("main", "replay") else None,
             mask=getattr(source, "mask", "auto"),
         )
+
+    def _scores_instances(self, role: Role) -> bool:
+        return eval_boxes(self.config, role, classes=self.pretrains and self._has_voxels) is not None
+
+    @property
+    def _has_voxels(self) -> bool:
+        """Whether the network predicts classes of voxels."""
+        return self.semantic and self.config.model.target == "volume"
 
     def _priority(self) -> tuple[int, ...]:
         """Of classes in a column, free last."""
@@ -413,7 +424,7 @@ class SpotTask(Task):
                 unknown,
                 kind="softmax_focal",
                 grid=self.label_grid,
-                classes=self.semantic and self.config.model.target == "volume",
+                classes=self._has_voxels,
             )
         makers: dict[str, Callable[[], Metric]] = {}
         if self.detects:
@@ -429,11 +440,14 @@ class SpotTask(Task):
 
     def _found_classes(self, outputs: LidarOutputs, batch: Batch) -> Tensor:
         """Of the points of labeled frames; never class 0 where that is noise, which nothing may be called."""
+        return self._all_classes(outputs, batch)[: int(batch.part(PointLabels).counts.sum())]
+
+    def _all_classes(self, outputs: LidarOutputs, batch: Batch) -> Tensor:
+        """Of the points of all frames."""
         if outputs.point_logits is None:
             raise ValueError("the network has no segmentor")
-        count = int(batch.part(PointLabels).counts.sum())
         first = convention_of(self.config.classes).first
-        return outputs.point_logits[:count, first:].argmax(1) + first
+        return outputs.point_logits[:, first:].argmax(1) + first
 
     def draw(
         self, path: Path, batch: Batch, outputs: LidarOutputs, *, index: int, sensors: Sequence[str], title: str
@@ -470,7 +484,7 @@ class SpotTask(Task):
         return True
 
     def check_prediction(self) -> None:
-        if not (self.pretrains and self.semantic and self.config.model.target == "volume"):
+        if not (self.pretrains and self._has_voxels):
             raise ValueError(
                 "predicts no classes of voxels; give one of stage pretrain with occupancy=semantic and model.target=volume"
             )
@@ -483,6 +497,14 @@ class SpotTask(Task):
     def detections(self, outputs: LidarOutputs, batch: Batch) -> list[BoxSet]:
         found = self._found_boxes(outputs, batch)
         return [BoxSet(f.boxes, f.classes, f.velocity, scores=f.scores) for f in found]
+
+    def point_segments(self, outputs: LidarOutputs, batch: Batch) -> list[Segments]:
+        if self.config.lidar.sweeps > 1:
+            raise ValueError("a sample has the points of several sweeps; set lidar.sweeps=1")
+        boxes = self._found_boxes if self.detects else None
+        return PointPanopticScores(self.config.classes, RefineConfig(), self._all_classes, boxes).segments(
+            outputs, batch
+        )
 
     def synthetic_batch(self, labeled: int, other: int) -> Batch:
         batch = lidar_frames(self.config, labeled + other)

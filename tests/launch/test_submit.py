@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 
-from occstream.evaluation.submission import ego_boxes, read_detection
+from occstream.evaluation.submission import check_sweeps, ego_boxes, read_detection, read_lidarseg
 from occstream.launch import cli
 from occstream.launch.submit import _found
 from occstream.pretrain import trainer
 from occstream.pretrain.config import load_config
 from occstream.pretrain.trained import load_trained
 from occstream.sharding.manifest import Manifest
+from occstream.sharding.pack import pack
+from occstream.sharding.sources import open_source
+from occstream.sharding.sources.synthetic import Synthetic
 from occstream.sharding.stream import ShardReader
 from tests.pretrain.inprocess import world  # noqa: F401  a fixture
 from tests.pretrain.small import HERE, pack_sweeps
@@ -52,6 +57,64 @@ def test_every_sample_has_its_boxes_in_the_global_frame(runs, data, tmp_path, ca
         np.testing.assert_allclose(boxes.boxes[:, :6], own[frame.key].boxes[:, :6], atol=1e-3)
         np.testing.assert_allclose(boxes.scored(), own[frame.key].scores, atol=1e-6)
         assert (boxes.classes == own[frame.key].classes).all()
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory) -> str:
+    """A set whose sweeps have tokens, as those of nuScenes."""
+
+    class Named(Synthetic):
+        def load(self, name):
+            scene = super().load(name)
+            for frame in scene.frames:
+                frame.lidar.token = f"sweep-{frame.token}"
+            return scene
+
+    plain = open_source("synthetic", {"scenes": 2, "frames": 2, "cameras": False, "grid": "tiny"})
+    url = str(tmp_path_factory.mktemp("named") / "data")
+    pack(
+        Named(**{f.name: getattr(plain, f.name) for f in fields(plain)}),
+        url,
+        groups=("lidar", "labels"),
+        grid=plain.grid,
+    )
+    return url
+
+
+def test_points_have_their_classes_by_the_token_of_their_sweep(runs, named, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert (
+        cli.main(["submit", str(runs / "segment"), named, "--out", out, "--kind", "lidarseg", "--split", "test"]) == 0
+    )
+    reader = ShardReader(Manifest.load(named), ("lidar",))
+    sweeps = [reader.frame(scene, index).lidar for scene in range(2) for index in range(2)]
+    check_sweeps(out, "lidarseg", "test", {sweep.token: len(sweep.xyz) for sweep in sweeps})
+    found = np.concatenate([read_lidarseg(out, "test", sweep.token) for sweep in sweeps])
+    assert f"{len(found):,} points of 4 sweeps" in capsys.readouterr().out
+    own = dict(_found(load_trained(runs / "segment"), Manifest.load(named), "lidarseg"))
+    assert (found == np.concatenate([own[key].classes for key in sorted(own)])).all()
+    assert cli.main(["submit", str(runs / "segment"), named, "--out", out, "--kind", "panoptic"]) == 2
+    assert "finds no boxes; give one of a detector" in capsys.readouterr().err
+
+
+def test_panoptic_points_of_both_heads(data, named, world, tmp_path):  # noqa: F811
+    words = [f"data.url={data}", f"output={tmp_path}/run", "data.holdout=0", "train.steps=1", "train.batch=1"]
+    trainer.train(load_config(SMALL, words, stage="finetune"), world)
+    out = str(tmp_path / "out")
+    words = ["detect.score_threshold=0", "detect.most=20"]
+    assert cli.main(["submit", f"{tmp_path}/run", named, "--out", out, "--kind", "panoptic", *words]) == 0
+    reader = ShardReader(Manifest.load(named), ("lidar",))
+    sweeps = [reader.frame(scene, index).lidar for scene in range(2) for index in range(2)]
+    check_sweeps(out, "panoptic", "val", {sweep.token: len(sweep.xyz) for sweep in sweeps})
+
+
+def test_sets_whose_sweeps_have_no_token_and_other_stages_are_named(runs, data, tmp_path, capsys):
+    words = ["--out", str(tmp_path / "out"), "--kind", "lidarseg"]
+    assert cli.main(["submit", str(runs / "segment"), data, *words]) == 2
+    assert "does not know the token of its sweep; pack the set again" in capsys.readouterr().err
+    assert cli.main(["submit", str(runs / "detect"), data, *words]) == 2
+    assert "gives points no classes; give one of a segmentor" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_segmentor_finds_no_boxes(runs, data, tmp_path, capsys):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from occstream.models.detr import CODE, DetrConfig, DetrHead, Queried, decode, encode
+from occstream.models.detr import CODE, DetrConfig, DetrHead, Queried, decode, encode, found_boxes
 from occstream.sharding.grid import VoxelGrid
 
 GRID = VoxelGrid("street", (-12.0, -8.0, -2.0), (12.0, 8.0, 4.0), (0.5, 0.5, 0.5))
@@ -57,9 +57,7 @@ def test_new_boxes_are_at_their_reference_points_and_unlikely():
     found = net(torch.randn(2, 6, 12, 8))
     assert found.logits.shape == (3, 2, 7, 3)
     assert found.codes.shape == (3, 2, 7, CODE)
-    at = net.references(net.position.weight).sigmoid() * torch.tensor([24.0, 16.0, 6.0]) - torch.tensor(
-        [12.0, 8.0, 2.0]
-    )
+    at = net.references(net.position).sigmoid() * torch.tensor([24.0, 16.0, 6.0]) - torch.tensor([12.0, 8.0, 2.0])
     for layer in found.codes:
         torch.testing.assert_close(layer[:, :, [0, 1, 4]], at.expand(2, 7, 3), atol=1e-4, rtol=1e-5)
     net.names[0][-1].weight.data.zero_()
@@ -123,19 +121,19 @@ def said(logits: list[list[float]], x: list[float]) -> Queried:
 
 def test_the_surest_pairs_of_query_and_class_are_said_equal_ones_in_order():
     outputs = said([[0.0, 2.0, -9.0], [2.0, 0.0, -9.0]], [1.0, 2.0])
-    [found] = head(most=4).decode(outputs)
+    [found] = found_boxes(outputs, DetrConfig(most=4))
     assert found.classes.tolist() == [1, 0, 0, 1]
     assert found.boxes[:, 0].tolist() == [1.0, 2.0, 1.0, 2.0]
     assert found.scores == pytest.approx([0.880797, 0.880797, 0.5, 0.5])
-    assert len(head(most=1).decode(outputs)[0].boxes) == 1
-    assert len(head(most=4, score_threshold=0.6).decode(outputs)[0].boxes) == 2
+    assert len(found_boxes(outputs, DetrConfig(most=1))[0].boxes) == 1
+    assert len(found_boxes(outputs, DetrConfig(most=4, score_threshold=0.6))[0].boxes) == 2
 
 
 def test_boxes_out_of_range_or_not_finite_are_not_said():
     outputs = said([[3.0, -9.0, -9.0]] * 4, [5.0, 61.3, -61.3, math.nan])
-    [found] = head(most=4).decode(outputs)
+    [found] = found_boxes(outputs, DetrConfig(most=4))
     assert found.boxes[:, 0].tolist() == [5.0]
-    [far] = head(most=4, limits=(100.0, 1.0, 1.0)).decode(outputs)
+    [far] = found_boxes(outputs, DetrConfig(most=4, limits=(100.0, 1.0, 1.0)))
     assert far.boxes[:, 0].tolist() == [5.0, pytest.approx(61.3), pytest.approx(-61.3)]
 
 

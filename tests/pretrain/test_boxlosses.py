@@ -125,8 +125,8 @@ def test_losses_are_those_of_a_loop():
                     distance += float((known * torch.tensor([1.0] * 8 + [0.2] * 2)).sum())
             focal += float(sigmoid_focal(z[0], target, 2.0, 0.25).detach().sum())
         first += count
-    assert float(found["box_class"]) == pytest.approx(focal, rel=1e-5)
-    assert float(found["box"]) == pytest.approx(distance, rel=1e-5)
+    assert float(found["box_class"].detach()) == pytest.approx(focal, rel=1e-5)
+    assert float(found["box"].detach()) == pytest.approx(distance, rel=1e-5)
     assert {name: int(n) for name, n in net.counts(truth).items()} == {"box_class": 13, "box": 13}
 
 

@@ -69,7 +69,7 @@ def test_stages_without_classes_cast_no_rays(held_out):
     config = load_config(RECIPE, [*settings, "eval.rays=true", "occupancy=binary"], stage="pretrain")
     binary = EvalData(config, World(0, 1, torch.device("cpu")))
     assert isinstance(binary.scoring.metric(), OccupancyMetric)
-    assert "no rays are cast" in " ".join(binary.notes)
+    assert "eval.rays=true is without effect" in " ".join(binary.notes)
 
 
 def test_a_set_without_sweeps_is_named(tmp_path):
