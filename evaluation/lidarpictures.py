@@ -47,7 +47,7 @@ def detection_picture(
 
     Args:
         path: written; its folder is created.
-        batch: with points, and with boxes if the frame is labeled.
+        batch: with boxes if the frame is labeled; its points are drawn, where it has any.
         found: of the frame.
         index: of the frame in the batch.
         taxonomy: of the labels; boxes have the classes of ``rules_of``.
@@ -57,28 +57,29 @@ def detection_picture(
     names, places = rules_of(taxonomy).classes, dict(zip(taxonomy.classes, taxonomy.colors))
     colors = np.array([places[name] for name in names]) / 255
     truth = true_boxes(batch)[index] if batch.boxes is not None and index < batch.labeled else None
-    below = _camera_height(cameras) if cameras and cameras.cameras else 0.0
+    below = camera_height(cameras) if cameras and cameras.cameras else 0.0
     figure = Figure(figsize=(_WIDTH, 9.6 + below), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     top = figure
     if cameras and below:
         top, bottom = figure.subfigures(2, 1, height_ratios=[9.6, below], squeeze=False).ravel()
         undo = np.linalg.inv(batch.scene_aug[index].double().cpu().numpy())
-        _camera_panels(bottom, cameras, undo, _in_camera(truth, found, colors))
+        boxes_in_images(bottom, cameras, undo, _in_camera(truth, found, colors))
     axes = top.add_subplot()
-    _ground(axes, reach)
-    _dots(axes, _points(batch, index), _POINT)
+    ground_axes(axes, reach)
+    if batch.points is not None:
+        _dots(axes, _points(batch, index), _POINT)
     if truth is not None:
         axes.add_collection(
             PolyCollection(
-                list(_shown(corners(truth.boxes))), facecolors=_faint(colors[truth.classes], 0.35), edgecolors=_TRUE
+                list(shown(corners(truth.boxes))), facecolors=_faint(colors[truth.classes], 0.35), edgecolors=_TRUE
             )
         )
-    outlines = np.concatenate([_outlines(found.boxes), _headings(found.boxes)])
+    lines = np.concatenate([outlines(found.boxes), headings(found.boxes)])
     shades = np.tile(
         _faint(0.85 * colors[found.classes], _strength(found)), (2, 1)
     )  # bright ones are hard to see on white
-    axes.add_collection(LineCollection(list(_shown(outlines)), colors=shades, linewidths=1.6))
+    axes.add_collection(LineCollection(list(shown(lines)), colors=shades, linewidths=1.6))
     _numbers(axes, found, reach)
     # Of a sweep that reaches further than the picture, what lies in the picture.
     inside = [] if truth is None else truth.classes[(np.abs(truth.boxes[:, :2]) < reach).all(1)].tolist()
@@ -117,7 +118,7 @@ def segmentation_picture(
     figure = Figure(figsize=(8 * len(panels), 9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, classes) in zip(np.ravel(figure.subplots(1, len(panels), squeeze=False)), panels):
-        _ground(axes, reach)
+        ground_axes(axes, reach)
         _dots(axes, xyz, table[classes])
         axes.set_title(name, fontsize=10)
     there = sorted({int(c) for _, classes in panels for c in np.unique(classes)} - {IGNORE, taxonomy.free_id})
@@ -137,7 +138,7 @@ def _points(batch: Batch, index: int) -> np.ndarray:
     return part.xyz[part.owners() == index].cpu().numpy()
 
 
-def _ground(axes: Axes, reach: float) -> None:
+def ground_axes(axes: Axes, reach: float) -> None:
     """Empty axes from above: horizontally -y, so that left is left, vertically x; the ego in the middle."""
     axes.set(
         xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xlabel="y to the left, m", ylabel="x forward, m"
@@ -154,18 +155,18 @@ def _dots(axes: Axes, xyz: np.ndarray, color: str | np.ndarray) -> None:
     axes.scatter(-xyz[:, 1], xyz[:, 0], s=1.0, c=color, linewidths=0, rasterized=True)
 
 
-def _shown(ground: np.ndarray) -> np.ndarray:
+def shown(ground: np.ndarray) -> np.ndarray:
     """(…, 2) x, y of the ego frame -> places in the picture from above."""
     return np.stack([-ground[..., 1], ground[..., 0]], -1)
 
 
-def _outlines(boxes: np.ndarray) -> np.ndarray:
+def outlines(boxes: np.ndarray) -> np.ndarray:
     """(n, 5, 2) around each box, closed."""
     around = corners(boxes)
     return np.concatenate([around, around[:, :1]], 1)
 
 
-def _headings(boxes: np.ndarray) -> np.ndarray:
+def headings(boxes: np.ndarray) -> np.ndarray:
     """(n, 5, 2) from the center to beyond the front; as many points as an outline has."""
     ahead = np.stack([np.cos(boxes[:, 6]), np.sin(boxes[:, 6])], 1) * (boxes[:, 3:4] / 2 + 0.7)
     return boxes[:, None, :2] + ahead[:, None] * np.linspace(0, 1, 5)[:, None]
@@ -194,7 +195,7 @@ def _legend(figure: Figure | SubFigure, there: Sequence[int], names: Sequence[st
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
 
 
-def _camera_panels(
+def boxes_in_images(
     figure: SubFigure, frame: Frame, undo: np.ndarray, drawn: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> None:
     """Images of a frame with the edges of boxes.
@@ -219,11 +220,11 @@ def _camera_panels(
         axes.axis("off")
 
 
-def _camera_height(frame: Frame) -> float:
-    """Inches that its images need."""
+def camera_height(frame: Frame, width: float = _WIDTH) -> float:
+    """Inches that its images need on a picture of this width."""
     columns = min(_COLUMNS, len(frame.cameras))
     highest = max(camera.height / camera.width for camera in frame.cameras.values())
-    return -(-len(frame.cameras) // columns) * (_WIDTH / columns * highest + 0.25)
+    return -(-len(frame.cameras) // columns) * (width / columns * highest + 0.25)
 
 
 def _place(frame: Frame, name: str) -> tuple[bool, float]:

@@ -193,6 +193,7 @@ def _run_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("checkpoint", help="a run's folder or one of its step-… folders")
     p.add_argument("--data", default="", help="data set to evaluate on (default: the one used in training)")
     p.add_argument("--picture", default="", help="also write pictures to this folder (eval.pictures scenes)")
+    p.add_argument("--movie", action="store_true", help="of every frame of these scenes, and a GIF of each")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. eval.mask=camera")
 
     p = command(
@@ -369,7 +370,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     from occstream.pretrain.trained import evaluate_checkpoint
 
     overrides = [*args.settings, *([f"eval.url={args.data}"] if args.data else [])]
-    result = evaluate_checkpoint(args.checkpoint, overrides, picture=Path(args.picture) if args.picture else None)
+    if args.movie and not args.picture:
+        raise ValueError("--movie writes to the folder of --picture; give one")
+    picture = Path(args.picture) if args.picture else None
+    result = evaluate_checkpoint(args.checkpoint, overrides, picture=picture, movie=args.movie)
     print(result.table())
     return 0
 

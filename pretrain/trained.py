@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from occstream.evaluation.evaluate import EvalResult, evaluate
+from occstream.evaluation.panopticpictures import animate
 from occstream.models import Batch
 from occstream.pretrain import checkpoint
 from occstream.pretrain.config import Config, merge, parse_config, parse_overrides
@@ -32,13 +33,16 @@ def evaluate_on(model: nn.Module, frames: EvalData, drawer: Drawer | None = None
     return evaluate(model, frames, frames.scoring.metric(), expected=frames.total, watch=drawer)
 
 
-def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), picture: Path | None = None) -> EvalResult:
+def evaluate_checkpoint(
+    path: str | Path, overrides: Sequence[str] = (), picture: Path | None = None, *, movie: bool = False
+) -> EvalResult:
     """Evaluates a checkpoint in this process alone, by the recipe it was trained with.
 
     Args:
         path: a run's folder or one of its checkpoints.
         overrides: of the recipe, for example ``eval.url=…``.
         picture: folder for pictures of ``eval.pictures`` scenes, at least one.
+        movie: draw every frame of these scenes, and an animation of each.
 
     Raises:
         ValueError: no complete checkpoint, data that does not fit, or nothing to evaluate on.
@@ -54,10 +58,10 @@ def evaluate_checkpoint(path: str | Path, overrides: Sequence[str] = (), picture
     drawer = None
     if picture:
         scenes = max(1, config.eval.pictures)
-        drawer = Drawer(config, frames.sensors, scenes=scenes, folder=picture, step=trained.step)
+        drawer = Drawer(config, frames.sensors, scenes=scenes, folder=picture, step=trained.step, movie=movie)
         drawer.task.cameras_of = _CameraReader(config.eval.url or config.data.url).frame
     result = evaluate_on(trained.model, frames, drawer)
-    for path in drawer.done if drawer else ():
+    for path in (*drawer.done, *drawer.animations()) if drawer else ():
         print(f"wrote {path}")
     return result
 
@@ -125,7 +129,8 @@ class _CameraReader:
 
     def __init__(self, url: str) -> None:
         manifest = open_manifest(url)
-        self.reader = ShardReader(manifest, ("cameras",), cache(url)) if "cameras" in manifest.groups else None
+        groups = tuple(group for group in ("cameras", "labels") if group in manifest.groups)
+        self.reader = ShardReader(manifest, groups, cache(url)) if "cameras" in groups else None
         self.scenes = {scene.name: number for number, scene in enumerate(manifest.scenes)}
 
     def frame(self, key: str) -> Frame | None:
@@ -139,26 +144,37 @@ class _CameraReader:
 
 
 class Drawer:
-    """Draws the first frame of each of the first scenes of an evaluation.
+    """Draws the first frame of each of the first scenes of an evaluation; for a movie all their frames.
 
     Attributes:
         done: files written.
     """
 
-    def __init__(self, config: Config, sensors: tuple[str, ...], *, scenes: int, folder: Path, step: int) -> None:
+    def __init__(
+        self, config: Config, sensors: tuple[str, ...], *, scenes: int, folder: Path, step: int, movie: bool = False
+    ) -> None:
         self.config, self.sensors, self.scenes, self.folder, self.step = config, sensors, scenes, folder, step
-        self.task = task_of(config)
+        self.task, self.movie = task_of(config), movie
         self.done: list[Path] = []
-        self._seen: set[str] = set()
+        self._seen: dict[str, list[Path]] = {}
 
     def __call__(self, batch: Batch, outputs: Any) -> None:
         """Draws the frames of a batch whose scenes are still to be drawn."""
         for index, key in enumerate(batch.keys):
             scene = key.rpartition("-")[0]
-            if not key or len(self.done) == self.scenes or scene in self._seen:
+            if not key or (len(self._seen) == self.scenes if scene not in self._seen else not self.movie):
                 continue
-            self._seen.add(scene)
             path = self.folder / f"{key}-step-{self.step:08d}.png"
             title = f"{key}, {self.config.stage} step {self.step}"
             if self.task.draw(path, batch, outputs, index=index, sensors=self.sensors, title=title):
                 self.done.append(path)
+                self._seen.setdefault(scene, []).append(path.with_stem(f"{path.stem}{self.task.movie}"))
+
+    def animations(self) -> list[Path]:
+        """Writes those of scenes of which more than one frame was drawn."""
+        written = []
+        for scene, pictures in self._seen.items():
+            if len(there := [picture for picture in sorted(pictures) if picture.exists()]) > 1:
+                written.append(self.folder / f"{scene}-step-{self.step:08d}.gif")
+                animate(written[-1], there)
+        return written

@@ -250,8 +250,10 @@ class Task(ABC):
         """
 
     cameras_of: Callable[[str], Frame | None] = staticmethod(lambda key: None)
-    """Frame of a key with its cameras, for ``draw``; None where there are none, or nobody asked for them. ``occstream
+    """Frame of a key with its cameras and boxes, for ``draw``; None where there are none, or nobody asked for them. ``occstream
     evaluate --picture`` sets it."""
+    movie: str = ""
+    """End of the name of those of a frame's pictures that an animation over time is made of."""
 
     def draw(self, path: Path, batch: Batch, outputs: Any, *, index: int, sensors: Sequence[str], title: str) -> bool:
         """Draws a frame of a batch and what is predicted of it; False: this task draws nothing."""

@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from occstream.evaluation.detection import BoxSet, rules_of
 from occstream.evaluation.evaluate import Metric
-from occstream.evaluation.instances import RefineConfig, Segments
+from occstream.evaluation.instances import FoundBoxes, RefineConfig, Segments, taxonomy_ids
 from occstream.evaluation.lidar import DetectionScores, PointScores
-from occstream.evaluation.occupancy import HEADLINE
-from occstream.evaluation.panopticscores import PointPanopticScores
+from occstream.evaluation.lidarpictures import detection_picture
+from occstream.evaluation.occupancy import HEADLINE, classify
+from occstream.evaluation.panopticpictures import panoptic_picture
+from occstream.evaluation.panopticscores import PointPanopticScores, ThingBoxes, VoxelSegments
 from occstream.evaluation.pointseg import convention_of
 from occstream.evaluation.predictions import Keep, predict
 from occstream.evaluation.report import prediction_picture
@@ -43,7 +46,7 @@ from occstream.pretrain.tasks.occupancy import (
 )
 from occstream.pretrain.tasks.registry import register
 from occstream.sharding.manifest import Manifest
-from occstream.sharding.schema import Labels
+from occstream.sharding.schema import Frame, Labels
 
 PARTS = {
     "image encoder": "images",
@@ -149,6 +152,7 @@ class PanoOccTask(Task):
         self.semantic = self.labeled = self.replays = config.stage == "finetune"
         self.voxels, self.detects = (self.semantic and config.heads in (head, "joint") for head in ("voxels", "boxes"))
         self.segments, self.rules = self.voxels, rules_of(config.classes)
+        self.movie = "" if not self.detects else "-panoptic" if self.voxels else "-boxes"
         names, boxed = config.classes.classes, self.rules.classes if self.detects else ()
         self._labels: dict[str, Any] = {
             "classes": names,
@@ -301,18 +305,72 @@ class PanoOccTask(Task):
     def draw(
         self, path: Path, batch: Batch, outputs: PanoOutputs, *, index: int, sensors: Sequence[str], title: str
     ) -> bool:
-        prediction_picture(
+        if self.voxels or not self.detects:
+            prediction_picture(
+                path,
+                batch,
+                outputs,
+                index=index,
+                grid=self.config.voxel_grid,
+                taxonomy=self.config.classes,
+                cameras=tuple(sensors),
+                kind="softmax_focal",
+                title=title,
+            )
+        if self.detects:
+            # Boxes in the LiDAR's frame are not drawn into images, which are placed in the ego's.
+            frame = self.cameras_of(batch.keys[index]) if self.config.voxel_grid.frame == "ego" else None
+            draw = self._draw_panoptic if self.voxels else self._draw_boxes
+            draw(path.with_stem(f"{path.stem}{self.movie}"), batch, outputs, index=index, frame=frame, title=title)
+        return True
+
+    def _draw_boxes(
+        self, path: Path, batch: Batch, outputs: PanoOutputs, *, index: int, frame: Frame | None, title: str
+    ) -> None:
+        config, found = self.config, self._found_boxes(outputs, batch)[index]
+        sure = found.scores > config.refine.threshold
+        velocity = None if found.velocity is None else found.velocity[sure]
+        shown = Detections(found.boxes[sure], velocity, found.classes[sure], found.scores[sure])
+        reach = max(config.voxel_grid.upper[:2])
+        detection_picture(path, batch, shown, index, taxonomy=config.classes, reach=reach, title=title, cameras=frame)
+
+    def _draw_panoptic(
+        self, path: Path, batch: Batch, outputs: PanoOutputs, *, index: int, frame: Frame | None, title: str
+    ) -> None:
+        config, segments = self.config, self._segments()
+        labeled = index < batch.labeled and batch.boxes is not None
+        rows = segments.rows.true(batch)[index] if labeled else (np.zeros((0, 7)), np.zeros(0, np.int64))
+        panoptic_picture(
             path,
-            batch,
-            outputs,
-            index=index,
-            grid=self.config.voxel_grid,
-            taxonomy=self.config.classes,
-            cameras=tuple(sensors),
-            kind="softmax_focal",
+            truth=segments.truth(batch)[index] if labeled else None,
+            found=segments(outputs, batch)[index],
+            true_boxes=FoundBoxes(*rows, np.ones(len(rows[0]))),
+            boxes=segments.rows.found(self._found_boxes(outputs, batch)[index]),
+            least=config.refine.threshold,
+            taxonomy=config.classes,
+            reach=max(config.voxel_grid.upper[:2]),
+            tracks=self._tracks(frame, segments.rows, len(rows[0])),
+            frame=frame,
+            undo=np.linalg.inv(batch.scene_aug[index].double().cpu().numpy()),
             title=title,
         )
-        return True
+
+    def _segments(self) -> VoxelSegments:
+        def classes(outputs: PanoOutputs, batch: Batch) -> Tensor:
+            if outputs.semantic_logits is None:
+                raise ValueError("the network has no classes")
+            return classify(outputs.semantic_logits, "softmax_focal")
+
+        config = self.config
+        return VoxelSegments(config.classes, config.voxel_grid, config.refine, classes, boxes=self._found_boxes)
+
+    def _tracks(self, frame: Frame | None, rows: ThingBoxes, count: int) -> list[str]:
+        """Identities of the true boxes of things, where the frame has them."""
+        if frame is None or frame.boxes is None:
+            return []
+        kinds = taxonomy_ids(frame.boxes.names, self.config.classes)
+        tracks = [track for track, kind in zip(frame.boxes.track_ids, kinds) if kind in rows.things]
+        return tracks if len(tracks) == count else []
 
     def check_prediction(self) -> None:
         if not self.voxels:

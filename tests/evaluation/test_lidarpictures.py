@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from occstream.evaluation.detection import rules_of
-from occstream.evaluation.lidarpictures import _camera_height, _edges, _place, detection_picture, segmentation_picture
+from occstream.evaluation.lidarpictures import _edges, _place, camera_height, detection_picture, segmentation_picture
 from occstream.models.batch import Batch, Boxes, PointLabels, Points
 from occstream.models.centerpoint import Detections
 from occstream.sharding.schema import OCC3D, Camera, Frame
@@ -76,11 +76,11 @@ def test_cameras_that_look_ahead_come_first_from_left_to_right():
 
 def test_few_cameras_are_drawn_large():
     of = frame()
-    assert _camera_height(of) == 4.5 * 90 / 160 + 0.25, "side by side"
+    assert camera_height(of) == 4.5 * 90 / 160 + 0.25, "side by side"
     del of.cameras["OTHER"]
-    assert _camera_height(of) == 9 * 90 / 160 + 0.25
+    assert camera_height(of) == 9 * 90 / 160 + 0.25
     of.cameras |= {name: of.cameras["FRONT"] for name in "abc"}
-    assert _camera_height(of) == 2 * (3 * 90 / 160 + 0.25), "two rows of three"
+    assert camera_height(of) == 2 * (3 * 90 / 160 + 0.25), "two rows of three"
 
 
 def colored(path, low, high) -> np.ndarray:
