@@ -20,7 +20,8 @@ from occstream.evaluation.report import class_colors, render
 from occstream.sharding.schema import IGNORE, Frame, Taxonomy
 
 SAME = 4.0  # meters between the centers of a true and a found box that get one color
-_WIDTH = 13.5  # inches
+PALE = 215  # gray that colors of classes are mixed with
+_WIDTH, _ABOVE = 13.5, 5.4  # inches; of boxes from above the height
 _FOUND = "found:"
 
 
@@ -53,13 +54,13 @@ def matched_names(found: FoundBoxes, kept: np.ndarray, truth: FoundBoxes, names:
 
 
 def panoptic_colors(classes: np.ndarray, instances: np.ndarray, taxonomy: Taxonomy, names: Sequence[str]) -> np.ndarray:
-    """(X, Y, Z, 3) uint8: instances in colors of their own, all else in those of the classes.
+    """(X, Y, Z, 3) uint8: instances in colors of their own, all else in those of the classes, pale.
 
     Args:
         classes, instances: (X, Y, Z), of things above 0.
         names: of instances 1, 2, …; those beyond have names by their number.
     """
-    colors = class_colors(classes, taxonomy).copy()
+    colors = (0.4 * class_colors(classes, taxonomy) + 0.6 * PALE).astype(np.uint8)
     for number in np.unique(instances[instances > 0]).tolist():
         name = names[number - 1] if number <= len(names) else f"{_FOUND}{number}"
         colors[instances == number] = instance_color(name)
@@ -112,7 +113,7 @@ def panoptic_picture(
     sure = boxes.scores > least
     said, shade = boxes.boxes[sure], shade[sure]
     below = camera_height(frame, _WIDTH) if frame and frame.cameras else 0.0
-    heights = [_WIDTH / 2 * 420 / 640 + 0.3, _WIDTH / 2, *([below] if below else [])]
+    heights = [_WIDTH / 2 * 420 / 640 + 0.3, _ABOVE, *([below] if below else [])]
     figure = Figure(figsize=(_WIDTH, sum(heights) + 0.9), dpi=80, layout="constrained")
     FigureCanvasAgg(figure)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).ravel()
@@ -132,7 +133,8 @@ def panoptic_picture(
         boxes_in_images(parts[2], frame, np.eye(3) if undo is None else undo, drawn)
     there = {int(c) for classes in ((truth[0],) if truth else ()) + (found.classes,) for c in np.unique(classes)}
     stuff = [c for c in sorted(there - {IGNORE, free}) if taxonomy.classes[c] not in taxonomy.things]
-    handles = [Patch(color=np.array(taxonomy.colors[c]) / 255, label=taxonomy.classes[c]) for c in stuff]
+    pale = (0.4 * np.array(taxonomy.colors) + 0.6 * PALE) / 255
+    handles = [Patch(color=pale[c], label=taxonomy.classes[c]) for c in stuff]
     figure.legend(handles=handles, loc="outside lower center", ncols=9, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
