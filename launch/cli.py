@@ -225,21 +225,7 @@ def _run_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="with --for: largest intensity that the detector gets, such as 255 (default 1)",
     )
 
-    p = command(
-        "submit",
-        _submit,
-        "write what a run finds in a packed nuScenes split as a submission to a benchmark",
-        "Boxes are one JSON file; of points (lidarseg, panoptic) there is a file for each sweep, below a folder.",
-    )
-    p.add_argument("checkpoint", help="a run's folder or one of its step-… folders")
-    p.add_argument("url", help="the data set, packed from nuScenes")
-    p.add_argument("--out", required=True, help="the JSON file; for points the folder")
-    p.add_argument("--kind", choices=("detection", "lidarseg", "panoptic"), default="detection", help="which benchmark")
-    p.add_argument(
-        "--split", choices=("train", "val", "test", "mini_train", "mini_val"), default="val", help="of points"
-    )
-    p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. detect.most=300")
-
+    _submit_command(command)
     p = command(
         "predict",
         _predict,
@@ -274,6 +260,23 @@ def _run_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 
     refine.add_command(command)
     citymap.add_command(command)
+
+
+def _submit_command(command: Callable[..., argparse.ArgumentParser]) -> None:
+    p = command(
+        "submit",
+        _submit,
+        "write what a run finds in a packed nuScenes split as a submission to a benchmark",
+        "Boxes are one JSON file; of points (lidarseg, panoptic) there is a file for each sweep, below a folder.",
+    )
+    p.add_argument("checkpoint", help="a run's folder or one of its step-… folders")
+    p.add_argument("url", help="the data set, packed from nuScenes")
+    p.add_argument("--out", required=True, help="the JSON file; for points the folder")
+    p.add_argument("--kind", choices=("detection", "lidarseg", "panoptic"), default="detection", help="which benchmark")
+    p.add_argument(
+        "--split", choices=("train", "val", "test", "mini_train", "mini_val"), default="val", help="of points"
+    )
+    p.add_argument("settings", nargs="*", metavar="key=value", help="settings of the recipe, e.g. detect.most=300")
 
 
 def _study_commands(command: Callable[..., argparse.ArgumentParser]) -> None:

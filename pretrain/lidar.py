@@ -14,12 +14,14 @@ import torch
 from occstream.models.spot import column_classes
 from occstream.pretrain.annotations import box_fields, ignore_points, write_boxes
 from occstream.pretrain.beams import Mode, resample_beams
+from occstream.pretrain.reading import cache
 from occstream.sharding.exactmath import cos_sin
 from occstream.sharding.grid import VoxelGrid
+from occstream.sharding.manifest import Manifest
 from occstream.sharding.order import generator
 from occstream.sharding.poses import apply, compose, inverse, rotate
 from occstream.sharding.schema import IGNORE, Frame, Labels, LidarSweep, Taxonomy
-from occstream.sharding.stream import Field
+from occstream.sharding.stream import Field, ShardReader
 
 FEATURES = ("intensity", "time")
 """Features of a point beside x, y, z that sweeps can give."""
@@ -369,6 +371,25 @@ class LidarFiller:
         if known is None and self.mask != "auto":
             raise ValueError(f"frame {frame.key} has no {self.mask} mask; set mask=auto or pack labels that have it")
         return known
+
+
+def check_intensity(manifest: Manifest, scene: int, kind: str) -> None:
+    """Raises ValueError if the intensities of a scene's first sweep are plainly of another range than the recipe says."""
+    reader = ShardReader(manifest, ("lidar",), cache(manifest.url))
+    try:
+        sweep = reader.frame(scene, 0).lidar
+    finally:
+        reader.close()
+    if sweep is None or sweep.intensity is None:
+        return
+    most = float(np.max(sweep.intensity, initial=0.0, where=np.isfinite(sweep.intensity)))
+    right = {"byte": 1.0 < most <= 255.5, "unit": most <= 1.0, "tanh": True}
+    if most > 0 and not right[kind]:  # a sweep that is empty, or dark, says nothing
+        better = "unit" if most <= 1 else "byte" if most <= 255.5 else "tanh"
+        raise ValueError(
+            f"{manifest.url}: intensities of scene {manifest.scenes[scene].name} reach {most:g}, but lidar.intensity is "
+            f"{kind!r}: set lidar.intensity={better}"
+        )
 
 
 def scale_intensity(values: np.ndarray, kind: Intensity) -> np.ndarray:

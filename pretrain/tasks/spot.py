@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,16 +31,14 @@ from occstream.models.segmentor import PointSegmentor, SegmentorConfig
 from occstream.models.spot import SpotConfig
 from occstream.models.voxelbackbones import LidarEncoder
 from occstream.pretrain.config import Config
-from occstream.pretrain.lidar import LidarConfig, LidarFiller, Targets
+from occstream.pretrain.lidar import LidarConfig, LidarFiller, Targets, check_intensity
 from occstream.pretrain.lovasz import lovasz_counts, lovasz_softmax, weighted_count, weighted_cross_entropy
-from occstream.pretrain.reading import cache
 from occstream.pretrain.tasks.base import Facts, Role, Scoring, Task, Transfer
 from occstream.pretrain.tasks.occupancy import MaskedData, MaskedEval, eval_boxes, mask_facts, occupancy_scoring
 from occstream.pretrain.tasks.registry import register
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.schema import IGNORE, Labels, Taxonomy
-from occstream.sharding.stream import ShardReader
 
 # Classes of any taxonomy that the paper calls foreground and weighs more (Sec. 3.3.1).
 FOREGROUND = (
@@ -250,7 +247,9 @@ class SpotTask(Task):
             targets = Targets(
                 config.occupancy if self.pretrains else "",
                 columns=self._priority() if config.model.target == "bev" else None,
-                boxes=self.rules.classes if self.detects or self._scores_instances(role) else None,
+                boxes=self.rules.classes
+                if self.detects or eval_boxes(config, role, classes=self._has_voxels)
+                else None,
                 points=self.segments,
                 known=role != "replay",
                 all_points=self.teaches and role in ("main", "replay"),
@@ -265,13 +264,10 @@ class SpotTask(Task):
             mask=getattr(source, "mask", "auto"),
         )
 
-    def _scores_instances(self, role: Role) -> bool:
-        return eval_boxes(self.config, role, classes=self.pretrains and self._has_voxels) is not None
-
     @property
     def _has_voxels(self) -> bool:
         """Whether the network predicts classes of voxels."""
-        return self.semantic and self.config.model.target == "volume"
+        return self.pretrains and self.semantic and self.config.model.target == "volume"
 
     def _priority(self) -> tuple[int, ...]:
         """Of classes in a column, free last."""
@@ -484,7 +480,7 @@ class SpotTask(Task):
         return True
 
     def check_prediction(self) -> None:
-        if not (self.pretrains and self._has_voxels):
+        if not self._has_voxels:
             raise ValueError(
                 "predicts no classes of voxels; give one of stage pretrain with occupancy=semantic and model.target=volume"
             )
@@ -548,25 +544,6 @@ def foreground(taxonomy: Taxonomy, loss: SpotLoss) -> tuple[str, ...]:
     """Classes of the foreground."""
     wanted = FOREGROUND if loss.foreground is None else loss.foreground
     return tuple(name for name in taxonomy.classes if name in wanted)
-
-
-def check_intensity(manifest: Manifest, scene: int, kind: str) -> None:
-    """Raises ValueError if the intensities of a scene's first sweep are plainly of another range than the recipe says."""
-    reader = ShardReader(manifest, ("lidar",), cache(manifest.url))
-    try:
-        sweep = reader.frame(scene, 0).lidar
-    finally:
-        reader.close()
-    if sweep is None or sweep.intensity is None:
-        return
-    most = float(np.max(sweep.intensity, initial=0.0, where=np.isfinite(sweep.intensity)))
-    right = {"byte": 1.0 < most <= 255.5, "unit": most <= 1.0, "tanh": True}
-    if most > 0 and not right[kind]:  # a sweep that is empty, or dark, says nothing
-        better = "unit" if most <= 1 else "byte" if most <= 255.5 else "tanh"
-        raise ValueError(
-            f"{manifest.url}: intensities of scene {manifest.scenes[scene].name} reach {most:g}, but lidar.intensity is "
-            f"{kind!r}: set lidar.intensity={better}"
-        )
 
 
 def _generator(key: str) -> torch.Generator:

@@ -12,8 +12,8 @@ import torch
 
 from occstream.evaluation.detection import NUSCENES
 from occstream.models.batch import Batch
+from occstream.pretrain import lidar
 from occstream.pretrain.config import load_config
-from occstream.pretrain.tasks import spot
 from occstream.pretrain.tasks.registry import task_of
 from occstream.pretrain.tasks.spot import SpotTask
 from occstream.sharding.grid import get_grid
@@ -205,13 +205,13 @@ def test_beams_cannot_be_thinned_without_their_numbers(stage):
 def test_the_range_of_intensities_is_judged_by_those_that_are_there(values, fits, monkeypatch):
     of = with_sweep(frame(len(values)), intensity=np.array(values, np.float32))
     reader = SimpleNamespace(frame=lambda *_: of, close=lambda: None)
-    monkeypatch.setattr(spot, "ShardReader", lambda *_: reader)
+    monkeypatch.setattr(lidar, "ShardReader", lambda *_: reader)
     manifest = SimpleNamespace(url="data", scenes=[SimpleNamespace(name="s")])
     if fits:
-        spot.check_intensity(manifest, 0, "byte")
+        lidar.check_intensity(manifest, 0, "byte")
     else:
         with pytest.raises(ValueError, match=r"reach 0\.9, but lidar\.intensity is 'byte': set lidar\.intensity=unit"):
-            spot.check_intensity(manifest, 0, "byte")
+            lidar.check_intensity(manifest, 0, "byte")
 
 
 @pytest.mark.parametrize(

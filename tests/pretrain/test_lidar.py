@@ -16,11 +16,11 @@ from occstream.pretrain.lidar import (
     LidarFiller,
     Targets,
     Turn,
+    check_intensity,
     draw_turn,
     turn_of,
     turned,
 )
-from occstream.pretrain.tasks.spot import check_intensity
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.order import generator
