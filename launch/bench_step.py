@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from occstream.models import Batch, kernels
 from occstream.pretrain.config import Config, load_config
 from occstream.pretrain.device import pick_device
+from occstream.pretrain.distributed import World
 from occstream.pretrain.meter import best_time, matmul_ceiling
-from occstream.pretrain.networks import accelerate, create_model
+from occstream.pretrain.networks import accelerate, create_model, settled
 from occstream.pretrain.tasks.registry import import_modules, task_of
 
 
@@ -38,6 +39,7 @@ def bench_step(recipe: str, overrides: tuple[str, ...], stage: str, *, batch: in
     """
     config = load_config(recipe, overrides, **({"stage": stage} if stage else {}))
     device = pick_device()
+    config = settled(config, World(0, 1, device))
     frames = _frames(config, batch).to(device)
     plain = _Build(config, device, frames, precision="fp32", tf32=False)
     builds = {"plain fp32": plain}
@@ -109,6 +111,7 @@ def measure(recipe: str, overrides: tuple[str, ...], stage: str, *, batch: int, 
     import_modules()
     config = load_config(recipe, overrides, **({"stage": stage} if stage else {}))
     device, task = pick_device(), task_of(config)
+    config = settled(config, World(0, 1, device))
     build = _Build(config, device, _frames(config, batch).to(device), precision=config.train.precision)
     before = _memory(device, reset=True)
     build.forward_backward()

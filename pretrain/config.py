@@ -156,8 +156,9 @@ class TrainConfig:
     plain mean of all weights so far until it gets there (mean, usual for teachers; then set ``ema_start=0``)."""
     zero_stage: int = 0
     """DeepSpeed ZeRO stage 0 to 3."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: torch autocast over fp32 parameters."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """bf16: torch autocast over fp32 parameters. auto: bf16 where the device has instructions for it (CUDA from compute
+    capability 8.0 on, CPUs with AVX512-BF16 or AMX), else fp32; the run says which, and its checkpoints hold it."""
     tf32: bool = False
     """On CUDA, matrix products and convolutions of fp32 tensors round their inputs to TF32 (10 bits of mantissa): faster on
     A100 and later. False: fp32 means fp32."""

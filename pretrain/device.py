@@ -60,6 +60,14 @@ def describe(device: torch.device) -> str:
     return "CPU (DS_ACCELERATOR=cpu)" if asked else "CPU (no NVIDIA device here)"
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether it multiplies bf16 by instructions of its own: CUDA from compute capability 8.0 on, CPUs with AVX512-BF16 or AMX.
+    Elsewhere bf16 is slower than fp32, on some CPUs many times."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def nvidia_device() -> str:
     """How this machine shows that it has an NVIDIA device; empty if it does not, as far as files and nvidia-smi tell."""
     if found := sorted((ROOT / "dev").glob("nvidia[0-9]*")):

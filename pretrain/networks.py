@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from occstream.models import kernels
 from occstream.pretrain.config import Config
+from occstream.pretrain.device import computes_bf16
+from occstream.pretrain.distributed import World
 from occstream.pretrain.seeds import seed_everything
 from occstream.pretrain.tasks.registry import task_of
 
@@ -17,6 +21,19 @@ def create_model(config: Config) -> nn.Module:
     """The network of a recipe; its initial weights depend only on ``train.seed``."""
     seed_everything(config.train.seed)
     return task_of(config).model()
+
+
+def settled(config: Config, world: World) -> Config:
+    """The recipe with what ``train.precision=auto`` stands for here, which is said (collective). A checkpoint holds it, and
+    whoever resumes on another machine is told if it would be another."""
+    if config.train.precision != "auto":
+        return config
+    able = torch.tensor(float(computes_bf16(world.device)), device=world.device)
+    if world.size > 1:
+        dist.all_reduce(able, dist.ReduceOp.MIN)
+    precision, why = ("bf16", "computes in it") if able else ("fp32", "has no instructions for bf16")
+    world.say(f"train.precision=auto: {precision}, as this {'GPU' if world.device.type == 'cuda' else 'CPU'} {why}")
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
 
 
 def accelerate(

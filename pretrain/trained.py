@@ -17,7 +17,7 @@ from occstream.pretrain import checkpoint
 from occstream.pretrain.config import Config, merge, parse_config, parse_overrides
 from occstream.pretrain.device import describe, pick_device
 from occstream.pretrain.distributed import World
-from occstream.pretrain.networks import accelerate, at_precision, create_model
+from occstream.pretrain.networks import accelerate, at_precision, create_model, settled
 from occstream.pretrain.reading import cache
 from occstream.pretrain.renamed import saved_settings
 from occstream.pretrain.streams import EvalData, open_manifest
@@ -105,7 +105,9 @@ def load_trained(path: str | Path, overrides: Sequence[str] = (), number: int = 
         torch.cuda.set_device(device)  # Triton launches on the current one, wherever its tensors are
     saved = checkpoint.Checkpoint(path)
     config = parse_config(merge(saved_settings(saved.state), parse_overrides(overrides)))
-    world, cfg = World(0, 1, device), config.train
+    world = World(0, 1, device)
+    config = settled(config, world)
+    cfg = config.train
     model = create_model(config)
     checkpoint.load_declared(model, saved.weights(), model.state_dict(), origin=str(saved.path))
     accelerate(model.to(device), device, cfg.kernels, tf32=cfg.tf32)

@@ -26,7 +26,7 @@ from occstream.pretrain.events import EVENTS, describe_uri
 from occstream.pretrain.guards import FiniteGuard, RunLock, Stopper, Watchdog
 from occstream.pretrain.manager import CheckpointManager
 from occstream.pretrain.meter import Meter
-from occstream.pretrain.networks import accelerate, create_model
+from occstream.pretrain.networks import accelerate, create_model, settled
 from occstream.pretrain.optim import Schedule
 from occstream.pretrain.optimstate import load_optimizer_state
 from occstream.pretrain.partition import float_state, to_local
@@ -66,7 +66,7 @@ def train(config: Config, world: World) -> Result:
     """
     lock = RunLock(Path(config.output), world)
     try:
-        return _Training(config, world).run()
+        return _Training(settled(config, world), world).run()
     finally:
         lock.close()
 
