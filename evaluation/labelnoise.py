@@ -14,9 +14,10 @@ from scipy import ndimage
 
 from occstream.sharding.attach import Sidecar
 from occstream.sharding.codec import Coding, encode
+from occstream.sharding.entries import SceneEntry
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.labels import labels_to_global
-from occstream.sharding.manifest import Author, Manifest, SceneEntry
+from occstream.sharding.manifest import Author, Manifest
 from occstream.sharding.poses import apply
 from occstream.sharding.schema import IGNORE, Frame, Labels, get_taxonomy, labeled
 from occstream.sharding.shardfile import ShardWriter

@@ -24,7 +24,8 @@ from occstream.evaluation.propagate import Device, Rule, evidence, overlapping, 
 from occstream.evaluation.votes import VoteConfig, voting
 from occstream.sharding.attach import Sidecar
 from occstream.sharding.codec import Coding, encode
-from occstream.sharding.manifest import Manifest, SceneEntry
+from occstream.sharding.entries import SceneEntry
+from occstream.sharding.manifest import Manifest
 from occstream.sharding.poses import inverse
 from occstream.sharding.schema import IGNORE, Labels, get_taxonomy
 from occstream.sharding.shardfile import ShardWriter

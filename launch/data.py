@@ -348,8 +348,7 @@ def subset(args: argparse.Namespace) -> int:
     from occstream.sharding.manifest import Manifest
 
     manifest = Manifest.load(args.url)
-    for number in manifest.subset(args.scenes, args.seed, args.holdout):
-        print(manifest.scenes[number].name)
+    print("\n".join(manifest.scenes.names(manifest.subset(args.scenes, args.seed, args.holdout))))
     return 0
 
 

@@ -16,7 +16,8 @@ from occstream.pretrain.tasks.registry import task_of
 from occstream.pretrain.trained import Trained, load_trained
 from occstream.sharding.attach import Sidecar
 from occstream.sharding.codec import Coding, encode
-from occstream.sharding.manifest import Author, Manifest, SceneEntry, is_labels
+from occstream.sharding.entries import SceneEntry
+from occstream.sharding.manifest import Author, Manifest, is_labels
 from occstream.sharding.order import evaluation_batches
 from occstream.sharding.schema import Frame, Labels
 from occstream.sharding.shardfile import ShardWriter

@@ -126,7 +126,7 @@ class TrainData:
         self._feeds["main" if name == "data" else name] = _Feed(
             manifest, order, sample, batch=batch, most=most, config=self.config, world=self.world
         )
-        self.scenes |= {manifest.scenes[i].name for i in scenes}
+        self.scenes.update(manifest.scenes.names(scenes))
         self.fingerprints[name] = manifest.fingerprint
         facts = self._task.facts(name, source, manifest, scenes)
         self.unknown |= facts.numbers
@@ -145,14 +145,13 @@ class TrainData:
         lanes: int,
     ) -> Order:
         """The order of a stream, in which frames of rare classes occur more often where the task balances them."""
-        entries = [manifest.scenes[i] for i in scenes]
-        names, frames = [e.name for e in entries], [e.frames for e in entries]
+        names, frames = manifest.scenes.names(scenes), manifest.scenes.frames[scenes].tolist()
         copies = None
         if (wanted := self._task.balance(source)) is not None:
             holds = FrameClasses.load(manifest).holds(scenes, wanted)
             copies = Copies(names, frames, balance(holds))
             self.notes.append(_balance_note(name, manifest, wanted, holds))
-        shards = [e.shard for e in entries]
+        shards = manifest.scenes.shards[scenes]
         seed, identity = self.config.train.seed, by_scenes(names, frames)
         return Order(identity, scenes, frames, seed, draw=draw, shards=shards, lanes=lanes, copies=copies)
 
@@ -345,8 +344,8 @@ class EvalData:
         scenes = evaluation_scenes(manifest, config.data, ev)
         if not scenes:
             return
-        counts = [manifest.scenes[i].frames for i in scenes]
-        self.scenes = {manifest.scenes[i].name for i in scenes}
+        counts = manifest.scenes.frames[scenes].tolist()
+        self.scenes = set(manifest.scenes.names(scenes))
         self.total = sum(counts)
         if self.total < world.size:
             raise ValueError(

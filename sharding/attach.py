@@ -12,8 +12,9 @@ from typing import Any
 
 from occstream.sharding import storage
 from occstream.sharding.codec import FORMAT_VERSION, canonical_json
+from occstream.sharding.entries import SceneEntry, ShardEntry, shard_path
 from occstream.sharding.grid import VoxelGrid
-from occstream.sharding.manifest import Author, Manifest, SceneEntry, ShardEntry, shard_path
+from occstream.sharding.manifest import Author, Manifest
 from occstream.sharding.schema import frame_key
 from occstream.sharding.shardfile import ShardWriter, publish_shard, read_record
 from occstream.sharding.stream import ShardReader
@@ -90,7 +91,7 @@ class Sidecar:
             writer = ShardWriter(Path(folder) / "labels.tar", header)
             fill(writer, scenes)
             path, frames = writer.close()
-            found = [{"name": s.name, "frames": s.frames, "attributes": s.attributes} for s in scenes]
+            found = [{"name": s.name, "frames": s.frames, "attributes": dict(s.attributes)} for s in scenes]
             return publish_shard(
                 self._target(number),
                 path,
@@ -144,7 +145,7 @@ def attach(url: str, labels_url: str, group: str) -> Manifest:
         origin=other.fingerprint,
         convention=other.convention,
     )
-    numbers = {scene.name: number for number, scene in enumerate(other.scenes)}
+    numbers = {name: number for number, name in enumerate(other.scenes.names())}
     for scene in base.scenes:
         if scene.name not in numbers:
             raise ValueError(f"{labels_url}: has no labels of scene {scene.name}; label it, or attach to a smaller set")

@@ -16,8 +16,9 @@ import simplejpeg
 from occstream.sharding import storage
 from occstream.sharding.codec import FORMAT_VERSION, CorruptSample, decode
 from occstream.sharding.contract import is_rigid
+from occstream.sharding.entries import ShardEntry
 from occstream.sharding.frameclasses import FrameClasses, classes_of, table_name
-from occstream.sharding.manifest import Manifest, ShardEntry
+from occstream.sharding.manifest import Manifest
 from occstream.sharding.received import load_json
 from occstream.sharding.schema import IGNORE, Camera, Frame, Labels, LidarSweep, frame_key, get_taxonomy
 from occstream.sharding.shardfile import HEADER
@@ -52,7 +53,7 @@ def verify(url: str, share: float = 1.0, seed: int = 0, group: str | None = None
     if group:
         manifest = manifest.with_sidecar(group)
     problems: list[str] = []
-    names = Counter(s.name for s in manifest.scenes)
+    names = Counter(manifest.scenes.names())
     problems += [f"{url}: scene {name} is listed {n} times" for name, n in names.items() if n > 1]
     problems += _ego_frame(manifest)
     there = {g: storage.listing(storage.join(url, g)) for g in manifest.groups}
@@ -64,9 +65,9 @@ def verify(url: str, share: float = 1.0, seed: int = 0, group: str | None = None
             problems.append(f"{storage.join(url, shard.path)}: {what}")
             bad.add(shard.number)
     by_number: dict[int, list[int]] = {}
-    for i, scene in enumerate(manifest.scenes):
-        by_number.setdefault(scene.shard, []).append(i)
-    numbers = sorted({s.number for s in manifest.shards})
+    for i, number in enumerate(manifest.scenes.shards.tolist()):
+        by_number.setdefault(number, []).append(i)
+    numbers = np.unique(manifest.shards.number).tolist()
     if share < 1:
         count = max(1, round(share * len(numbers)))
         numbers = sorted(np.random.default_rng(seed).choice(numbers, count, replace=False).tolist())
@@ -340,13 +341,11 @@ def inspect(url: str, frames: int = 200, group: str | None = None) -> str:
         lines.append(f"left out     {len(manifest.left_out)} scenes that failed: {names}")
     lines += ["", f"{'group':<16} {'shards':>6} {'MB':>10} {'kB/frame':>9}"]
     for name in manifest.groups:
-        sizes = [s.size for s in manifest.shards if s.group == name]
-        lines.append(f"{name:<16} {len(sizes):>6} {sum(sizes) / 1e6:>10.2f} {sum(sizes) / 1e3 / max(1, total):>9.1f}")
+        sizes = manifest.shards.only(name).size
+        lines.append(f"{name:<16} {len(sizes):>6} {sizes.sum() / 1e6:>10.2f} {sizes.sum() / 1e3 / max(1, total):>9.1f}")
     reader = ShardReader(manifest, manifest.groups)
-    places = [(s, i) for s, scene in enumerate(manifest.scenes) for i in range(scene.frames)]
-    step = max(1, -(-len(places) // frames))
     content, firsts = Content(), {}
-    for scene, index in places[::step]:
+    for scene, index in manifest.places(np.arange(0, total, max(1, -(-total // frames)))):
         frame = reader.frame(scene, index)
         _count(content, frame, manifest)
         if index == 0:

@@ -344,7 +344,7 @@ def _unpack(data: bytes, spec: dict) -> np.ndarray:
     length = -(-count // 8) if coding == "bits" else count * stored.itemsize
     if max(length, count * dtype.itemsize) > LARGEST_ARRAY:
         raise ValueError(f"an array of shape {shape} is larger than {LARGEST_ARRAY} bytes")
-    raw = _inflate(data, length, shape)
+    raw = inflate(data, length, shape)
     if coding == "bits":
         return np.unpackbits(np.frombuffer(raw, np.uint8), count=count).view(bool).reshape(shape)
     if coding == "planes":
@@ -359,7 +359,7 @@ def _unpack(data: bytes, spec: dict) -> np.ndarray:
     raise ValueError(f"unknown coding {str(coding)[:40]!r}")
 
 
-def _inflate(data: bytes, length: int, shape: tuple[int, ...]) -> bytes:
+def inflate(data: bytes | memoryview, length: int, shape: tuple[int, ...]) -> bytes:
     """``length`` bytes of an array from a zstd frame. Raises ValueError if it holds more or fewer."""
     # A context per thread: making one costs more than decoding a small member.
     if not hasattr(_local, "zstd"):

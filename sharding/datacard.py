@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from occstream.sharding.contract import LACKING
-from occstream.sharding.manifest import Manifest, SceneEntry
+from occstream.sharding.entries import SceneEntry
+from occstream.sharding.manifest import Manifest
 from occstream.sharding.schema import IGNORE, get_taxonomy, labeled
 from occstream.sharding.stream import ShardReader
 
@@ -61,8 +62,7 @@ def data_card(manifest: Manifest, other: str = "", frames: int = 100) -> dict[st
     """
     reader = ShardReader(manifest, ("labels",))
     second = ShardReader(manifest.with_sidecar(other), (other,)) if other else None
-    places = [(i, k) for i, scene in enumerate(manifest.scenes) for k in range(scene.frames)]
-    chosen = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(frames, len(places))).astype(int))]
+    chosen = manifest.spread(frames)
     taxonomy, grid = get_taxonomy(manifest.taxonomy), manifest.grid
     if grid is None:
         raise ValueError(f"{manifest.url}: frames have no labels; pack the labels group")

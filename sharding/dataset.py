@@ -91,18 +91,18 @@ class Dataset:
 
     def __len__(self) -> int:
         """Frames of one epoch over all ranks."""
-        return sum(self.manifest.scenes[i].frames for i in self._scenes)
+        return int(self.manifest.scenes.frames[self._scenes].sum(dtype="int64"))
 
     def __iter__(self) -> Iterator[list]:
         """This rank's share of each batch."""
-        entries = [self.manifest.scenes[i] for i in self._scenes]
-        frames = [entry.frames for entry in entries]
+        scenes = self.manifest.scenes
+        frames = scenes.frames[self._scenes].tolist()
         rank, world = self._ranks
         if self._seed is None:
             plan, most = evaluation_batches(self._scenes, frames, self._batch, rank=rank, world=world), self._batch
         else:
-            key = by_scenes([entry.name for entry in entries], frames)
-            shards = [entry.shard for entry in entries]
+            key = by_scenes(scenes.names(self._scenes), frames)
+            shards = scenes.shards[self._scenes]
             order = Order(key, self._scenes, frames, self._seed, shards=shards, lanes=self._batch)
             plan, most = training_batches(order, self._batch, rank, world, **self._state), -(-self._batch // world)
         reader = ShardReader(self.manifest, self._groups, self._cache)

@@ -6,44 +6,25 @@ import difflib
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from occstream.sharding import storage
+from occstream.sharding.arrays import pack_arrays, read_arrays
 from occstream.sharding.codec import FORMAT_VERSION, canonical_json
+from occstream.sharding.entries import SceneTable, ShardEntry, ShardTable, shard_path
 from occstream.sharding.grid import GRIDS, VoxelGrid
-from occstream.sharding.received import check_manifest, check_sidecar, load_json
+from occstream.sharding.received import Received, check_head, check_manifest, check_sidecar, load_json
 from occstream.sharding.schema import get_taxonomy
 
 NAME = "manifest.json"
-
-
-@dataclass(frozen=True, slots=True)
-class SceneEntry:
-    """One scene: its name, number of frames, the number of the shard (of every group) that holds it, attributes."""
-
-    name: str
-    frames: int
-    shard: int
-    attributes: dict = field(default_factory=dict, hash=False)
-
-
-@dataclass(frozen=True, slots=True)
-class ShardEntry:
-    """One tar: its group, number, size in bytes and SHA-256."""
-
-    group: str
-    number: int
-    size: int
-    sha256: str
-
-    @property
-    def path(self) -> str:
-        """Below the root of the data set."""
-        return shard_path(self.group, self.number)
+ARRAYS_VERSION = 2  # of a manifest whose scenes and shards are in a file of arrays
+MOST_COMPARED = 20_000  # names among which a similar one is looked for
+_ARRAYS = re.compile(r"manifest-[0-9a-f]{32}\.tar")
 
 
 @dataclass(frozen=True)
@@ -67,8 +48,9 @@ def sidecar_name(group: str) -> str:
     return f"manifest.{group}.json"
 
 
-def shard_path(group: str, number: int) -> str:
-    return f"{group}/{group}-{number:06d}.tar"
+def arrays_name(fingerprint: str) -> str:
+    """File of a large set's scenes and shards; never overwritten, so that a reader cannot meet a half of each of two."""
+    return f"manifest-{fingerprint}.tar"
 
 
 def is_labels(group: str) -> bool:
@@ -79,6 +61,8 @@ def is_labels(group: str) -> bool:
 @dataclass(frozen=True)
 class Manifest:
     """A data set.
+
+    Scenes and shards may be given as entries; they are kept as columns.
 
     Attributes:
         url: its root (not part of the content).
@@ -95,6 +79,8 @@ class Manifest:
             ``metric_convention``.
         base: fingerprint of the data set as packed, where sidecars were put in place of its labels or beside them (not part of
             the content); "": this is the data set as packed.
+        arrays: whether ``manifest.json`` leaves scenes and shards to a file of arrays, as in large sets. The fingerprint is then
+            made of their columns.
     """
 
     url: str
@@ -104,29 +90,36 @@ class Manifest:
     classes: tuple[str, ...]
     labels: str
     groups: tuple[str, ...]
-    scenes: tuple[SceneEntry, ...]
-    shards: tuple[ShardEntry, ...]
+    scenes: SceneTable
+    shards: ShardTable
     left_out: tuple[str, ...] = ()
     label_group: str = "labels"
     convention: str = ""
     base: str = field(default="", compare=False)
+    arrays: bool = field(default=False, compare=False)
 
-    def content(self) -> dict:
-        """The JSON content of ``manifest.json`` without the fingerprint."""
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scenes", SceneTable.of(self.scenes))
+        object.__setattr__(self, "shards", ShardTable.of(self.shards))
+
+    def about(self) -> dict:
+        """JSON of everything but scenes and shards."""
         return {
-            "format": FORMAT_VERSION,
             "source": self.source,
             "grid": self.grid.to_dict() if self.grid else None,
             "taxonomy": self.taxonomy,
             "classes": list(self.classes),
             "labels": self.labels,
             "groups": list(self.groups),
-            "scenes": [asdict(s) for s in self.scenes],
-            "shards": [asdict(s) for s in self.shards],
             **({"left_out": list(self.left_out)} if self.left_out else {}),
             **({"convention": self.convention} if self.convention else {}),
             **({"label_group": self.label_group} if self.label_group != "labels" else {}),
         }
+
+    def content(self) -> dict:
+        """The JSON content of ``manifest.json`` without the fingerprint, where all of it is JSON."""
+        scenes, shards = [s.to_dict() for s in self.scenes], [s.to_dict() for s in self.shards]
+        return {"format": FORMAT_VERSION, **self.about(), "scenes": scenes, "shards": shards}
 
     @property
     def label_grid(self) -> VoxelGrid:
@@ -138,12 +131,23 @@ class Manifest:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Names the data everywhere (checkpoints, MLflow): 32 hex digits, a function of the content alone."""
-        return _digest(self.content())
+        if not self.arrays:
+            return _digest(self.content())
+        about = {"format": ARRAYS_VERSION, **self.about()}
+        return _digest({**about, "scenes": self.scenes.digest, "shards": self.shards.digest})
 
     def publish(self) -> None:
-        """Writes ``manifest.json`` below ``url``."""
-        data = {**self.content(), "fingerprint": self.fingerprint}
+        """Writes ``manifest.json`` below ``url``; where it is large, a file of arrays before it, in place of any earlier."""
+        if not self.arrays:
+            data = {**self.content(), "fingerprint": self.fingerprint}
+        else:
+            data = {"format": ARRAYS_VERSION, **self.about(), "fingerprint": self.fingerprint}
+            file = storage.join(self.url, arrays_name(self.fingerprint))
+            storage.publish(pack_arrays(self.scenes, self.shards), file)
         storage.publish(json.dumps(data, indent=1, sort_keys=True).encode(), storage.join(self.url, NAME))
+        for name in storage.listing(self.url):
+            if _ARRAYS.fullmatch(name) and not (self.arrays and name == arrays_name(self.fingerprint)):
+                storage.remove(storage.join(self.url, name))
 
     @classmethod
     def load(cls, url: str) -> Manifest:
@@ -162,21 +166,43 @@ class Manifest:
                 f"{where}: no manifest there; pack the data with `occstream shard` or correct the URL"
             ) from None
         data = load_json(found, where, "pack the data again, shards that are intact are kept")
-        if data.get("format") != FORMAT_VERSION:
-            raise ValueError(f"{where}: format version {data.get('format')}, this version reads {FORMAT_VERSION}")
-        check_manifest(data, where)
-        manifest = cls.from_content(url, data)
-        # Of what was read, not of what was made of it: a million scenes need not be taken apart again.
-        try:
-            digest = _digest({k: v for k, v in data.items() if k != "fingerprint"})
-        except ValueError:  # NaN
-            digest = ""
+        if data.get("format") == ARRAYS_VERSION:
+            manifest, digest = cls._with_arrays(url, data, where)
+        elif data.get("format") == FORMAT_VERSION:
+            check_manifest(data, where)
+            manifest = cls.from_content(url, data)
+            # Of what was read, not of what was made of it: that need not be taken apart again.
+            try:
+                digest = _digest({k: v for k, v in data.items() if k != "fingerprint"})
+            except ValueError:  # NaN
+                digest = ""
+        else:
+            raise ValueError(
+                f"{where}: format version {str(data.get('format'))[:40]}, this version reads {FORMAT_VERSION} and "
+                f"{ARRAYS_VERSION}"
+            )
         if digest != data["fingerprint"]:
             raise ValueError(f"{where}: its content does not match its fingerprint; it was edited or damaged")
         manifest.__dict__["fingerprint"] = data["fingerprint"]
         if data["labels"] and tuple(get_taxonomy(manifest.taxonomy).classes) != manifest.classes:
             raise ValueError(f"{where}: classes of taxonomy {manifest.taxonomy!r} differ from this version's")
         return manifest
+
+    @classmethod
+    def _with_arrays(cls, url: str, data: dict, where: str) -> tuple[Manifest, str]:
+        """A manifest whose scenes and shards are in a file of arrays, and the fingerprint that its content has."""
+        groups = check_head(data, where)
+        file = storage.join(url, arrays_name(Received(data, where).fingerprint()))
+        try:
+            found = storage.read_bytes(file)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{file}: is missing, though {NAME} refers to it; copy it too, or pack the data again"
+            ) from None
+        scenes, shards = read_arrays(found, file, groups)
+        manifest = cls.from_content(url, {**data, "scenes": scenes, "shards": shards}, arrays=True)
+        about = {k: v for k, v in data.items() if k != "fingerprint"}
+        return manifest, _digest({**about, "scenes": scenes.digest, "shards": shards.digest})
 
     def sidecars(self) -> list[str]:
         """Names of the label groups that were attached later."""
@@ -198,10 +224,7 @@ class Manifest:
             classes=tuple(data["classes"]),
             labels=data["labels"],
             groups=(*(g for g in self.groups if g not in ("labels", group)), group),
-            shards=(
-                *(s for s in self.shards if s.group not in ("labels", group)),
-                *(ShardEntry(**s) for s in data["shards"]),
-            ),
+            shards=self.shards.without("labels", group) + ShardTable.of(data["shards"]),
             label_group=group,
             convention=data.get("convention", ""),
         )
@@ -242,8 +265,8 @@ class Manifest:
                     f"{self.url}: labels {group} are on grid {grid.name if grid else None} with taxonomy {other.taxonomy!r}, "
                     f"{self.label_group} are not; they cannot be read together"
                 )
-            more = tuple(s for s in other.shards if s.group == group)
-            found = replace(found, base=other.base, groups=(*found.groups, group), shards=(*found.shards, *more))
+            shards = found.shards + other.shards.only(group)
+            found = replace(found, base=other.base, groups=(*found.groups, group), shards=shards)
         return found
 
     def author(self, group: str) -> Author:
@@ -270,20 +293,20 @@ class Manifest:
             base: fingerprint of the set that it belongs to.
             author: of labels that are predictions.
         """
-        content = self.content()
-        data = {k: content[k] for k in ("format", "grid", "taxonomy", "classes", "labels")}
+        about = self.about()
+        data = {"format": FORMAT_VERSION, **{k: about[k] for k in ("grid", "taxonomy", "classes", "labels")}}
         data |= {"convention": self.convention} if self.convention else {}
         data |= {"base": base, "group": self.label_group}
         if author and author.network:
             data["network"] = author.network
         if author and author.trained_on is not None:
             data["trained_on"] = sorted(author.trained_on)
-        data["shards"] = [asdict(s) for s in self.shards if s.group == self.label_group]
+        data["shards"] = [s.to_dict() for s in self.shards.only(self.label_group)]
         where = storage.join(self.url, sidecar_name(self.label_group))
         storage.publish(json.dumps(data, indent=1, sort_keys=True).encode(), where)
 
     @classmethod
-    def from_content(cls, url: str, content: Mapping[str, Any]) -> Manifest:
+    def from_content(cls, url: str, content: Mapping[str, Any], arrays: bool = False) -> Manifest:
         """The inverse of ``content``."""
         return cls(
             url=url,
@@ -293,10 +316,11 @@ class Manifest:
             classes=tuple(content["classes"]),
             labels=content["labels"],
             groups=tuple(content["groups"]),
-            scenes=tuple(SceneEntry(**s) for s in content["scenes"]),
-            shards=tuple(ShardEntry(**s) for s in content["shards"]),
+            scenes=SceneTable.of(content["scenes"]),
+            shards=ShardTable.of(content["shards"]),
             left_out=tuple(content.get("left_out", ())),
             convention=content.get("convention", ""),
+            arrays=arrays,
         )
 
     def subset(self, scenes: int | None = None, seed: int = 0, holdout: int = 0) -> list[int]:
@@ -325,20 +349,21 @@ class Manifest:
 
     def named(self, names: Iterable[str]) -> list[int]:
         """Scene numbers by name. Raises ValueError that names the nearest."""
-        numbers = {s.name: i for i, s in enumerate(self.scenes)}
         found = []
         for name in names:
-            if name not in numbers:
-                near = difflib.get_close_matches(name, numbers, 1, 0.3)
+            number = self.scenes.find(name)
+            if number is None:
+                # Among a million names, the search for a similar one would take minutes.
+                near = difflib.get_close_matches(name, self.scenes.names()[:MOST_COMPARED], 1, 0.3)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"{self.url}: has no scene {name!r}{hint or ';'} `occstream inspect` lists them")
-            found.append(numbers[name])
+            found.append(number)
         return found
 
     def _permutation(self, seed: int) -> list[int]:
         # By name, not by number: the subset of a scene list does not depend on how it was sharded.
-        names = sorted(range(len(self.scenes)), key=lambda i: self.scenes[i].name)
-        return [names[i] for i in np.random.Generator(np.random.PCG64(seed)).permutation(len(names))]
+        drawn = np.random.Generator(np.random.PCG64(seed)).permutation(len(self.scenes))
+        return self.scenes.by_name[drawn].tolist()
 
     def check(self, grid: VoxelGrid | None, taxonomy: str, groups: tuple[str, ...]) -> None:
         """Raises ValueError if this is not the data that a recipe expects.
@@ -360,15 +385,23 @@ class Manifest:
 
     def shard(self, group: str, number: int) -> ShardEntry:
         """Entry of a shard. Raises ValueError if there is none."""
-        try:
-            return self._by_place[group, number]
-        except KeyError:
-            raise ValueError(f"{self.url}: manifest names no shard {shard_path(group, number)}") from None
-
-    @functools.cached_property
-    def _by_place(self) -> dict[tuple[str, int], ShardEntry]:
-        return {(s.group, s.number): s for s in self.shards}
+        entry = self.shards.find(group, number)
+        if entry is None:
+            raise ValueError(f"{self.url}: manifest names no shard {shard_path(group, number)}")
+        return entry
 
     @property
     def num_frames(self) -> int:
-        return sum(s.frames for s in self.scenes)
+        return int(self.scenes.frames.sum(dtype=np.int64))
+
+    def spread(self, frames: int) -> list[tuple[int, int]]:
+        """Scene and frame numbers of at most this many frames, evenly spread over all."""
+        total = self.num_frames
+        return self.places(np.unique(np.linspace(0, total - 1, min(frames, total)).astype(np.int64)))
+
+    def places(self, numbers: np.ndarray) -> list[tuple[int, int]]:
+        """Scene and frame numbers of frames that are counted through all scenes."""
+        ends = np.cumsum(self.scenes.frames, dtype=np.int64)
+        scenes = np.searchsorted(ends, numbers, "right")
+        inside = numbers - (ends[scenes] - self.scenes.frames[scenes])
+        return list(zip(scenes.tolist(), inside.tolist()))

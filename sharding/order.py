@@ -11,6 +11,7 @@ or dropping: a batch may straddle two.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -48,8 +49,13 @@ def generator(*keys: object) -> np.random.Generator:
 
 def by_scenes(names: Sequence[str], frames: Sequence[int]) -> str:
     """Identity of an order that depends on which scenes there are: their names and numbers of frames, in order."""
-    listed = "\n".join(f"{name} {int(count)}" for name, count in zip(names, frames, strict=True))
-    return hashlib.blake2b(listed.encode(), digest_size=16).hexdigest()
+    digest, lines = hashlib.blake2b(digest_size=16), zip(names, frames, strict=True)
+    first = True
+    while piece := list(itertools.islice(lines, 4096)):  # of a million names, their text is not made at once
+        listed = "\n".join(f"{name} {int(count)}" for name, count in piece)
+        digest.update((listed if first else f"\n{listed}").encode())
+        first = False
+    return digest.hexdigest()
 
 
 def by_content(fingerprint: str, scenes: Sequence[int]) -> str:
@@ -128,12 +134,12 @@ class Order:
     def __init__(
         self,
         identity: str,
-        scenes: Sequence[int],
-        frames: Sequence[int],
+        scenes: Sequence[int] | np.ndarray,
+        frames: Sequence[int] | np.ndarray,
         seed: int,
         *,
         draw: int | None = None,
-        shards: Sequence[int] | None = None,
+        shards: Sequence[int] | np.ndarray | None = None,
         lanes: int = LANES,
         copies: Copies | None = None,
     ) -> None:

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Protocol, TypedDict, Unpack
 
 from occstream.sharding import lease, storage, threads
+from occstream.sharding.arrays import MOST_LISTED
 from occstream.sharding.codec import FORMAT_VERSION, GROUPS, Coding, canonical_json, encode
 from occstream.sharding.contract import admit, with_lacking
+from occstream.sharding.entries import shard_path
 from occstream.sharding.frameclasses import FrameClasses, classes_of
 from occstream.sharding.grid import VoxelGrid
-from occstream.sharding.manifest import NAME, Manifest, shard_path
+from occstream.sharding.manifest import NAME, Manifest
 from occstream.sharding.prepare import Images
 from occstream.sharding.received import check_manifest, load_json
 from occstream.sharding.schema import Frame, Scene, Source, Taxonomy, check_scene_name
@@ -342,10 +344,11 @@ def _publish(url: str, outcomes: list[dict]) -> Manifest:
     if not content["scenes"]:
         raise ValueError(f"{url}: every scene failed; nothing was published")
     check_manifest({"fingerprint": "", **content}, storage.join(url, NAME))
-    manifest = Manifest.from_content(url, content)
+    large = len(content["scenes"]) + len(content["shards"]) > MOST_LISTED
+    manifest = Manifest.from_content(url, content, arrays=large and not _is_listed(url, content))
     for group in manifest.groups:
         there = storage.listing(storage.join(url, group))
-        for shard in (s for s in manifest.shards if s.group == group):
+        for shard in manifest.shards.only(group):
             if there.get(Path(shard.path).name) != shard.size:
                 raise ValueError(
                     f"{storage.join(url, shard.path)}: is missing or has changed since it was packed; rerun the job"
@@ -354,6 +357,15 @@ def _publish(url: str, outcomes: list[dict]) -> Manifest:
         table.publish(manifest)
     manifest.publish()
     return manifest
+
+
+def _is_listed(url: str, content: dict) -> bool:
+    """Whether the manifest there holds the same, all in JSON, as earlier versions wrote it: its fingerprint stays."""
+    try:
+        there = Manifest.load(url)
+    except ValueError:
+        return False
+    return not there.arrays and there == Manifest.from_content(url, content)
 
 
 def _table(made: list[dict]) -> FrameClasses | None:

@@ -22,6 +22,7 @@ LARGEST_SHARD = 1 << 43  # bytes
 MOST_VOXELS = 1 << 30
 LEAST_BYTES = 1024  # of a frame in a tar: one header and one block
 _GROUP = re.compile(r"[a-z][a-z0-9-]{0,59}")
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -70,6 +71,12 @@ class Received:
                 f"{field} is {str(found)[:80]}: needs different names of lower-case letters, digits and '-'"
             )
         return found
+
+    def fingerprint(self) -> str:
+        value = self.text("fingerprint")
+        if not _FINGERPRINT.fullmatch(value):
+            raise self.fail(f"fingerprint is {value[:40]!r}, not 32 hex digits")
+        return value
 
     def grid(self) -> VoxelGrid | None:
         value = self.data.get("grid")
@@ -130,8 +137,8 @@ def check_shards(received: Received, groups: tuple[str, ...]) -> dict[str, dict[
     return sizes
 
 
-def check_manifest(data: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError if a manifest cannot be what ``Manifest.content`` wrote."""
+def check_head(data: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Raises ValueError if what a manifest says besides its scenes and shards cannot be. Returns the groups."""
     received = Received(data, where)
     for field in ("source", "taxonomy", "labels", "fingerprint"):
         received.text(field)
@@ -143,6 +150,12 @@ def check_manifest(data: Mapping[str, Any], where: str) -> None:
     groups = received.groups()
     if grid is None and "labels" in groups:
         raise received.fail("it has labels but no grid")
+    return groups
+
+
+def check_manifest(data: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError if a manifest cannot be what ``Manifest.content`` wrote."""
+    received, groups = Received(data, where), check_head(data, where)
     sizes = check_shards(received, groups)
     scenes = received.rows("scenes", {"name", "frames", "shard"}, {"attributes"})
     received.matches("name of scenes", (s["name"] for s in scenes), SCENE_NAME)
@@ -150,15 +163,32 @@ def check_manifest(data: Mapping[str, Any], where: str) -> None:
     shards = received.whole("shard of scenes", (s["shard"] for s in scenes), 0, MOST_SHARDS)
     if not all(isinstance(s.get("attributes", {}), dict) for s in scenes):
         raise received.fail("attributes of a scene are not an object")
+    rooms = {g: (np.array([*by.keys()], np.int64), np.array([*by.values()], np.int64)) for g, by in sizes.items()}
+    check_room(received, frames, shards, rooms)
+
+
+def check_room(
+    received: Received, frames: np.ndarray, shards: np.ndarray, rooms: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """Raises ValueError if a scene lies in a shard that is not there, or that is too small for the frames of its scenes.
+
+    Args:
+        frames, shards: (N,) of the scenes.
+        rooms: for each group numbers and sizes of its shards.
+    """
     numbers, place = np.unique(shards, return_inverse=True)
     needed = np.bincount(place, frames, len(numbers)) * LEAST_BYTES if len(numbers) else np.zeros(0)
-    for group, by_number in sizes.items():
-        for number, least in zip(numbers.tolist(), needed.tolist()):
-            if number not in by_number:
-                raise received.fail(f"scenes lie in shard {number}, but group {group} has no such shard")
-            if by_number[number] < least:
-                size = by_number[number]
-                raise received.fail(f"shard {number} of group {group} has {size} bytes, too few for its frames")
+    for group, (there, sizes) in rooms.items():
+        order = np.argsort(there)
+        at = np.searchsorted(there, numbers, sorter=order)
+        found = order[np.minimum(at, len(there) - 1)] if len(there) else np.zeros(len(numbers), np.int64)
+        lacking = there[found] != numbers if len(there) else np.ones(len(numbers), bool)
+        if lacking.any():
+            raise received.fail(f"scenes lie in shard {numbers[lacking][0]}, but group {group} has no such shard")
+        small = sizes[found] < needed if len(there) else lacking
+        if small.any():
+            number, size = numbers[small][0], sizes[found][small][0]
+            raise received.fail(f"shard {number} of group {group} has {size} bytes, too few for its frames")
 
 
 def check_sidecar(data: Mapping[str, Any], where: str, group: str) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 from occstream.sharding import storage
 from occstream.sharding import threads as guarded
 from occstream.sharding.codec import CorruptSample, IncompleteSample, decode
-from occstream.sharding.manifest import Manifest, is_labels, shard_path
+from occstream.sharding.entries import shard_path
+from occstream.sharding.manifest import Manifest, is_labels
 from occstream.sharding.order import Sample
 from occstream.sharding.received import load_json, read_index
 from occstream.sharding.schema import Frame, frame_key

@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
 
-import numpy as np
-
 from occstream.sharding.datacard import black_shares, lacking_line
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.manifest import Manifest
@@ -80,8 +78,7 @@ def after(manifest: Manifest, frames: int = 8) -> list[str]:
         frames: at most this many are read, evenly spread.
     """
     groups = tuple(g for g in manifest.groups if g in ("cameras", manifest.label_group))
-    places = [(s, i) for s, scene in enumerate(manifest.scenes) for i in range(scene.frames)]
-    chosen = [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(frames, len(places))).astype(int))]
+    chosen = manifest.spread(frames)
     views, known, voxels, labeled, semantic, masked = Counter(), 0, 0, 0, 0, 0
     if groups:
         reader = ShardReader(manifest, groups)

@@ -25,11 +25,13 @@ from safetensors.torch import save
 from occstream.pretrain.checkpoint import Checkpoint
 from occstream.pretrain.yamlfile import read_yaml
 from occstream.sharding import pickles, rawfiles
+from occstream.sharding.arrays import pack_arrays, read_arrays
 from occstream.sharding.codec import CorruptSample, decode, encode
+from occstream.sharding.entries import SceneEntry, ShardEntry
 from occstream.sharding.feather import TEXT, read_feather
 from occstream.sharding.frameclasses import FrameClasses
 from occstream.sharding.grid import get_grid
-from occstream.sharding.manifest import Manifest, SceneEntry, ShardEntry
+from occstream.sharding.manifest import Manifest
 from occstream.sharding.received import check_manifest, load_json, read_index
 from occstream.sharding.schema import Boxes, Frame, Labels, LidarSweep, get_taxonomy
 from occstream.sharding.stream import tar_members
@@ -142,6 +144,24 @@ def _read_manifest(data: bytes) -> None:
     assert sum(s.frames for s in Manifest.from_content("x", content).scenes) < 10**9
 
 
+def _arrays() -> bytes:
+    data = pack_arrays(_small().scenes, _small().shards)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return packed({m.name: data[m.offset_data : m.offset_data + m.size] for m in tar})
+
+
+def _read_arrays(data: bytes) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, content in members_of(data).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    scenes, shards = read_arrays(out.getvalue(), "a", ("lidar", "labels"))
+    assert sum(scene.frames + len(scene.attributes) for scene in scenes) < 10**9
+    assert len(list(shards)) < 10**6
+
+
 def _checkpoint() -> bytes:
     files = {
         "state.json": json.dumps({"format": 1, "step": 3, "config": {}, "cameras": ["a"], "data": {"a": [1]}}).encode(),
@@ -199,6 +219,7 @@ _FRAMES = tuple(
 TARGETS = {
     "decode": Target(_FRAMES, _decode, (CorruptSample,), members=True),
     "manifest": Target((_manifest(),), _read_manifest),
+    "arrays": Target((_arrays(),), _read_arrays, members=True),
     "shard": Target((_tar(),), _shard, members=True),
     "checkpoint": Target((_checkpoint(),), _read_checkpoint, members=True),
     "classes": Target((_classes(),), _read_classes),

@@ -9,8 +9,9 @@ import pytest
 import zstandard
 
 from occstream.sharding.codec import CorruptSample, decode, encode
+from occstream.sharding.entries import SceneEntry, ShardEntry
 from occstream.sharding.grid import get_grid
-from occstream.sharding.manifest import Manifest, SceneEntry, ShardEntry, _digest
+from occstream.sharding.manifest import Manifest, _digest
 from occstream.sharding.pack import merge
 from occstream.sharding.received import check_manifest, read_index
 from occstream.sharding.schema import Frame, Labels, get_taxonomy

@@ -14,8 +14,9 @@ import pytest
 from occstream.launch import cli
 from occstream.sharding import check, codec
 from occstream.sharding.check import inspect, verify
+from occstream.sharding.entries import ShardEntry
 from occstream.sharding.frameclasses import FrameClasses
-from occstream.sharding.manifest import Manifest, ShardEntry
+from occstream.sharding.manifest import Manifest
 from occstream.sharding.pack import pack
 from tests.sharding.toy import GRID, ToySource, toy_frame
 
