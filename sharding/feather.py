@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from occstream.sharding.rawfiles import read_file
+from occstream.sharding.rawtree import Place
 
 TEXT = "text"
 
 
-def read_feather(path: Path, columns: Mapping[str, str], why: str = "") -> dict[str, np.ndarray]:
+def read_feather(path: Place, columns: Mapping[str, str], why: str = "") -> dict[str, np.ndarray]:
     """Columns of a table, each (N,).
 
     Args:

@@ -8,7 +8,6 @@ import math
 import warnings
 import zipfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import cv2
@@ -18,6 +17,7 @@ from PIL import Image
 
 from occstream.sharding.contract import is_rigid
 from occstream.sharding.pickles import loads
+from occstream.sharding.rawtree import Place, Tree, raw_place
 
 _ORIENTATION = 0x112  # EXIF tag
 _LEFT_BEHIND = {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "system volume information", "lost+found"}
@@ -25,17 +25,19 @@ _LEFT_BEHIND = {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "system 
 MOST_UNPACKED = 1 << 30  # bytes of all arrays of one .npz
 
 
-def read_file(path: Path, why: str = "") -> bytes:
+def read_file(path: Place, why: str = "") -> bytes:
     """Raises ValueError that names the file, ``why`` it is wanted, and the remedy."""
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: is missing{f' ({why})' if why else ''}; complete the download") from None
     except OSError as error:
+        if isinstance(path, Tree):  # its errors name it
+            raise ValueError(str(error)) from None
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_pickle(path: Path) -> Any:
+def read_pickle(path: Place) -> Any:
     """A pickle of plain values and numpy arrays; anything that could run code is refused with ValueError."""
     try:
         return loads(read_file(path))
@@ -43,7 +45,7 @@ def read_pickle(path: Path) -> Any:
         raise ValueError(f"{path}: not loaded: {error}" if str(path) not in str(error) else str(error)) from None
 
 
-def read_npy(path: Path, why: str = "") -> Any:
+def read_npy(path: Place, why: str = "") -> Any:
     """An ``.npy`` array or the arrays of an ``.npz`` as a dict; object arrays are refused. Raises ValueError."""
     data = read_file(path, why)
     try:
@@ -58,7 +60,7 @@ def read_npy(path: Path, why: str = "") -> Any:
         raise ValueError(f"{path}: not readable as {path.suffix} ({str(error)[:120]}); download it again") from None
 
 
-def read_rows(path: Path, columns: int) -> np.ndarray:
+def read_rows(path: Place, columns: int) -> np.ndarray:
     """(N, columns) float64 of a text file with ``columns`` numbers in a line. Raises ValueError."""
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -73,7 +75,7 @@ def read_rows(path: Path, columns: int) -> np.ndarray:
     return np.array(rows)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Place) -> str:
     """UTF-8 text of a file. Raises ValueError."""
     try:
         return read_file(path).decode()
@@ -92,7 +94,7 @@ def parse_numbers(text: str, where: object) -> np.ndarray:
     return numbers
 
 
-def read_values(path: Path, dtype: str) -> np.ndarray:
+def read_values(path: Place, dtype: str) -> np.ndarray:
     """(N,) of a bare binary file of one type. Raises ValueError if its size does not fit."""
     data = read_file(path)
     if len(data) % np.dtype(dtype).itemsize:
@@ -100,7 +102,7 @@ def read_values(path: Path, dtype: str) -> np.ndarray:
     return np.frombuffer(data, dtype)
 
 
-def read_points(path: Path, columns: int) -> np.ndarray:
+def read_points(path: Place, columns: int) -> np.ndarray:
     """(N, columns) float32 of a bare binary file. Raises ValueError if its size does not fit."""
     data = read_file(path)
     if not data or len(data) % (4 * columns):
@@ -110,7 +112,7 @@ def read_points(path: Path, columns: int) -> np.ndarray:
     return np.frombuffer(data, np.float32).reshape(-1, columns)
 
 
-def read_pcd(path: Path) -> dict[str, np.ndarray]:
+def read_pcd(path: Place) -> dict[str, np.ndarray]:
     """Fields of a PCD file (``DATA ascii`` or ``binary``), each (N,) in its own type. Raises ValueError."""
     data = read_file(path)
     head, at = _pcd_head(data, path)
@@ -135,7 +137,7 @@ def read_pcd(path: Path) -> dict[str, np.ndarray]:
     return {name: rows[name].copy() for name in names}
 
 
-def _pcd_head(data: bytes, path: Path) -> tuple[dict[str, list[str]], int]:
+def _pcd_head(data: bytes, path: Place) -> tuple[dict[str, list[str]], int]:
     """Words after each keyword of a PCD header, and where the points begin."""
     head: dict[str, list[str]] = {}
     at = 0
@@ -161,7 +163,7 @@ def _pcd_type(head: dict[str, list[str]]) -> np.dtype:
     return np.dtype([(n, f"<{k}", (int(c),) if c != "1" else ()) for n, k, c in zip(names, kinds, counts, strict=True)])
 
 
-def read_jpeg(path: Path, why: str = "", quality: int = 95) -> tuple[bytes, int, int]:
+def read_jpeg(path: Place, why: str = "", quality: int = 95) -> tuple[bytes, int, int]:
     """JPEG bytes, width, height of an image file.
 
     A color or gray JPEG is taken as it is; what else a viewer opens (PNG, WebP, BMP, TIFF, a CMYK JPEG) is encoded once,
@@ -198,16 +200,16 @@ def read_jpeg(path: Path, why: str = "", quality: int = 95) -> tuple[bytes, int,
     return jpeg, image.shape[1], image.shape[0]
 
 
-def entries(folder: Path, pattern: str = "*") -> list[Path]:
+def entries(folder: Place, pattern: str = "*") -> list[Place]:
     """Paths below a folder that match, sorted, without what operating systems leave there (.DS_Store, ._x, Thumbs.db…)."""
     return sorted(
         path
         for path in folder.glob(pattern)
-        if not any(part.startswith(".") or part.lower() in _LEFT_BEHIND for part in path.relative_to(folder).parts)
+        if not any(part.startswith(".") or part.lower() in _LEFT_BEHIND for part in path.parts[len(folder.parts) :])
     )
 
 
-def numbered(folder: Path, ending: str) -> list[int]:
+def numbered(folder: Place, ending: str) -> list[int]:
     """Numbers of files that are named ``<number><ending>``, sorted. Raises ValueError for another name."""
     numbers = []
     for path in entries(folder, f"*{ending}"):
@@ -248,10 +250,18 @@ def rigid(matrix: np.ndarray, where: object) -> np.ndarray:
     return pose
 
 
-def choose(wanted: Iterable[str] | None, there: Sequence[str], where: object) -> list[str]:
-    """Scene names to read: all that are there, or the wanted ones. Raises ValueError that names the nearest."""
+Wanted = int | tuple[str, ...] | None
+"""Of scenes: so many, from the first on; by name; or all."""
+
+
+def choose(wanted: int | Iterable[str] | None, there: Sequence[str], where: object) -> list[str]:
+    """Scene names to read: all that are there, the first ones, or the wanted ones. Raises ValueError that names the nearest."""
     if wanted is None:
         return list(there)
+    if isinstance(wanted, int):
+        if not 1 <= wanted <= len(there):
+            raise ValueError(f"{where}: {wanted} scenes are wanted, there are {len(there)}")
+        return list(there[:wanted])
     for name in wanted:
         if name not in there:
             near = difflib.get_close_matches(name, there, 1, 0.4)
@@ -266,9 +276,9 @@ def listed(what: str, names: Sequence[str], most: int = 5) -> str:
     return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({', '.join(names[:most])}{more})"
 
 
-def existing_folder(root: str | Path, holds: str) -> Path:
-    """Raises ValueError if there is no such folder; ``holds`` says what it should hold."""
-    folder = Path(root)
+def existing_folder(root: str | Place, holds: str) -> Place:
+    """A folder, by path, URL or inside a zip archive. Raises ValueError if there is none; ``holds`` says what it should hold."""
+    folder = raw_place(root) if isinstance(root, str) else root
     if not folder.is_dir():
         raise ValueError(f"{root}: no such folder; give the one that holds {holds}")
     return folder

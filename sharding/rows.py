@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from occstream.sharding.rawfiles import pose_of
+from occstream.sharding.rawtree import Place
 
 FARTHEST = 1e8  # meters from the origin of a map: further than any projection of the earth puts a vehicle
 LARGEST = 2**53  # whole numbers beyond it do not survive JSON
@@ -139,7 +140,7 @@ class Row:
         return list(value)
 
 
-def read_list(path: Path) -> list:
+def read_list(path: Place) -> list:
     """The list that a JSON file holds. Raises ValueError if it is missing, damaged or holds something else."""
     try:
         found = json.loads(path.read_bytes())
@@ -162,7 +163,7 @@ class Table:
         ValueError: it is missing or damaged, or two records have one token.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         self.records = read_list(path)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import fcntl
+import functools
 import hashlib
 import math
 import os
@@ -33,6 +34,19 @@ MINUTES = (
 PAUSE, LONGEST = 0.2, 15.0  # seconds before the second try, doubled with each, and the most
 BLOCK = 8 << 20
 PATIENCE, SLOW = 10.0, 2 << 20  # seconds, bytes a second: a download slower than this is asked for a second time
+PUBLIC = {  # buckets that anybody may read, and their regions
+    "argoverse": "us-east-1",
+    "motional-nuscenes": "ap-northeast-1",
+    "motional-nuplan": "ap-northeast-1",
+    "man-truckscenes": "eu-central-1",
+}
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+_CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_PROFILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+)
 PART = 32 << 20  # objects beyond twice this are uploaded in parts of it
 
 
@@ -59,12 +73,37 @@ def _fs(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)
     # Three layers would each retry, and a dead store would take minutes to notice: ``retry`` is the one that waits.
     timeouts = {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 1}}
-    open_to_all = os.environ.get(ANONYMOUS, "")
-    bucket = url.removeprefix("s3://").split("/", 1)[0]
-    anonymous = {"anon": True} if open_to_all == "1" or bucket in open_to_all.split(",") else {}
-    fs, path = fsspec.core.url_to_fs(url, config_kwargs=timeouts, **anonymous)
+    fs, path = fsspec.core.url_to_fs(url, config_kwargs=timeouts, **_access(url))
     fs.retries = 2
     return fs, path
+
+
+def _access(url: str) -> dict[str, Any]:
+    """How a bucket is asked: without credentials where the environment says so, or where it is known to be public and there
+    are none; in its own region where that is known and no other store is set."""
+    bucket, said = url.removeprefix("s3://").split("/", 1)[0], os.environ.get(ANONYMOUS, "")
+    found: dict[str, Any] = {}
+    if bucket in PUBLIC and not any(os.environ.get(name) for name in _ENDPOINTS):
+        found["client_kwargs"] = {"region_name": PUBLIC[bucket]}
+    if said == "1" or bucket in said.split(","):
+        found["anon"] = True
+    elif bucket in PUBLIC and not _has_credentials():
+        found["anon"] = True
+        _say_once(f"s3://{bucket} is a public bucket: it is read without credentials")
+    return found
+
+
+def _has_credentials() -> bool:
+    """Whether the environment or a file gives some. (A role of the machine is no reason not to read what is public without.)"""
+    if any(os.environ.get(name) for name in _CREDENTIALS):
+        return True
+    files = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}
+    return any(os.path.exists(os.path.expanduser(os.environ.get(name) or path)) for name, path in files.items())
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 _counts: collections.Counter[str] = collections.Counter()
@@ -235,6 +274,12 @@ def listing(url: str) -> dict[str, int]:
 def folders(url: str) -> list[str]:
     """Names of what has objects below it, directly below a URL; empty if there is nothing."""
     return [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in _entries(url) if entry["type"] == "directory"]
+
+
+def names(url: str) -> dict[str, bool]:
+    """What lies directly below a URL by name, and whether it is a folder; empty if there is nothing."""
+    found = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["type"] == "directory" for entry in _entries(url)}
+    return {name: folder for name, folder in found.items() if name}
 
 
 def remove(url: str) -> None:

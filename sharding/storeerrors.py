@@ -69,6 +69,8 @@ def transient(error: BaseException, local: bool = False) -> bool:
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    elif isinstance(code := getattr(response, "status_code", None), int):  # of libraries that speak HTTP themselves
+        status = code
     if isinstance(status, int) and status:
         return status >= 500 or status in (408, 425, 429)
     return not local and bool(_WORDS.search(f"{name} {text}"))

@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+
 
 @dataclass
 class Faults:
@@ -28,6 +32,7 @@ class Faults:
         sent: bytes of answers to GET by path.
         pace: seconds that an answer takes to arrive, in ten pieces; 0: at once.
         away: nothing is answered, connections are cut.
+        public: key and secret of the store, as which readers without credentials are passed on; those with some are refused.
     """
 
     errors: float = 0.0
@@ -41,6 +46,7 @@ class Faults:
     sent: Counter = field(default_factory=Counter)
     pace: float = 0.0
     away: bool = False
+    public: tuple[str, str] | None = None
 
     def __post_init__(self):
         self.random, self.lock = random.Random(self.seed), threading.Lock()
@@ -65,6 +71,14 @@ class Faults:
                 kind = "reset"
             self.seen[kind] += 1
             return kind
+
+
+def signed(method: str, url: str, headers: dict[str, str], key: tuple[str, str]) -> dict[str, str]:
+    """The headers of a request, and those that sign it."""
+    kept = {name: value for name, value in headers.items() if name.lower() == "range"}
+    request = AWSRequest(method, url, headers=kept)
+    S3SigV4Auth(Credentials(*key), "s3", "us-east-1").add_auth(request)
+    return dict(request.headers.items())
 
 
 @contextlib.contextmanager
@@ -96,9 +110,13 @@ def before(endpoint: str, faults: Faults) -> Iterator[str]:
                 return self.answer(code, b"<Error><Code>SlowDown</Code><Message>slow</Message></Error>")
             if kind == "forbid":
                 return self.answer(403, b"<Error><Code>AccessDenied</Code><Message>denied</Message></Error>")
+            if faults.public and self.headers.get("Authorization"):
+                return self.answer(403, b"<Error><Code>AccessDenied</Code><Message>not anonymous</Message></Error>")
             upstream = http.client.HTTPConnection(target.hostname, target.port, timeout=60)
             # The Host header is signed, so it is passed on as it is.
             headers = {k: v for k, v in self.headers.items() if k.lower() not in ("connection", "expect")}
+            if faults.public:
+                headers = signed(self.command, endpoint + self.path, headers, faults.public)
             upstream.request(self.command, self.path, body, headers)
             got = upstream.getresponse()
             data = got.read()

@@ -85,8 +85,9 @@ def open_source(name: str, options: Mapping[str, Any]) -> Source:
         try:
             values[key] = TypeAdapter(hints[key], config={"arbitrary_types_allowed": True}).validate_python(value)
         except ValidationError as error:
-            problem = error.errors()[0]
-            said = f"write a list, {key}=[{value}]" if problem["type"] == "tuple_type" else problem["msg"]
+            problems = error.errors()
+            listed = any(problem["type"] == "tuple_type" for problem in problems)
+            said = f"write a list, {key}=[{value}]" if listed else problems[0]["msg"]
             raise ValueError(f"source {name!r}: {key}={value!r}: {said}") from None
     missing = [k for k, p in known.items() if p.default is p.empty and k not in values]
     if missing:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -22,7 +21,8 @@ from occstream.sharding.exactmath import angle_of
 from occstream.sharding.feather import TEXT, read_feather
 from occstream.sharding.motion import Trajectory
 from occstream.sharding.poses import apply, compose, inverse, rotate
-from occstream.sharding.rawfiles import choose, entries, existing_folder, numbered, pose_of, read_jpeg
+from occstream.sharding.rawfiles import Wanted, choose, entries, existing_folder, numbered, pose_of, read_jpeg
+from occstream.sharding.rawtree import Place, Tree, ahead, raw_place
 from occstream.sharding.schema import (
     OCC3D_TO_OPENSCENE,
     Boxes,
@@ -35,6 +35,7 @@ from occstream.sharding.schema import (
     get_taxonomy,
 )
 
+SPLITS = ("train", "val", "test")
 EGO_HEIGHT = 0.33  # meters of the rear axle above the road: ground returns of a log lie at -0.29 to -0.38
 _TO_ROAD = np.eye(4)
 _TO_ROAD[2, 3] = EGO_HEIGHT
@@ -64,7 +65,7 @@ def open_source(
     *,
     root: str,
     split: Literal["train", "val", "test"] | None = None,
-    scenes: tuple[str, ...] | None = None,
+    scenes: Wanted = None,
     taxonomy: Literal["occ3d", "openscene"] = "occ3d",
     stride: int = 5,
     sweeps: bool = True,
@@ -75,9 +76,10 @@ def open_source(
     """A folder in the layout of the Argoverse 2 sensor data.
 
     Args:
-        root: holds ``train/``, ``val/`` or ``test/``, or ``sensor/`` with these.
+        root: holds ``train/``, ``val/`` or ``test/``, or ``sensor/`` with these; or is one of the three. The data set is at
+            ``s3://argoverse/datasets/av2/sensor``.
         split: read only this one; None for all that are there.
-        scenes: ids of logs; None for all.
+        scenes: ids of logs, or how many of the first; None for all.
         taxonomy: of the names of boxes.
         stride: one sweep in this many is a key-frame; 5 gives 2 Hz.
         sweeps: read the sweeps between key-frames.
@@ -90,13 +92,18 @@ def open_source(
     """
     top = existing_folder(root, "train/, val/ or test/")
     top = top / "sensor" if (top / "sensor").is_dir() else top
+    if top.name in SPLITS and not any((top / name).is_dir() for name in SPLITS):
+        if split not in (None, top.name):
+            raise ValueError(f"{top}: is split {top.name}, but split={split} is asked for")
+        split, top = top.name, raw_place(str(top)[: -len(top.name) - 1])
     if stride < 1:
         raise ValueError(f"stride is {stride}, must be at least 1")
-    splits = [split] if split else [name for name in ("train", "val", "test") if (top / name).is_dir()]
+    splits = [split] if split else [name for name in SPLITS if (top / name).is_dir()]
     logs = {}
     for name in splits:
         folder = existing_folder(top / name, "one folder for each log")
-        logs |= {p.name: name for p in entries(folder) if (p / "sensors" / "lidar").is_dir()}
+        # Of a store, one listing gives the names; to look into each would take a request for every log.
+        logs |= {p.name: name for p in entries(folder) if _has_sweeps(p)}
     if not logs:
         raise ValueError(f"{top}: has no logs (<split>/<log>/sensors/lidar); complete the download")
     chosen = {name: logs[name] for name in choose(scenes, sorted(logs), top)}
@@ -106,11 +113,15 @@ def open_source(
     )  # fmt: skip
 
 
+def _has_sweeps(log: Place) -> bool:
+    return log.is_dir() if isinstance(log, Tree) and not log.archive else (log / "sensors" / "lidar").is_dir()
+
+
 @dataclass(frozen=True)
 class Argoverse2:
     """See ``open_source``."""
 
-    root: Path = field(repr=False)
+    root: Place = field(repr=False)
     logs: dict[str, str]
     taxonomy: Taxonomy
     stride: int
@@ -138,9 +149,14 @@ class Argoverse2:
             annotations = _Annotations.read(log.folder / "annotations.feather", self.taxonomy)
         shutters = {camera: numbered(log.folder / "sensors" / "cameras" / camera, ".jpg") for camera in self._rig(log)}
         frames = []
-        for index, start in enumerate(range(0, len(times), self.stride)):
-            time = times[start]
-            between = times[max(0, start - self.stride + 1) : start] if self.sweeps else []
+        starts = range(0, len(times), self.stride)
+        between_of = [times[max(0, s - self.stride + 1) : s] if self.sweeps else [] for s in starts]
+        for index, start in enumerate(starts):
+            if index == 0:
+                log.ahead([times[start]], shutters)
+            if index + 1 < len(starts):
+                log.ahead([*between_of[index + 1], times[starts[index + 1]]], shutters)
+            time, between = times[start], between_of[index]
             frames.append(
                 Frame(
                     scene=name,
@@ -169,12 +185,16 @@ class Argoverse2:
     def _cameras(self, log: _Log, shutters: dict[str, list[int]], time: int) -> dict[str, Camera]:
         """The image of each camera that is nearest to a sweep, where there is one within 50 ms."""
         found = {}
-        for name, taken in shutters.items():
-            nearest = min(taken, key=lambda t: abs(t - time), default=None)
-            if nearest is not None and abs(nearest - time) <= CAMERA_WITHIN:
-                camera = log.camera(name, nearest)
-                found[name] = _middle(camera) if self.crop and name == "ring_front_center" else camera
+        for name, nearest in _nearest(shutters, time).items():
+            camera = log.camera(name, nearest)
+            found[name] = _middle(camera) if self.crop and name == "ring_front_center" else camera
         return found
+
+
+def _nearest(shutters: dict[str, list[int]], time: int) -> dict[str, int]:
+    """By camera, the time of the image that is nearest to a sweep, where there is one within 50 ms."""
+    near = {name: min(taken, key=lambda t: abs(t - time), default=None) for name, taken in shutters.items()}
+    return {name: at for name, at in near.items() if at is not None and abs(at - time) <= CAMERA_WITHIN}
 
 
 @dataclass(frozen=True)
@@ -188,7 +208,7 @@ class _Log:
         origins: (2, 3) where the two LiDARs are in the frame of the sweep.
     """
 
-    folder: Path
+    folder: Place
     poses: dict[int, np.ndarray]
     track: Trajectory
     sensors: dict[str, np.ndarray]
@@ -197,7 +217,7 @@ class _Log:
     origins: np.ndarray
 
     @classmethod
-    def read(cls, folder: Path) -> _Log:
+    def read(cls, folder: Place) -> _Log:
         """Raises ValueError if a table is missing or damaged, or lacks a LiDAR."""
         path = folder / "city_SE3_egovehicle.feather"
         table = read_feather(path, {"timestamp_ns": "int64", **dict.fromkeys(_POSE, "float64")}, "the ego poses")
@@ -220,6 +240,17 @@ class _Log:
         poses = dict(zip(times.tolist(), ego))
         return cls(folder, poses, track, sensors, _intrinsics(folder), lidar_to_ego, origins)
 
+    def ahead(self, times: list[int], shutters: dict[str, list[int]]) -> None:
+        """Begins to fetch sweeps, and the images of the last of them."""
+        ahead(self.sweep_path(time) for time in times)
+        ahead(self.image_path(name, time) for name, time in _nearest(shutters, times[-1]).items())
+
+    def sweep_path(self, time: int) -> Place:
+        return self.folder / "sensors" / "lidar" / f"{time}.feather"
+
+    def image_path(self, name: str, time: int) -> Place:
+        return self.folder / "sensors" / "cameras" / name / f"{time}.jpg"
+
     def pose(self, time: int) -> np.ndarray:
         """Ego -> city at a time. Raises ValueError if the poses do not reach there."""
         known = self.poses.get(time)
@@ -227,7 +258,7 @@ class _Log:
 
     def sweep(self, time: int) -> LidarSweep:
         """Raises ValueError if the file is missing or damaged."""
-        path = self.folder / "sensors" / "lidar" / f"{time}.feather"
+        path = self.sweep_path(time)
         kinds = {**dict.fromkeys("xyz", "float64"), "intensity": "uint8", "laser_number": "uint8", "offset_ns": "int64"}
         table = read_feather(path, kinds)
         xyz = np.stack([table[axis] for axis in "xyz"], 1) + (_TO_ROAD[:3, 3] - self.lidar_to_ego[:3, 3])
@@ -244,7 +275,7 @@ class _Log:
 
     def camera(self, name: str, time: int) -> Camera:
         """An image. Raises ValueError if it is missing or damaged, or does not fit its calibration."""
-        path = self.folder / "sensors" / "cameras" / name / f"{time}.jpg"
+        path = self.image_path(name, time)
         if name not in self.intrinsics or name not in self.sensors:
             raise ValueError(
                 f"{self.folder / 'calibration'}: has no calibration of camera {name}; set cameras= without it"
@@ -274,7 +305,7 @@ class _Annotations:
     poses: np.ndarray
 
     @classmethod
-    def read(cls, path: Path, taxonomy: Taxonomy) -> _Annotations:
+    def read(cls, path: Place, taxonomy: Taxonomy) -> _Annotations:
         """Raises ValueError for a damaged table, a category that is not known, or a size that is none."""
         lengths = ("length_m", "width_m", "height_m")
         kinds = {"timestamp_ns": "int64", "track_uuid": TEXT, "category": TEXT}
@@ -317,7 +348,7 @@ def _name(category: str, taxonomy: Taxonomy) -> str:
     return TO_OCC3D[category]
 
 
-def _poses(table: dict[str, np.ndarray], path: Path) -> np.ndarray:
+def _poses(table: dict[str, np.ndarray], path: Place) -> np.ndarray:
     """(N, 4, 4) of rows with a quaternion and a place. Raises ValueError that names the row."""
     found = np.zeros((len(table["qw"]), 4, 4))
     for row, values in enumerate(np.stack([table[name] for name in _POSE], 1)):
@@ -328,7 +359,7 @@ def _poses(table: dict[str, np.ndarray], path: Path) -> np.ndarray:
     return found
 
 
-def _intrinsics(folder: Path) -> dict[str, tuple[np.ndarray, int, int]]:
+def _intrinsics(folder: Place) -> dict[str, tuple[np.ndarray, int, int]]:
     """Matrix, width and height by camera. Raises ValueError."""
     path = folder / "calibration" / "intrinsics.feather"
     kinds = {"sensor_name": TEXT, **dict.fromkeys(("fx_px", "fy_px", "cx_px", "cy_px"), "float64")}

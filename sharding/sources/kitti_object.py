@@ -10,8 +10,8 @@ and go into the scene's attributes as they are.
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from PIL import Image
 from occstream.sharding.exactmath import angle_of, cos_sin
 from occstream.sharding.poses import apply, compose, inverse, rotate
 from occstream.sharding.rawfiles import (
+    Wanted,
     choose,
     existing_folder,
     listed,
@@ -31,6 +32,7 @@ from occstream.sharding.rawfiles import (
     read_text,
     rigid,
 )
+from occstream.sharding.rawtree import Place, ahead
 from occstream.sharding.scanrows import rows_of_scan
 from occstream.sharding.schema import (
     OCC3D_TO_OPENSCENE,
@@ -58,7 +60,7 @@ def open_source(
     root: str,
     split: Literal["training", "testing"] = "training",
     image_set: str | None = None,
-    scenes: tuple[str, ...] | None = None,
+    scenes: Wanted = None,
     taxonomy: Literal["occ3d", "openscene"] = "occ3d",
     cameras: bool = True,
     boxes: bool = True,
@@ -102,7 +104,7 @@ def open_source(
 class KittiObject:
     """See ``open_source``."""
 
-    folder: Path = field(repr=False)
+    folder: Place = field(repr=False)
     split: str
     frames: tuple[str, ...]
     taxonomy: Taxonomy
@@ -119,6 +121,9 @@ class KittiObject:
 
     def load(self, name: str) -> Scene:
         """One frame. Raises ValueError if a file is missing or damaged."""
+        kinds = {"calib": "txt", "velodyne": "bin", "image_2": "png", "label_2": "txt"}
+        files = [self.folder / kind / f"{name}.{ending}" for kind, ending in kinds.items()]
+        ahead(file for file in files if file.is_file())
         calibration = _Calibration.read(self.folder / "calib" / f"{name}.txt")
         image = self.folder / "image_2" / f"{name}.png"
         points = read_points(self.folder / "velodyne" / f"{name}.bin", 4)
@@ -166,7 +171,7 @@ class _Calibration:
     intrinsics: np.ndarray
 
     @classmethod
-    def read(cls, path: Path) -> _Calibration:
+    def read(cls, path: Place) -> _Calibration:
         """Raises ValueError if a line is missing or is no calibration."""
         found = {}
         for line in read_text(path).splitlines():
@@ -211,7 +216,7 @@ class _Object:
     turn: float
 
 
-def _objects(path: Path) -> list[_Object]:
+def _objects(path: Place) -> list[_Object]:
     """All lines of a label file. Raises ValueError that names file and line."""
     found = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -248,13 +253,11 @@ def _boxes(objects: list[_Object], calibration: _Calibration, name: str, taxonom
     return Boxes(np.array(rows, np.float32).reshape(-1, 7), names, [f"{name}-{i}" for i in range(len(rows))])
 
 
-def _image_size(path: Path) -> tuple[int, int]:
+def _image_size(path: Place) -> tuple[int, int]:
     """Width and height without decoding the image. Raises ValueError if it is missing or damaged."""
+    data = read_file(path, "its size says which points have boxes; or say crop=false")
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(data)) as image:
             return image.size
-    except FileNotFoundError:
-        read_file(path, "its size says which points have boxes; or say crop=false")
-        raise
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable image ({error}); download it again") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from occstream.sharding.exactmath import angle_of
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.poses import compose, inverse, rotate
 from occstream.sharding.rawfiles import (
+    Wanted,
     choose,
     entries,
     existing_folder,
@@ -29,6 +30,7 @@ from occstream.sharding.rawfiles import (
     read_npy,
     read_points,
 )
+from occstream.sharding.rawtree import Place, ahead
 from occstream.sharding.rows import Row, Table, read_list
 from occstream.sharding.schema import (
     IGNORE,
@@ -66,7 +68,7 @@ def open_source(
     *,
     root: str,
     version: str | None = None,
-    scenes: tuple[str, ...] | None = None,
+    scenes: Wanted = None,
     sweeps: bool = False,
     taxonomy: Literal["occ3d", "openscene"] = "occ3d",
     labels: Literal["occ3d", "openoccupancy", "surroundocc"] | None = None,
@@ -79,7 +81,7 @@ def open_source(
     Args:
         root: holds the table folder, ``samples/``…
         version: name of the table folder; None if there is only one.
-        scenes: names of the scenes to read; None for all.
+        scenes: names of the scenes to read, or how many of the first; None for all.
         sweeps: also read the LiDAR sweeps between key-frames (denser labels).
         taxonomy: of point classes and box names.
         labels: a public label set to read with the frames; None: there are none, make them with ``--labels lidar``.
@@ -131,7 +133,7 @@ class Rig:
             )
 
 
-def _findings(folder: Path, labels: str | None, where: Path | None, records: dict[str, dict]) -> Findings:
+def _findings(folder: Place, labels: str | None, where: Place | None, records: dict[str, dict]) -> Findings:
     if labels:
         return Findings(f"{labels}, below {where}")
     having = {
@@ -162,12 +164,12 @@ class Nuscenes:
         records: by scene name what the tables say, joined; small enough to be sent to worker processes.
     """
 
-    root: Path = field(repr=False)  # ``repr`` goes into the digests of shards: what they hold, not where it came from
+    root: Place = field(repr=False)  # ``repr`` goes into the digests of shards: what they hold, not where it came from
     version: str
     sweeps: bool
     taxonomy: Taxonomy
     labels: str | None
-    labels_root: Path | None = field(repr=False)
+    labels_root: Place | None = field(repr=False)
     records: dict[str, dict] = field(repr=False)
     findings: Findings = field(repr=False)
     rig: Rig = Rig()
@@ -199,6 +201,7 @@ class Nuscenes:
         return Scene(name, frames, record["attributes"])
 
     def _frame(self, scene: str, index: int, sample: dict, scene_token: str) -> Frame:
+        ahead(self.root / name for name in _files(sample))
         key = sample["lidar"] or next(iter(sample["cameras"].values()), None)
         if key is None:
             raise ValueError(f"{self.root}: sample {sample['token']} of {scene} has neither cameras nor LiDAR")
@@ -304,7 +307,14 @@ class Nuscenes:
         return Boxes(boxes, names, [row["track"] for row in rows], velocity)
 
 
-def _index(tables: Path, scenes: tuple[str, ...] | None, with_sweeps: bool, rig: Rig) -> dict[str, dict]:
+def _files(sample: dict) -> Iterator[str]:
+    """Files of a sample, below the root."""
+    for row in (*sample["cameras"].values(), *([sample["lidar"]] if sample["lidar"] else []), *sample["sweeps"]):
+        yield row["filename"]
+        yield from (row[kind] for kind in ("lidarseg", "panoptic") if row.get(kind))
+
+
+def _index(tables: Place, scenes: Wanted, with_sweeps: bool, rig: Rig) -> dict[str, dict]:
     """Joins the tables into one record per scene, and drops the rest (the full tables take gigabytes)."""
     found = {name: Table(tables / f"{name}.json") for name in _TABLES}
     wanted = {row.text("name"): row for row in found["scene"]}
@@ -396,7 +406,7 @@ def _sensor_rows(
     return keys, between
 
 
-def _joiner(found: dict[str, Table], tables: Path) -> Callable[[Row], dict]:
+def _joiner(found: dict[str, Table], tables: Place) -> Callable[[Row], dict]:
     """Joins a row of sample_data with what it points to."""
     files: dict[str, dict[str, str]] = {"lidarseg": {}, "panoptic": {}}
     for kind in files:
@@ -423,7 +433,7 @@ def _joiner(found: dict[str, Table], tables: Path) -> Callable[[Row], dict]:
     return joined
 
 
-def _panoptic(path: Path, points: int) -> np.ndarray:
+def _panoptic(path: Place, points: int) -> np.ndarray:
     """(N,) uint16 raw category * 1000 + instance. Raises ValueError if the file does not hold as many."""
     arrays = read_npy(path, "the tables name it")
     labels = arrays.get("data") if isinstance(arrays, dict) else None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.rawfiles import read_npy, sparse_to_dense
+from occstream.sharding.rawtree import Place
 from occstream.sharding.schema import IGNORE, OCC3D, Labels
 
 
@@ -28,12 +28,12 @@ class LabelSet:
 
     grid: VoxelGrid
     path: Callable[[str, str, str, str, str], str]
-    read: Callable[[Path, VoxelGrid], Labels]
+    read: Callable[[Place, VoxelGrid], Labels]
     root: str
     convention: str
 
 
-def read_occ3d(path: Path, grid: VoxelGrid) -> Labels:
+def read_occ3d(path: Place, grid: VoxelGrid) -> Labels:
     """``labels.npz``: dense uint8 [x, y, z], 17 = free, and both masks.
 
     Voxels that nobody saw carry labels all the same, so ``binary`` means something only under the masks.
@@ -56,7 +56,7 @@ def read_occ3d(path: Path, grid: VoxelGrid) -> Labels:
     )
 
 
-def read_openoccupancy(path: Path, grid: VoxelGrid) -> Labels:
+def read_openoccupancy(path: Place, grid: VoxelGrid) -> Labels:
     """``.npy`` of rows z, y, x, class (or z, y, x, velocity x3, class); class 0 is noise, unlisted voxels are free, and of
     those listed more than once the most frequent class stays (of equals the smallest), as its loader does."""
     rows = read_npy(path, "labels of a key-frame")
@@ -65,7 +65,7 @@ def read_openoccupancy(path: Path, grid: VoxelGrid) -> Labels:
     return _sparse(path, rows[:, [2, 1, 0]], rows[:, -1], grid, doubles="most")
 
 
-def read_surroundocc(path: Path, grid: VoxelGrid) -> Labels:
+def read_surroundocc(path: Place, grid: VoxelGrid) -> Labels:
     """``.npy`` of rows x, y, z, class; class 0 is noise, unlisted voxels are free, and of
     those listed more than once the last class stays, as its loader does."""
     rows = read_npy(path, "labels of a key-frame")
@@ -75,7 +75,7 @@ def read_surroundocc(path: Path, grid: VoxelGrid) -> Labels:
 
 
 def _sparse(
-    path: Path, index: np.ndarray, classes: np.ndarray, grid: VoxelGrid, *, doubles: Literal["last", "most"]
+    path: Place, index: np.ndarray, classes: np.ndarray, grid: VoxelGrid, *, doubles: Literal["last", "most"]
 ) -> Labels:
     if classes.dtype.kind not in "iuf" or not np.isfinite(classes).all():
         raise ValueError(f"{path}: its classes are not finite numbers; it is damaged or of another format")
@@ -87,7 +87,7 @@ def _sparse(
     return Labels((semantic != OCC3D.free_id) & known, semantic, None if known.all() else known)
 
 
-def _check_range(path: Path, classes: np.ndarray, highest: int) -> None:
+def _check_range(path: Place, classes: np.ndarray, highest: int) -> None:
     if classes.size and (classes.max() > highest or classes.min() < 0):
         bad = classes.max() if classes.max() > highest else classes.min()
         raise ValueError(f"{path}: class {bad} is out of range 0..{highest}; another label set?")

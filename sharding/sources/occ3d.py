@@ -5,20 +5,20 @@ are read by ``nuscenes`` with ``labels=occ3d``; alone they have neither poses no
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from occstream.sharding.grid import VoxelGrid, get_grid
-from occstream.sharding.rawfiles import choose, entries, existing_folder, listed
+from occstream.sharding.rawfiles import Wanted, choose, entries, existing_folder, listed
+from occstream.sharding.rawtree import Place, ahead
 from occstream.sharding.schema import OCC3D, Findings, Frame, Scene, Taxonomy
 from occstream.sharding.sources.nuscenes_labels import read_occ3d
 
 
-def open_source(*, root: str, scenes: tuple[str, ...] | None = None) -> Occ3d:
+def open_source(*, root: str, scenes: Wanted = None) -> Occ3d:
     """A folder in the layout of Occ3D-nuScenes.
 
     Args:
         root: holds ``gts/``.
-        scenes: names of the scenes to read; None for all.
+        scenes: names of the scenes to read, or how many of the first; None for all.
 
     Raises:
         ValueError: no such folder or scene.
@@ -44,7 +44,7 @@ def open_source(*, root: str, scenes: tuple[str, ...] | None = None) -> Occ3d:
 class Occ3d:
     """See ``open_source``."""
 
-    root: Path
+    root: Place
     scenes: tuple[str, ...]
     findings: Findings
 
@@ -65,6 +65,7 @@ class Occ3d:
     def load(self, name: str) -> Scene:
         """One scene. Raises ValueError if a file is missing or damaged."""
         tokens = [p.parent.name for p in entries(self.root / name, "*/labels.npz")]
+        ahead(self.root / name / token / "labels.npz" for token in tokens)
         frames = [
             Frame(name, i, token, None, None, labels=read_occ3d(self.root / name / token / "labels.npz", self.grid))
             for i, token in enumerate(tokens)

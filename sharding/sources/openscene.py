@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from occstream.sharding.grid import VoxelGrid, get_grid
 from occstream.sharding.lenses import lens_of
 from occstream.sharding.poses import compose, inverse, rotate
 from occstream.sharding.rawfiles import (
+    Wanted,
     choose,
     entries,
     existing_folder,
@@ -23,6 +25,7 @@ from occstream.sharding.rawfiles import (
     read_pickle,
     sparse_to_dense,
 )
+from occstream.sharding.rawtree import Place, ahead, raw_place
 from occstream.sharding.rows import Row
 from occstream.sharding.schema import (
     IGNORE,
@@ -51,7 +54,7 @@ def open_source(
     root: str,
     metadata: str | None = None,
     labels: bool = True,
-    scenes: tuple[str, ...] | None = None,
+    scenes: Wanted = None,
 ) -> OpenScene:
     """A folder that OpenScene's archives were unpacked in.
 
@@ -60,14 +63,14 @@ def open_source(
         metadata: a pickle or a folder of pickles, one per log, with frame records; None for all ``*.pkl`` below ``root``.
         labels: read the occupancy (metadata of v1.0 names it; v1.1 has none) and leave out the frames without it; False
             leaves labels to ``--labels lidar``.
-        scenes: names of the scenes to read; None for all.
+        scenes: names of the scenes to read, or how many of the first; None for all.
 
     Raises:
         ValueError: no metadata, a damaged one, one that wants to run code, an unknown scene, or scenes of which some have
             occupancy and some none.
     """
     folder = existing_folder(root, "OpenScene's metadata and sensor folders")
-    place = Path(metadata) if metadata else folder
+    place = raw_place(metadata) if metadata else folder
     files = [place] if place.is_file() else entries(place, "**/*.pkl")
     if not files:
         raise ValueError(
@@ -97,7 +100,9 @@ def _has(info: dict) -> bool:
     return Row("", info).has("occ_gt_final_path")
 
 
-def _with_occupancy(folder: Path, place: Path, scenes: dict[str, list[dict]]) -> tuple[dict[str, list[dict]], Findings]:
+def _with_occupancy(
+    folder: Place, place: Place, scenes: dict[str, list[dict]]
+) -> tuple[dict[str, list[dict]], Findings]:
     """The frames that have occupancy, if any has; public files lack it for some frames of a scene.
 
     Raises:
@@ -133,8 +138,8 @@ def _with_occupancy(folder: Path, place: Path, scenes: dict[str, list[dict]]) ->
 class OpenScene:
     """See ``open_source``. A ``Source`` with native labels where the metadata names them."""
 
-    root: Path
-    bases: tuple[Path, ...]
+    root: Place
+    bases: tuple[Place, ...]
     records: dict[str, list[dict]]
     grid: VoxelGrid | None
     findings: Findings
@@ -160,6 +165,7 @@ class OpenScene:
 
     def _frame(self, scene: str, index: int, info: dict) -> Frame:
         row = Row(f"{self.root}: frame {info['token']} of scene {scene}", info)
+        ahead(self._files(row))
         ego = compose(row.pose("ego2global_translation", "ego2global_rotation"), inverse(_TO_ROAD))
         lidar = compose(_TO_ROAD, row.pose("lidar2ego_translation", "lidar2ego_rotation"))
         timestamp = row.whole("timestamp")
@@ -194,6 +200,13 @@ class OpenScene:
             boxes=_boxes(row.row("anns"), lidar) if row.has("anns") else None,
             labels=self._labels(row, lidar) if self.grid else None,
         )
+
+    def _files(self, row: Row) -> Iterator[Place]:
+        """Files of a frame."""
+        for name in row.row("cams").values if row.has("cams") else ():
+            yield self._find(row.row("cams").row(name).text("data_path"))
+        wanted = ("lidar_path", *(("occ_gt_final_path", "flow_gt_final_path") if self.grid else ()))
+        yield from (self._find(row.text(path)) for path in wanted if row.has(path))
 
     def _sweep(self, row: Row, lidar: np.ndarray, ego: np.ndarray, timestamp: int) -> LidarSweep | None:
         if not row.has("lidar_path"):
@@ -239,7 +252,7 @@ class OpenScene:
             flow = grid[binary]
         return Labels(binary, _TO_OURS[dense], flow=flow)
 
-    def _find(self, path: str) -> Path:
+    def _find(self, path: str) -> Place:
         """A file that the metadata names by a path whose first folders depend on where its author's data lay."""
         names = [
             part for part in Path(path.replace("\\", "/")).parts if part != "/"
@@ -250,7 +263,7 @@ class OpenScene:
             )
         for start in range(max(1, len(names) - 1)):  # the longest ending that is there, with its folder at least
             for base in self.bases:
-                candidate = base.joinpath(*names[start:])
+                candidate = base / "/".join(names[start:])
                 if candidate.is_file():
                     return candidate
         raise ValueError(

@@ -9,9 +9,8 @@ are sweeps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -32,6 +31,7 @@ from occstream.sharding.rawfiles import (
     read_values,
     rigid,
 )
+from occstream.sharding.rawtree import Place, ahead
 from occstream.sharding.schema import (
     IGNORE,
     SEMANTICKITTI,
@@ -144,7 +144,7 @@ def cut(folder: str, keys: list[int], scans: list[int], size: int, *, name: str 
 class SemanticKitti:
     """See ``open_source``."""
 
-    root: Path
+    root: Place
     scenes: dict[str, Piece]
     grid: VoxelGrid | None
     cameras: bool
@@ -179,6 +179,7 @@ class SemanticKitti:
         frames = []
         for index, (scan, between) in enumerate(zip(piece.keys, piece.between)):
             pose, time = _at(poses, scan, folder), _time(times, scan)
+            ahead(self._files(folder, scan, between))
             camera = self._camera(folder, scan, calibration=calibration, velo_to_cam=velo_to_cam, pose=pose, time=time)
             earlier = [_sweep(folder, s, _at(poses, s, folder), _time(times, s)) for s in between]
             frames.append(
@@ -196,9 +197,17 @@ class SemanticKitti:
             )
         return Scene(name, frames, {"sequence": piece.folder, "ego_height": EGO_HEIGHT})
 
+    def _files(self, folder: Place, scan: int, between: Iterable[int]) -> Iterator[Place]:
+        """Those of a frame that are there."""
+        files = [(kind, s, e) for s in (scan, *between) for kind, e in (("velodyne", "bin"), ("labels", "label"))]
+        files += [("image_2", scan, "png")] if self.cameras else []
+        files += [("voxels", scan, "label"), ("voxels", scan, "invalid")] if self.grid else []
+        places = (folder / kind / f"{number:06d}.{ending}" for kind, number, ending in files)
+        return (place for place in places if place.is_file())
+
     def _camera(
         self,
-        folder: Path,
+        folder: Place,
         scan: int,
         *,
         calibration: dict[str, np.ndarray],
@@ -223,7 +232,7 @@ def no_points(pose: np.ndarray, time: int) -> LidarSweep:
     return LidarSweep(np.zeros((0, 3), np.float32), LIDAR_TO_EGO.copy(), pose, time)
 
 
-def _sweep(folder: Path, scan: int, pose: np.ndarray, time: int) -> LidarSweep | None:
+def _sweep(folder: Place, scan: int, pose: np.ndarray, time: int) -> LidarSweep | None:
     path = folder / "velodyne" / f"{scan:06d}.bin"
     if not path.is_file():
         return None
@@ -250,7 +259,7 @@ def _sweep(folder: Path, scan: int, pose: np.ndarray, time: int) -> LidarSweep |
     )
 
 
-def learn(raw: np.ndarray, mapping: Mapping[int, int], where: Path) -> np.ndarray:
+def learn(raw: np.ndarray, mapping: Mapping[int, int], where: Place) -> np.ndarray:
     """(N,) uint8 learning classes of raw labels. Raises ValueError for a label that the map does not have."""
     table = np.full(65536, -1, np.int16)
     table[list(mapping)] = list(mapping.values())
@@ -260,7 +269,7 @@ def learn(raw: np.ndarray, mapping: Mapping[int, int], where: Path) -> np.ndarra
     return found.astype(np.uint8)
 
 
-def read_voxels(folder: Path, scan: int, grid: VoxelGrid, mapping: Mapping[int, int]) -> Labels:
+def read_voxels(folder: Place, scan: int, grid: VoxelGrid, mapping: Mapping[int, int]) -> Labels:
     """Labels of ``NNNNNN.label`` (uint16) and ``.invalid`` (1 bit a voxel, highest bit first).
 
     ``binary`` is what is not empty, also of ignored classes; ``mask_lidar`` is what is not invalid.
@@ -277,7 +286,7 @@ def read_voxels(folder: Path, scan: int, grid: VoxelGrid, mapping: Mapping[int, 
     return Labels((raw != 0).reshape(grid.shape), semantic.reshape(grid.shape), known)
 
 
-def read_bits(path: Path, grid: VoxelGrid) -> np.ndarray:
+def read_bits(path: Place, grid: VoxelGrid) -> np.ndarray:
     """(X, Y, Z) bool of a bit-packed file. Raises ValueError if its size does not fit."""
     data = read_file(path)
     if len(data) != grid.size // 8:
@@ -287,7 +296,7 @@ def read_bits(path: Path, grid: VoxelGrid) -> np.ndarray:
     return np.unpackbits(np.frombuffer(data, np.uint8)).view(bool).reshape(grid.shape)
 
 
-def _calibration(path: Path) -> dict[str, np.ndarray]:
+def _calibration(path: Place) -> dict[str, np.ndarray]:
     found = {}
     for line in read_text(path).splitlines():
         name, _, numbers = line.partition(":")
@@ -302,7 +311,7 @@ def _calibration(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def _times(path: Path) -> np.ndarray | None:
+def _times(path: Place) -> np.ndarray | None:
     return read_rows(path, 1)[:, 0] if path.is_file() else None
 
 
@@ -310,7 +319,7 @@ def _time(times: np.ndarray | None, scan: int) -> int:
     return scan * STEP_US if times is None or scan >= len(times) else round(times[scan] * 1e6)
 
 
-def _at(poses: list[np.ndarray], scan: int, folder: Path) -> np.ndarray:
+def _at(poses: list[np.ndarray], scan: int, folder: Place) -> np.ndarray:
     if scan >= len(poses):
         raise ValueError(f"{folder / 'poses.txt'}: has {len(poses)} poses, scan {scan:06d} has none")
     return poses[scan]

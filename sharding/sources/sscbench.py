@@ -11,7 +11,6 @@ turn is half a meter off.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -30,6 +29,7 @@ from occstream.sharding.rawfiles import (
     read_text,
     rigid,
 )
+from occstream.sharding.rawtree import Place, ahead
 from occstream.sharding.schema import IGNORE, KITTI360, Camera, Findings, Frame, LidarSweep, Scene, Taxonomy
 from occstream.sharding.sources.semantickitti import (
     EGO_HEIGHT,
@@ -82,7 +82,7 @@ def open_source(
     return SscBench(folder, scenes, cameras, Findings("voxels/*.label", left_out=left))
 
 
-def _cam_to_velo(path: Path) -> np.ndarray:
+def _cam_to_velo(path: Place) -> np.ndarray:
     return rigid(read_rows(path, 12)[0], path)
 
 
@@ -90,7 +90,7 @@ def _cam_to_velo(path: Path) -> np.ndarray:
 class SscBench:
     """See ``open_source``."""
 
-    root: Path
+    root: Place
     scenes: dict[str, Piece]
     cameras: bool
     findings: Findings
@@ -126,6 +126,9 @@ class SscBench:
             if scan not in poses:
                 raise ValueError(f"{folder / 'cam0_to_world.txt'}: has no pose of frame {scan:010d}")
             pose = compose(poses[scan], inverse(cam_to_ego))
+            files = [folder / "voxels" / f"{scan:06d}.{ending}" for ending in ("label", "invalid")]
+            image = folder / "image_00" / "data_rect" / f"{scan:06d}.png"
+            ahead(file for file in [*files, *([image] if self.cameras else [])] if file.is_file())
             camera = self._camera(folder, scan, cam_to_ego, pose)
             frames.append(
                 Frame(
@@ -141,7 +144,7 @@ class SscBench:
             )
         return Scene(name, frames, {"drive": piece.folder, "ego_height": EGO_HEIGHT})
 
-    def _camera(self, folder: Path, scan: int, cam_to_ego: np.ndarray, pose: np.ndarray) -> Camera | None:
+    def _camera(self, folder: Place, scan: int, cam_to_ego: np.ndarray, pose: np.ndarray) -> Camera | None:
         path = folder / "image_00" / "data_rect" / f"{scan:06d}.png"
         if not self.cameras or not path.is_file():
             return None

@@ -8,13 +8,13 @@ Labels alone: the images and sweeps are Waymo's own records, which need its prot
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from occstream.sharding.grid import VoxelGrid, get_grid
-from occstream.sharding.rawfiles import choose, entries, existing_folder, read_npy, rigid
+from occstream.sharding.rawfiles import Wanted, choose, entries, existing_folder, read_npy, rigid
+from occstream.sharding.rawtree import Place, ahead
 from occstream.sharding.schema import WAYMO, Findings, Frame, Labels, Scene, Taxonomy
 
 # Free is 15 in the data set's documentation and 23 in the released files.
@@ -27,7 +27,7 @@ def open_source(
     root: str,
     voxel: Literal["0.4", "0.1"] = "0.4",
     splits: tuple[str, ...] = ("training", "validation"),
-    scenes: tuple[str, ...] | None = None,
+    scenes: Wanted = None,
     stride: int = 1,
 ) -> WaymoOcc3d:
     """A folder in the layout of Occ3D-Waymo.
@@ -61,7 +61,7 @@ def _left_out(stride: int) -> tuple[str, ...]:
 class WaymoOcc3d:
     """See ``open_source``."""
 
-    root: Path
+    root: Place
     scenes: tuple[str, ...]
     voxel: str
     stride: int
@@ -93,10 +93,11 @@ class WaymoOcc3d:
         files = {int(p.stem.removesuffix("_04")): p for p in paths}
         if not files:
             raise ValueError(f"{folder}: has no {'*' + ending}.npz; choose the other voxel size or unpack the archive")
+        ahead(files[n] for n in sorted(files)[:: self.stride])
         frames = [self._frame(name, i, n, files[n]) for i, n in enumerate(sorted(files)[:: self.stride])]
         return Scene(name, frames, {"split": split})
 
-    def _frame(self, scene: str, index: int, number: int, path: Path) -> Frame:
+    def _frame(self, scene: str, index: int, number: int, path: Place) -> Frame:
         arrays = read_npy(path)
         if not isinstance(arrays, dict):
             raise ValueError(f"{path}: is not an archive of arrays (.npz)")
