@@ -284,7 +284,7 @@ class PanoOcc(nn.Module):
 
     def _encoded(self, batch: Batch, history: History) -> tuple[Tensor, Tensor | None]:
         """Voxel features of the current key-frames (B, C, X, Y, Z) and of the earlier ones (B, F - 1, C, X, Y, Z), each in the
-        grid of its own time; zeros for those that are absent."""
+        grid of its own time; of those that are absent anything."""
         b, f = history.exists.shape
         cameras = batch.part(Cameras).each(lambda _, value: value.unflatten(1, (f, -1)).flatten(0, 1))
         scene_aug = batch.scene_aug.repeat_interleave(f, 0)
@@ -292,21 +292,18 @@ class PanoOcc(nn.Module):
         def encode(rows: Tensor) -> Tensor:
             return self._one(Batch(scene_aug[rows], cameras=cameras.each(lambda _, value: value[rows])))
 
-        now = f * torch.arange(b, device=batch.device)
+        rows = torch.arange(b * f, device=batch.device).view(b, f)
+        now, before = rows[:, 0], rows[:, 1:]
         if f == 1:
             return encode(now), None
-        there = history.exists.clone()
-        there[:, 0] = False
-        rows = there.flatten().nonzero().squeeze(1)
-        if self.c.past_gradient:
-            current, found = encode(torch.cat([now, rows])).split([b, len(rows)])
-        else:
-            # Where nothing is there, one absent key-frame is: all ranks run the same modules.
-            rows = rows if len(rows) else now[:1] + 1
+        if not self.c.past_gradient:
+            # Absent ones too: nothing is counted, the shapes are always the same, and all ranks run the same modules.
             with _as_evaluated(self.images, self.views):
-                found = encode(rows)
-            current = encode(now)
-        past = found.new_zeros(b * f, *found.shape[1:]).index_copy(0, rows, found)
+                past = encode(before.flatten()).unflatten(0, (b, f - 1))
+            return encode(now), past
+        there = before[history.exists[:, 1:]]  # what is absent must not enter the batch norms
+        current, found = encode(torch.cat([now, there])).split([b, len(there)])
+        past = found.new_zeros(b * f, *found.shape[1:]).index_copy(0, there, found)
         return current, past.unflatten(0, (b, f))[:, 1:]
 
     def _one(self, batch: Batch) -> Tensor:
