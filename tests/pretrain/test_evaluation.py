@@ -1,6 +1,10 @@
 """What an evaluation counts: every frame that can be read, once."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
+from PIL import Image
 
 from occstream.evaluation.evaluate import evaluate
 from occstream.evaluation.occupancy import OccupancyMetric
@@ -61,3 +65,24 @@ def test_a_frame_that_cannot_be_read_is_left_out_and_no_other_counts_twice(tmp_p
     assert "eval/frames_left_out" not in right.metrics()
     assert [name.partition("-step")[0] for name in drawn] == [other]
     assert f"replaced incomplete sample: frame {lost}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("movie", "drawn"), [(False, ["a-0000"]), (True, ["a-0000", "a-0001"])])
+def test_a_movie_draws_every_frame_of_the_first_scenes(tmp_path, movie, drawn):
+    config = load_config(RECIPE, ["data.url=nowhere"], stage="finetune")
+    drawer = trained.Drawer(config, (), scenes=1, folder=tmp_path, step=7, movie=movie)
+
+    def draw(path, *_, **words):
+        for part in ("", "-panoptic"):
+            Image.new("RGB", (8, 8), "red" if part else "blue").save(path.with_stem(f"{path.stem}{part}"))
+        return True
+
+    drawer.task.draw, drawer.task.movie = draw, "-panoptic"
+    for keys in (["a-0000", "a-0001"], ["b-0000", ""]):
+        drawer(SimpleNamespace(keys=keys), None)
+    assert [path.name.partition("-step")[0] for path in drawer.done] == drawn
+    written = drawer.animations()
+    assert [path.name for path in written] == (["a-step-00000007.gif"] if movie else [])
+    for path in written:
+        found = Image.open(path)
+        assert found.convert("RGB").getpixel((4, 4)) == (255, 0, 0)

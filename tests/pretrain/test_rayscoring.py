@@ -1,4 +1,5 @@
-"""RayIoU in the evaluation of any task with voxel labels: where rays begin, and perfect and empty predictions."""
+"""RayIoU and panoptic quality in the evaluation of any task with voxel labels: where rays begin, and perfect and empty
+predictions."""
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from occstream.models.batch import OccOutputs
 from occstream.pretrain.config import load_config
 from occstream.pretrain.distributed import World
 from occstream.pretrain.streams import EvalData
+from occstream.pretrain.tasks.registry import task_of
 from occstream.sharding.poses import apply, compose, inverse
 from occstream.sharding.stream import ShardReader
 from tests.pretrain.small import HERE, pack_small, pack_sweeps
@@ -47,6 +49,35 @@ def test_perfect_predictions_score_one_and_empty_ones_nothing(held_out):
     assert "raypq" not in found
     found = evaluate(Says(False), held_out, held_out.scoring.metric()).scores()
     assert (found["rayiou"], found["miou"]) == (0, 0)
+
+
+def test_instances_of_any_task_with_classes_are_scored_by_connected_voxels(held_out):
+    """Of voxels that are all right; they differ from the truth where two objects touch."""
+    url = held_out.scoring.metric().metrics["RayIoU"].origins.manifest.url
+    settings = [f"data.url={url}", "data.holdout=1", "eval.mask=none", "eval.rays=true", "eval.panoptic=true"]
+    both = EvalData(load_config(RECIPE, settings, stage="pretrain"), World(0, 1, torch.device("cpu")))
+    found = evaluate(Says(True), both, both.scoring.metric()).scores()
+    assert (found["miou"], found["rayiou"]) == pytest.approx((100, 100))
+    assert found["class/PQ-voxel driveable_surface"] == pytest.approx(100)
+    assert 30 < found["raypq"] <= 100
+    assert 0 < found["voxel_pq_present"] <= 100
+    assert {name for batch in both for name in vars(batch) if getattr(batch, name) is not None} >= {
+        "boxes",
+        "occupancy",
+    }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage", "more"),
+    [("small.yaml", "finetune", ()), ("small-occfiner.yaml", "train", ("data.input=pseudo-x",))],
+)
+def test_evaluations_read_boxes_only_where_instances_are_scored(recipe, stage, more):
+    for wanted, role, boxes in ((True, "eval", True), (False, "eval", False), (True, "main", False)):
+        settings = ["data.url=nowhere", f"eval.panoptic={str(wanted).lower()}", *more]
+        config = load_config(str(HERE / recipe), settings, stage=stage)
+        sample = task_of(config).sample(role, config.eval if role == "eval" else config.data, ("CAM_FRONT",))
+        assert ("boxes.boxes" in sample.fields()) == boxes
+        assert sample.groups.count("labels") == 1
 
 
 def test_rays_begin_where_the_lidar_of_the_scene_was(held_out):
