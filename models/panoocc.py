@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +24,7 @@ from occstream.models.backbones import PIXEL_MEAN, PIXEL_STD, ImageEncoder
 from occstream.models.batch import Batch, Cameras, History, OccOutputs
 from occstream.models.decoding import Decoded, DenseDecoder, Level
 from occstream.models.detr import DetrHead, Queried
-from occstream.models.layers import checkpointed
+from occstream.models.layers import checkpointed, row
 from occstream.models.temporal import TemporalFusion
 from occstream.models.voxelqueries import ViewEncoder
 from occstream.sharding.grid import VoxelGrid
@@ -133,12 +133,15 @@ class PanoOutputs(OccOutputs):
             from the graph.
         things: (N,) float32 logits of its active voxels (``decoded.rows``), > 0 = of a thing class.
         detection: boxes of the first max(S, 1) frames, as ``detr.DetrHead`` says them; None without a detector.
+        point_logits: (n, K) float32 of the points of labeled frames, each classified at its own place; None in training, without
+            points, and after a decoder that prunes.
     """
 
     levels: tuple[Level, ...] = ()
     decoded: Decoded | None = None
     things: Tensor | None = None
     detection: Queried | None = None
+    point_logits: Tensor | None = None
 
 
 class VoxelHead(nn.Module):
@@ -175,6 +178,24 @@ class VoxelHead(nn.Module):
             kept = slice(times * (start - first), times * (end - first))
             found.append(checkpointed(self._part, part, shape[1:], times, kept, when=step < coarse))
         return (torch.cat(found, 1) if len(found) > 1 else found[0]).movedim(-1, 1)
+
+    def at(self, features: Tensor, places: Tensor, counts: Sequence[int]) -> Tensor:
+        """Classes of places, of features that are interpolated there.
+
+        Args:
+            features: (B, D, X, Y, Z).
+            places: (T, 3) as (x, y, z) in 0..1 over the volume, frame after frame; beyond it the nearest border counts.
+            counts: of each of the first frames.
+
+        Returns:
+            (T, K) float32.
+        """
+        found = [features.new_zeros(0, features.shape[1])]
+        for volume, mine in zip(features, places.split(list(counts))):
+            where = (2 * mine - 1).flip(-1).to(features.dtype)[None, None, None]  # the last axis of the tensor first
+            sampled = F.grid_sample(volume[None], where, padding_mode="border", align_corners=False)
+            found.append(sampled[0, :, 0, 0].mT)
+        return self.net(torch.cat(found)).float()
 
     def _part(self, features: Tensor, size: tuple[int, int], times: int, kept: slice) -> Tensor:
         """Some rows of features (B, D, x, Y', Z') -> (B, rows kept, *size, K)."""
@@ -222,7 +243,7 @@ class PanoOcc(nn.Module):
                 f"grid {grid.name!r} {grid.shape} is not whole times as fine as the decoder's {c.fine}, which is "
                 f"model.queries {c.queries} times model.upsample"
             )
-        self.c, self.shape = c, grid.shape
+        self.c, self.grid, self.shape = c, grid, grid.shape
         coarse = dataclasses.replace(
             grid,
             name=f"{grid.name}/queries",
@@ -277,6 +298,11 @@ class PanoOcc(nn.Module):
         outputs.things = things = self.thing_head(shown.rows()).squeeze(1).float()
         if self.voxel_head is not None:
             outputs.semantic_logits = self.voxel_head(shown, self.shape)
+            if batch.points is not None and batch.labeled and shown.indices is None and not self.training:
+                counts = batch.points.counts[: batch.labeled].tolist()
+                xyz = batch.points.xyz[: sum(counts)]
+                lower, upper = (row(xyz, corner) for corner in (self.grid.lower, self.grid.upper))
+                outputs.point_logits = self.voxel_head.at(shown.features, (xyz - lower) / (upper - lower), counts)
         if self.detector is not None:
             # Foreground alone, averaged over height (Sec. 3.6).
             outputs.detection = self.detector(shown.bev(things.sigmoid()[:, None] * shown.rows()))

@@ -88,8 +88,11 @@ class PanoEval(MaskedEval):
     """Also score panoptic quality of voxels where the network has both heads, and of rays with ``rays``: boxes above
     ``refine.threshold`` claim voxels. True instances follow from the boxes of the labels."""
     points: bool = False
-    """Also score the classes of LiDAR points, which are those of the voxels they lie in, and with both heads panoptic quality of
-    points. Needs sweeps whose points have classes."""
+    """Also score the classes of LiDAR points, and with both heads panoptic quality of points. Needs sweeps whose points have
+    classes."""
+    point_classes: Literal["place", "voxel"] = "place"
+    """What class a point has: that of the network of classes at its own place, or that of the voxel of the labels' grid that it
+    lies in. After a decoder that prunes it always is that of the voxel."""
 
 
 @dataclass
@@ -276,11 +279,14 @@ class PanoOccTask(Task):
         return found_boxes(_queried(outputs), self.config.detect)
 
     def _point_classes(self, outputs: PanoOutputs, batch: Batch) -> Tensor:
-        """(n,) of the points of labeled frames: the class of the voxel that each lies in, or that is nearest to it beyond the
-        grid. Never free, nor a class that nothing may be called."""
+        """(n,) of the points of labeled frames, by ``eval.point_classes``; beyond the grid that of its border. Never free, nor a
+        class that nothing may be called."""
         points, logits = batch.part(Points), outputs.semantic_logits
         if logits is None:
             raise ValueError("the network has no classes")
+        if outputs.point_logits is not None and self.config.eval.point_classes == "place":
+            first = convention_of(self.config.classes).first
+            return outputs.point_logits[:, first:].argmax(1) + first
         count = int(points.counts[: batch.labeled].sum())
         grid, first = self.config.voxel_grid, convention_of(self.config.classes).first
         xyz, owners = points.xyz[:count], points.owners()[:count]

@@ -119,6 +119,7 @@ def test_points_have_the_class_of_their_voxel_and_never_one_that_is_refused(join
         points=Points(xyz, torch.tensor([51, 50, 0])),
         point_labels=PointLabels(torch.ones(101, dtype=torch.uint8), torch.tensor([51, 50])),
     )
+    of = task("eval.point_classes=voxel")
     found = of._point_classes(outputs, scored)
     expected = [outputs.semantic_logits[b, 1:, x, y, z].argmax() + 1 for b in (0, 1) for x, y, z in index]
     corner = outputs.semantic_logits[0, 1:, -1, 0, -1].argmax() + 1
@@ -147,3 +148,28 @@ def test_samples_have_what_the_heads_and_scores_need():
     made = task("data.voxels_from=points").sample("main", task().config.data, ("A",))
     assert made.voxels_from == "points"
     assert "semantic" not in "".join(task("heads=boxes").sample("main", task().config.data, ("A",)).fields())
+
+
+def test_points_are_classified_at_their_own_place(joint):
+    """At the center of a fine voxel as that voxel; between two by the mean of their features; beyond the grid by its border."""
+    of, net, batch = joint
+    net.eval()
+    grid, fine = of.config.voxel_grid, net.c.fine
+    size = (np.array(grid.upper) - grid.lower) / fine
+    index = np.random.default_rng(0).integers(0, np.array(fine) - (1, 0, 0), (20, 3))
+    centers = np.array(grid.lower) + (index + 0.5) * size
+    beyond = np.array(grid.upper)[None] + 3
+    xyz = torch.tensor(np.concatenate([centers, centers + size * (0.5, 0, 0), beyond]), dtype=torch.float32)
+    points = Points(torch.cat([xyz, xyz[:7]]), torch.tensor([41, 7, 0]))
+    with torch.no_grad():
+        outputs = net(dataclasses.replace(batch, points=points))
+        rows = outputs.decoded.features.movedim(1, -1)
+        here, ahead = (rows[0][tuple((index + step).T)] for step in ((0, 0, 0), (1, 0, 0)))
+        expected = net.voxel_head.net(torch.cat([here, (here + ahead) / 2, rows[0, -1:, -1, -1]]))
+        other = net.voxel_head.net(rows[1][tuple(index[:7].T)])
+        assert net(batch).point_logits is None
+    net.train()
+    torch.testing.assert_close(outputs.point_logits, torch.cat([expected, other]), atol=1e-4, rtol=1e-4)
+    labels = PointLabels(torch.ones(48, dtype=torch.uint8), torch.tensor([41, 7]))
+    scored = dataclasses.replace(batch, points=points, point_labels=labels)
+    assert of._point_classes(outputs, scored).tolist() == (outputs.point_logits[:, 1:].argmax(1) + 1).tolist()
