@@ -42,7 +42,7 @@ class B2SConfig:
     strategy: Strategy = "intermediate"
     """Head strategy of the paper's Fig. 4 and section 3.4; see the module."""
     backbone: str = "resnet50"
-    """Image backbone: resnet18, 34, 50 or 101."""
+    """Image backbone: resnet18, 34, 50 or 101, or efficientnet_lite0."""
     backbone_width: int = 64
     """Channels of its stem; 64 is the published network. A multiple of 16."""
     backbone_weights: str = ""

@@ -1,4 +1,4 @@
-"""Image encoders: transformers' ResNets by name, with our FPN (B2S, App. A.2)."""
+"""Image encoders: transformers' ResNets and EfficientNet-Lite0 by name, with our FPN (B2S, App. A.2)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from occstream.models import efficientnet
 from occstream.models.layers import checkpointed, use_sync_batch_norm
 
 _DEPTHS = {
@@ -29,14 +30,16 @@ class ImageEncoder(nn.Module):
     """ResNet + FPN: all levels from ``stride`` to 32 are merged top-down; the first of them are emitted, one by default.
 
     Args:
-        name: resnet18, resnet34, resnet50 or resnet101.
-        width: channels of the stem; 64 is the published network, less is a narrow one for the CPU.
+        name: resnet18, resnet34, resnet50, resnet101 or efficientnet_lite0.
+        width: channels of a ResNet's stem; 64 is the published network, less is a narrow one for the CPU. EfficientNet has one
+            width, and 64 stands for it.
         channels: of the emitted levels.
         stride: of the first emitted level: 8, 16 (the paper's) or 32.
         emitted: levels, each half as fine as the one before; beyond stride 32 by strided convolutions (as FPN).
         weights: "" for random, a path (``.safetensors``, or ``.pt`` with plain tensors), or a hub id such as
             ``microsoft/resnet-50``. All backbone tensors must be there, by the names of transformers or of torchvision,
-            the latter below any prefix (a detector's).
+            the latter below any prefix (a detector's). Of EfficientNet: ``imagenet``, from the extra ``efficientnet``, or a
+            file with the names of that.
         checkpointing: recompute activations in the backward pass.
 
     Raises:
@@ -55,32 +58,27 @@ class ImageEncoder(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        from transformers import ResNetBackbone, ResNetConfig  # takes seconds, and settings alone do not need it
-
-        if name not in _DEPTHS:
-            raise ValueError(f"unknown backbone {name!r}; known: {', '.join(_DEPTHS)}")
+        if name not in (*_DEPTHS, efficientnet.NAME):
+            raise ValueError(f"unknown backbone {name!r}; known: {', '.join(_DEPTHS)}, {efficientnet.NAME}")
         if stride not in STRIDES[1:]:
             raise ValueError(f"feature stride is {stride}, must be 8, 16 or 32")
         if emitted < 1 or stride * 2 ** (emitted - 1) > 64:
             raise ValueError(
                 f"{emitted} levels of image features from stride {stride} on; need 1 or more, up to stride 64"
             )
-        kind, depths = _DEPTHS[name]
-        expand = 4 if kind == "bottleneck" else 1
-        first = STRIDES.index(stride) + 1
-        widths = [width * expand * 2**i for i in range(4)]
-        config = ResNetConfig(
-            embedding_size=width,
-            hidden_sizes=widths,
-            depths=list(depths),
-            layer_type=kind,
-            out_features=[f"stage{i}" for i in range(first, 5)],  # pyright: ignore[reportCallIssue] (a property there)
-        )
-        self.body = use_sync_batch_norm(ResNetBackbone(config))
+        if name == efficientnet.NAME:
+            if width != 64:
+                raise ValueError(f"backbone_width is {width}, but {name} has one width: leave it at 64")
+            self.body: nn.Module = efficientnet.EfficientNetLite0(stride)
+            widths = [channels for at, channels in efficientnet.WIDTHS.items() if at >= stride]
+            load = efficientnet.load_published
+        else:
+            self.body, widths = _resnet(name, width, stride)
+            load = _load
         if weights:
-            _load(self.body, weights)
+            load(self.body, weights)
         self.checkpointing = checkpointing
-        self.lateral = nn.ModuleList(nn.Conv2d(widths[i - 1], channels, 1) for i in range(first, 5))
+        self.lateral = nn.ModuleList(nn.Conv2d(inputs, channels, 1) for inputs in widths)
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
         inside = min(emitted, len(self.lateral)) - 1
         self.coarser = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(inside))
@@ -105,7 +103,8 @@ class ImageEncoder(nn.Module):
 
     def levels(self, images: Tensor) -> tuple[Tensor, ...]:
         """The backbone's feature maps, from the emitted stride to 32."""
-        return self.body(images).feature_maps
+        found = self.body(images)
+        return found if isinstance(found, tuple) else found.feature_maps
 
 
 class CameraEmbedding(nn.Module):
@@ -121,6 +120,24 @@ class CameraEmbedding(nn.Module):
         if views > len(self.table):
             raise ValueError(f"{views} cameras, but the model has embeddings for {len(self.table)}: set model.cameras")
         return features + self.table[:views, :, None, None]
+
+
+def _resnet(name: str, width: int, stride: int) -> tuple[nn.Module, list[int]]:
+    """The network, and the channels of its maps from ``stride`` to 32."""
+    from transformers import ResNetBackbone, ResNetConfig  # takes seconds, and settings alone do not need it
+
+    kind, depths = _DEPTHS[name]
+    expand = 4 if kind == "bottleneck" else 1
+    first = STRIDES.index(stride) + 1
+    widths = [width * expand * 2**i for i in range(4)]
+    config = ResNetConfig(
+        embedding_size=width,
+        hidden_sizes=widths,
+        depths=list(depths),
+        layer_type=kind,
+        out_features=[f"stage{i}" for i in range(first, 5)],  # pyright: ignore[reportCallIssue] (a property there)
+    )
+    return use_sync_batch_norm(ResNetBackbone(config)), widths[first - 1 :]
 
 
 def _load(body: nn.Module, weights: str) -> None:

@@ -38,7 +38,7 @@ class PanoOccConfig:
     """Sizes and open points. Defaults are the paper's small network with time (Sec. 4.2), or ours where it is silent."""
 
     backbone: str = "resnet50"
-    """Image backbone: resnet18, 34, 50 or 101."""
+    """Image backbone: resnet18, 34, 50 or 101, or efficientnet_lite0."""
     backbone_width: int = 64
     """Channels of its stem; 64 is the published network. A multiple of 16."""
     backbone_weights: str = ""
