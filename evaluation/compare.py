@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from occstream.evaluation.differences import difference
+
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
     from mlflow.tracking import MlflowClient
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 HEADLINE = "occstream.headline"
 """Tag that names the metrics to compare and what people call them."""
 SPEED = {"perf/samples_per_s": "samples/s"}
+DATA_CARD = "data-card"
+"""Value of the tag ``kind`` of a run that describes data and has no scores."""
 OTHERS = {"eval/miou": "mIoU", "eval/iou": "IoU", "eval/binary_iou": "binary IoU"}
 """Of runs without the tag: earlier versions' and other tools'."""
 
@@ -100,6 +104,8 @@ def collect(client: MlflowClient, experiment: str) -> list[Run]:
     newest: dict[tuple, Run] = {}
     for r in runs:
         tags = {k: v for k, v in r.data.tags.items() if not k.startswith("mlflow.")}
+        if tags.get("kind") == DATA_CARD:
+            continue
         newest[tuple(sorted(tags.items()))] = Run(run_name(r), tags, dict(r.data.metrics))
     if not newest:
         raise ValueError(f"experiment {experiment!r} has no finished run")
@@ -166,13 +172,15 @@ def compare(uri: str, experiment: str, by: str = "arm", out: Path | None = None)
     text = [_text_table(rows, scores)]
     if classes:
         text += ["", "per class, IoU in percent:", _class_table(scored, classes)]
-    text += ["", *(gain(scored[0], r, main, word) for r in scored[1:])]
+    gains = [gain(scored[0], r, main, word) for r in scored[1:]]
+    apart = _differences(scored, headline)
+    text += ["", *gains, *(["", apart] if apart else [])]
     missing = [f"{r.name} (seed {s}): {k}" for r in scored for k in list(headline)[:2] for s in _missing(r, k)]
     if missing:
         text += ["missing: " + "; ".join(missing)]
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "comparison.md").write_text(_markdown(rows, columns) + "\n\n" + "\n".join(text[-len(scored) :]) + "\n")
+        (out / "comparison.md").write_text("\n\n".join([_markdown(rows, columns), *gains, apart]).rstrip() + "\n")
         with (out / "comparison.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["row", "seeds", *(f"{k} {w}" for k, _ in columns for w in ("mean", "sd"))])
@@ -180,6 +188,26 @@ def compare(uri: str, experiment: str, by: str = "arm", out: Path | None = None)
                 numbers = [v for k, _ in columns for v in mean_and_spread(r.values.get(k, []))]
                 writer.writerow([r.name, " ".join(r.seeds), *("" if math.isnan(v) else f"{v:.4f}" for v in numbers)])
     return "\n".join(text)
+
+
+def _differences(rows: list[Row], headline: Mapping[str, str]) -> str:
+    """Table of what each row gains over the first, with 95 % intervals; "" where no two rows have several seeds."""
+    lines = []
+    for row in rows[1:]:
+        pairs = [(rows[0].values.get(k, []), row.values.get(k, [])) for k in headline]
+        lines.append([row.name, *(_interval(*pair) for pair in pairs)])
+    if all(cell == "-" for line in lines for cell in line[1:]):
+        return ""
+    title = f"against {rows[0].name}: difference of the means, 95 % interval (Welch)"
+    return _align([["", *headline.values()], *lines]) + "\n" + title
+
+
+def _interval(base: list[float], other: list[float]) -> str:
+    known = [[v for v in values if not math.isnan(v)] for values in (base, other)]
+    if min(map(len, known)) < 2:
+        return "-"
+    found = difference(*known)
+    return f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
 
 
 def _missing(row: Row, key: str) -> list[str]:

@@ -17,9 +17,10 @@ from typing import Literal, TypeVar
 import numpy as np
 from scipy import stats
 
+from occstream.evaluation.differences import LEVEL
+
 Law = Literal["log", "power"]
 Scenes = TypeVar("Scenes", int, float)  # how many
-LEVEL = 0.95
 EXPONENTS = np.concatenate([np.linspace(0.02, 1.0, 50), np.linspace(1.05, 3.0, 40)])
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from occstream.evaluation.compare import all_runs, run_name
+from occstream.evaluation.compare import DATA_CARD, all_runs, run_name
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -104,7 +104,7 @@ def read_study(client: MlflowClient, experiment: str) -> StudyScores | None:
     }
     for run in runs:
         tags = run.data.tags
-        if tags.get("kind") == "data-card":
+        if tags.get("kind") == DATA_CARD:
             study.card = dict(run.data.metrics)
         if not {"strategy", "pretrain_scenes", "finetune_scenes", "seed"} <= tags.keys():
             continue

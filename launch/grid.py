@@ -169,7 +169,8 @@ class Study:
         """Tags of a training, with ``arm`` for the rows of a plain table, and the numbers that it is charted against."""
         tags = training.joined()
         numbers = {k: float(v) for k, v in (training.cells or [{}])[0].items() if k != "seed" and _is_number(v)}
-        return {**tags, "arm": " ".join(tags.values()) or training.config.stage}, numbers
+        arm = " ".join(tags.values()) or re.sub(r"-s\d+$", "", training.name)
+        return {**tags, "arm": arm}, numbers
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from mlflow.entities import Metric
 
 from occstream.evaluation.charts import arrange_charts
+from occstream.evaluation.compare import DATA_CARD
 from occstream.launch.chain import ChainStudy, Command, words_of
 from occstream.launch.grid import Study, Training, finish, plan
 from occstream.launch.study import load_study
@@ -141,12 +142,12 @@ def _log_card(study: Study, runs: Sequence[Training]) -> str:
     experiment = Sender(Path(study.output), study.uri, study.name).experiment(client)
     task = get_task(runs[0].config.task)
     page = arrange_charts(client, experiment, task.headline, task.terms)
-    if client.search_runs([experiment], "tags.kind = 'data-card'", max_results=1):
+    if client.search_runs([experiment], f"tags.kind = '{DATA_CARD}'", max_results=1):
         return page
     config = next((r.config for r in runs if r.config.stage == "finetune"), runs[-1].config)
     others = {r.config.data.labels for r in runs} - {"labels"}
     card = data_card(Manifest.load(config.data.url), min(others, default=""))
-    run = client.create_run(experiment, run_name="data-card", tags={"kind": "data-card", "study": study.name})
+    run = client.create_run(experiment, run_name=DATA_CARD, tags={"kind": DATA_CARD, "study": study.name})
     now = int(time.time() * 1000)
     metrics = [Metric(f"card/{key}", value, now, 0) for key, value in card.items() if value == value]
     client.log_batch(run.info.run_id, metrics=metrics)

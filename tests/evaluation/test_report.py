@@ -1,6 +1,7 @@
 """Pictures show what the arrays say; the comparison says what the runs say."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -100,12 +101,18 @@ def test_compare_reads_finished_runs_from_mlflow(tmp_path, capsys):
                 1, {"eval/miou": miou, "eval/iou": 30.0, "eval/class/car": miou / 2, "eval/class/bus": float("nan")}
             )
             tracker.close()
+    Tracker(
+        tmp_path / "card", uri=uri, experiment="study", name="data-card", tags={"kind": "data-card"}, params={}
+    ).close()
     tags = {"arm": "scratch", "seed": "9"}
     Tracker(tmp_path / "failed", uri=uri, experiment="study", name="failed", tags=tags, params={}).close("FAILED")
     text = compare(uri, "study", out=tmp_path / "out")
     assert "10.20 ± 0.28" in text
     assert "12.10 ± 0.14" in text
     assert "replay against scratch: +1.90 mIoU, more than" in text
+    # Standard error sqrt(0.04 + 0.01), 1.47 degrees of freedom (Welch), quantile 6.14.
+    assert re.search(r"^replay +\+1.90 \(\+0.5[23] to \+3.2[78]\) +\+0.00", text, re.MULTILINE)
+    assert "data-card" not in text
     assert "| scratch | 0, 1 |" in (tmp_path / "out" / "comparison.md").read_text()
     assert (
         (tmp_path / "out" / "comparison.csv").read_text().splitlines()[2].startswith("replay,0 1,12.1000,0.1414,30.0")

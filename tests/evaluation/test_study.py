@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
-from occstream.evaluation.studyfindings import difference
+from occstream.evaluation.differences import difference
 from occstream.evaluation.studyreport import study_report
 from occstream.evaluation.studyscores import read_study
 

@@ -156,7 +156,7 @@ def test_a_study_of_any_axes_crosses_them_and_shares_parents(data, tmp_path):
     assert (shared.config.optim.lr, shared.config.train.seed) == (0.2, 1)
     finish(runs, study)
     assert shared.config.track.tags.items() >= {"start": "binary", "rate": "0.2", "arm": "binary 0.2"}.items()
-    assert by_name[shared.needs].config.track.tags["arm"] == "pretrain"
+    assert by_name[shared.needs].config.track.tags["arm"] == "pretrain-binary-0_1"
     for changes, reason in (
         ({"stages": []}, "stages: give a list of different stages"),
         ({"axes": {"rate": {"low": {"finetun": {}}}}}, "axes.rate.low.finetun: no such stage"),
