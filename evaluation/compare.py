@@ -165,13 +165,14 @@ def compare(uri: str, experiment: str, by: str = "arm", out: Path | None = None)
     runs = collect(MlflowClient(uri), experiment)
     rows, headline = rows_by(runs, by), headline_of(runs)
     main, word = next(iter(headline.items()))
-    classes = sorted({k for r in rows for k in r.values if k.startswith("eval/class/")}, key=_class_order(rows))
+    scored = [r for r in rows if main in r.values]
+    shown = {k for r in scored or rows for k in r.values if k.startswith("eval/class/")}
+    classes = sorted(shown, key=_class_order(scored or rows))
     scores = [*headline.items(), *SPEED.items()]
     columns = [*scores, *((k, k.removeprefix("eval/class/")) for k in classes)]
-    scored = [r for r in rows if main in r.values]
     text = [_text_table(rows, scores)]
     if classes:
-        text += ["", "per class, IoU in percent:", _class_table(scored, classes)]
+        text += ["", "per class, in percent:", _class_table(scored, classes)]
     gains = [gain(scored[0], r, main, word) for r in scored[1:]]
     apart = _differences(scored, headline)
     text += ["", *gains, *(["", apart] if apart else [])]
@@ -192,14 +193,13 @@ def compare(uri: str, experiment: str, by: str = "arm", out: Path | None = None)
 
 def _differences(rows: list[Row], headline: Mapping[str, str]) -> str:
     """Table of what each row gains over the first, with 95 % intervals; "" where no two rows have several seeds."""
-    lines = []
-    for row in rows[1:]:
-        pairs = [(rows[0].values.get(k, []), row.values.get(k, [])) for k in headline]
-        lines.append([row.name, *(_interval(*pair) for pair in pairs)])
-    if all(cell == "-" for line in lines for cell in line[1:]):
-        return ""
-    title = f"against {rows[0].name}: difference of the means, 95 % interval (Welch)"
-    return _align([["", *headline.values()], *lines]) + "\n" + title
+    table = [["", *(r.name for r in rows[1:])]]
+    for key, word in headline.items():
+        cells = [_interval(rows[0].values.get(key, []), r.values.get(key, [])) for r in rows[1:]]
+        if any(cell != "-" for cell in cells):
+            table.append([word, *cells])
+    title = f"against {rows[0].name}: difference of the means, 95 % interval (Welch)" if rows else ""
+    return _align([list(line) for line in zip(*table)]) + "\n" + title if len(table) > 1 else ""
 
 
 def _interval(base: list[float], other: list[float]) -> str:
