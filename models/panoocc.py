@@ -190,10 +190,11 @@ class VoxelHead(nn.Module):
         Returns:
             (T, K) float32.
         """
-        found = [features.new_zeros(0, features.shape[1])]
+        found = [features.new_zeros(0, features.shape[1], dtype=torch.float32)]
         for volume, mine in zip(features, places.split(list(counts))):
-            where = (2 * mine - 1).flip(-1).to(features.dtype)[None, None, None]  # the last axis of the tensor first
-            sampled = F.grid_sample(volume[None], where, padding_mode="border", align_corners=False)
+            where = (2 * mine - 1).flip(-1)[None, None, None]  # the last axis of the tensor first
+            # Places in fp32: bf16 knows 256 in 0..1.
+            sampled = F.grid_sample(volume[None].float(), where, padding_mode="border", align_corners=False)
             found.append(sampled[0, :, 0, 0].mT)
         return self.net(torch.cat(found)).float()
 

@@ -14,7 +14,7 @@ from occstream.evaluation.predictions import predict
 from occstream.models import kernels
 from occstream.models.attention import _Sampling
 from occstream.models.batch import Batch, History
-from occstream.models.panoocc import PanoOcc, PanoOccConfig
+from occstream.models.panoocc import PanoOcc, PanoOccConfig, VoxelHead
 from occstream.models.voxelqueries import ViewEncoder, VoxelLayer
 from occstream.pretrain import panolosses
 from occstream.pretrain.panolosses import PanoLoss
@@ -271,6 +271,14 @@ def test_in_bf16_it_says_nearly_the_same_and_every_weight_learns():
         a, b = getattr(narrow, name), getattr(wide, name)
         assert a.dtype == torch.float32
         assert (a - b).abs().max() < 0.05 * b.abs().max()
+
+
+def test_places_are_in_fp32_whatever_the_features_are():
+    torch.manual_seed(0)
+    head, features, places = VoxelHead(3, 8, 5), torch.rand(1, 3, 40, 6, 4).bfloat16(), torch.rand(50, 3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, expected = (head.at(values, places, [50]) for values in (features, features.float()))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(("name", "value"), [("head_rows", 3), ("checkpointing", True)])
