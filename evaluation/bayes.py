@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from occstream.evaluation.propagate import ABSTAIN, LOG_UNIT, Rule
+from occstream.evaluation.propagate import ABSTAIN, DOUBTFUL, LOG_UNIT, Rule
 from occstream.evaluation.votes import things_of
 from occstream.sharding.codec import canonical_json
 from occstream.sharding.exactmath import log
@@ -20,6 +20,7 @@ from occstream.sharding.schema import Taxonomy
 
 BIN = 6.4  # meters of a range bin
 BINS = 9  # the last holds the rest
+EXTRA = (0, len(DOUBTFUL))  # words beyond the classes
 LAMBDAS = tuple(n / 10 for n in range(1, 11))
 
 
@@ -34,7 +35,8 @@ class Confusions:
     """How often a network says what, counted on frames that it was not trained on.
 
     Attributes:
-        counts: (BINS, 2, K + 1, K + 1) int64: voxels by bin, in view or not, truth, what was said; the last class is free.
+        counts: (BINS, 2, K + 1, S) int64: voxels by bin, in view or not, truth (the last class is free), and word: S is K + 1, or
+            that and the kinds of free that evidence tells apart (``propagate.packed``).
         exponent: λ.
     """
 
@@ -43,14 +45,21 @@ class Confusions:
 
     def __post_init__(self) -> None:
         counts = np.asarray(self.counts, np.int64)
-        if counts.ndim != 4 or counts.shape[:2] != (BINS, 2) or counts.shape[2] != counts.shape[3] or counts.min() < 0:
-            raise ValueError(f"a table of confusions has shape {counts.shape}, expected {BINS} x 2 x classes x classes")
+        if (
+            counts.ndim != 4
+            or counts.shape[:2] != (BINS, 2)
+            or counts.shape[3] - counts.shape[2] not in EXTRA
+            or counts.min() < 0
+        ):
+            raise ValueError(
+                f"a table of confusions has shape {counts.shape}, expected {BINS} x 2 x classes x classes said"
+            )
         if not 0 < self.exponent <= 1:
             raise ValueError(f"λ is {self.exponent}, must be above 0 and at most 1")
         object.__setattr__(self, "counts", counts)
 
     def likelihoods(self) -> np.ndarray:
-        """(BINS, 2, K + 1 true, K + 1 said) float64: p(said | true, bin, in view), each count with 0.5 added."""
+        """(BINS, 2, K + 1 true, S said) float64: p(said | true, bin, in view), each count with 0.5 added."""
         smooth = self.counts + 0.5
         return smooth / smooth.sum(-1, keepdims=True)
 
@@ -58,6 +67,11 @@ class Confusions:
         """(K + 1,) float64: p(true), likewise."""
         counts = self.counts.sum((0, 1, 3)) + 0.5
         return counts / counts.sum()
+
+    @property
+    def evidence(self) -> bool:
+        """Whether it tells kinds of free apart."""
+        return self.counts.shape[3] > self.counts.shape[2]
 
     @property
     def digest(self) -> str:
@@ -87,38 +101,44 @@ def naive_bayes(confusions: Confusions, grid: VoxelGrid, taxonomy: Taxonomy) -> 
         ValueError: the table is of another number of classes.
     """
     classes = taxonomy.num_classes + 1
-    if confusions.counts.shape[-1] != classes:
+    if confusions.counts.shape[2] != classes:
         raise ValueError(
-            f"the table of confusions has {confusions.counts.shape[-1] - 1} classes, taxonomy {taxonomy.name} has "
+            f"the table of confusions has {confusions.counts.shape[2] - 1} classes, taxonomy {taxonomy.name} has "
             f"{taxonomy.num_classes}; measure it on this data"
         )
     rows = np.swapaxes(log(confusions.likelihoods()), 2, 3).reshape(-1, classes)
+    things = things_of(taxonomy)
+    words = np.append(things, np.zeros(confusions.counts.shape[3] - classes, bool))
     likeliest = (rows + log(confusions.prior())).argmax(1)
     return Rule(
         taxonomy.num_classes,
         np.zeros((2, 0), np.int32),
         np.zeros(classes, np.int64),
-        things_of(taxonomy),
+        words,
         place=range_bins(grid),
         table=np.ascontiguousarray(np.rint(confusions.exponent * LOG_UNIT * rows).astype(np.int32)),
         prior=np.rint(LOG_UNIT * log(confusions.prior())).astype(np.int64),
-        trusted=things_of(taxonomy)[likeliest],
+        trusted=things[likeliest],
     )
 
 
-def confusions_of(said: np.ndarray, truth: np.ndarray, grid: VoxelGrid, classes: int) -> np.ndarray:
-    """(BINS, 2, classes, classes) int64 of one frame.
+def confusions_of(
+    said: np.ndarray, truth: np.ndarray, grid: VoxelGrid, classes: int, *, words: int | None = None
+) -> np.ndarray:
+    """(BINS, 2, classes, words) int64 of one frame.
 
     Args:
         said: (X, Y, Z) of ``propagate.packed``.
         truth: (X, Y, Z) uint8; ids from ``classes`` on are not counted.
         classes: number of them with free.
+        words: number of what may be said; None: the classes.
     """
+    words = words or classes
     said, truth = said.reshape(-1), truth.reshape(-1)
-    index = (range_bins(grid).astype(np.int64) * 2 + (said >> 7)) * classes**2
+    index = (range_bins(grid).astype(np.int64) * 2 + (said >> 7)) * classes * words
     keep = (truth < classes) & (said & 127 != ABSTAIN)
-    index = index[keep] + truth[keep].astype(np.int64) * classes + (said[keep] & 127)
-    return np.bincount(index, minlength=BINS * 2 * classes**2).reshape(BINS, 2, classes, classes)
+    index = index[keep] + truth[keep].astype(np.int64) * words + (said[keep] & 127)
+    return np.bincount(index, minlength=BINS * 2 * classes * words).reshape(BINS, 2, classes, words)
 
 
 def confusions_by_exponent(scores: np.ndarray, truth: np.ndarray, prior: np.ndarray) -> np.ndarray:

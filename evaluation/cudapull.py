@@ -76,7 +76,7 @@ def pull_into(
         move(rule.place if rule.place.size else nothing), move(rule.table if rule.table.size else nothing),
         move(rule.prior if rule.prior.size else nothing), move(rule.things, np.uint8),
         move(rule.trusted if rule.trusted.size else nothing, np.uint8), found, *made,
-        len(index), len(slots), itself, classes, *sources.shape[1:],
+        len(index), len(slots), itself, classes, len(rule.things), *sources.shape[1:],
         BAYES=rule.bayes, DOUBTS=doubts is not None, PARKED=rule.parked, TRUSTED=bool(rule.trusted.size) and itself >= 0,
         DETAILS=details, VOXELS=voxels, CH=triton.next_power_of_2(classes), enable_fp_fusion=False,
     )  # fmt: skip

@@ -64,6 +64,7 @@ class Source:
         boxes: None unless asked for, or if the frame has none.
         doubts: second classes and how sure the first are beside them, (X, Y, Z) uint8 each, until a slot holds them.
         placed: pose of the labels, if they have one of their own.
+        evidence: (X, Y, Z) uint8 of the labels, until a slot holds it; None unless asked for.
     """
 
     frame: Frame
@@ -73,6 +74,11 @@ class Source:
     boxes: BoxMotion | None = None
     doubts: tuple[np.ndarray, np.ndarray] | None = None
     placed: np.ndarray | None = None
+    evidence: np.ndarray | None = None
+
+    def packed(self, view: np.ndarray | None, free: int, out: np.ndarray | None = None) -> np.ndarray:
+        """``propagate.packed`` of what the frame says."""
+        return packed(self.semantic, view, out, evidence=self.evidence, free=free)
 
     def mask(self, name: str) -> np.ndarray | None:
         """(X, Y, Z) bool mask of the labels, or None."""
@@ -93,6 +99,7 @@ class DriveReader:
         tracks: whether boxes are needed.
         silent: class ids that do not vote, as if they were unknown.
         soft: whether second classes are needed.
+        evidence: whether free voxels say how much they are in doubt.
 
     Attributes:
         manifest: with those labels.
@@ -113,8 +120,9 @@ class DriveReader:
         tracks: bool = False,
         silent: Sequence[int] = (),
         soft: bool = False,
+        evidence: bool = False,
     ) -> None:
-        self.soft = soft
+        self.soft, self.evidence = soft, evidence
         self._spoken = np.arange(256, dtype=np.uint8)
         self._spoken[list(silent)] = IGNORE
         self.base, self.group, self.votes, self.view, self.tracks = base, group, votes, view, tracks
@@ -175,8 +183,11 @@ class DriveReader:
             unsure = doubts(labels) if self.soft else None
         except ValueError as error:
             raise ValueError(f"{where} {error}, or refine without --soft") from None
-        pose = labels_to_global(frame, labels, self.grid)
-        return Source(bare, pose, self._spoken[labels.semantic], masks, boxes, unsure, labels.ego_to_global), view
+        if self.evidence and labels.evidence is None:
+            raise ValueError(f"{where} holds no evidence; predict with --keep evidence, or refine without --evidence")
+        pose, said = labels_to_global(frame, labels, self.grid), self._spoken[labels.semantic]
+        evidence = labels.evidence if self.evidence else None
+        return Source(bare, pose, said, masks, boxes, unsure, labels.ego_to_global, evidence), view
 
     def _view(self, scene: int, mask: np.ndarray | None, pose: np.ndarray, frame: Frame) -> np.ndarray | None:
         """What counts as in view; None: everything."""
@@ -268,7 +279,8 @@ class Volumes:
             else:
                 place = len(self._slots)
             source, view = self.reader.read(self.scene, index)
-            volume = packed(source.semantic, view, self.packed[place])
+            volume = source.packed(view, len(self.reader.manifest.classes), self.packed[place])
+            source.evidence = None
             if self.reader.votes == "known" and (known := source.mask("mask_lidar")) is not None:
                 volume[~known] |= ABSTAIN
             if self.standing is not None:

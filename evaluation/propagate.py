@@ -26,6 +26,7 @@ IN_VIEW = 128  # in a packed volume: added where a camera saw the voxel
 VOTE_UNIT = 1_000_000  # of a vote's weight: decimal weights are whole numbers, and their ties are ties
 SHARE_UNIT = 1_000  # of a class's share of the weight
 LOG_UNIT = 65_536  # of a log probability
+DOUBTFUL = np.array([16, 64, 128])  # 255ths: from each on, a free voxel that may be occupied is another kind of free
 MOST_SOURCES = 32_767  # of one target: they are counted in 16 bits
 Device = Literal["auto", "cpu", "cuda"]
 GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")  # one of them is there where a process may see a GPU (Linux, WSL)
@@ -36,7 +37,8 @@ SLACK = 1e-6  # voxels: a center that falls on a face goes to the upper voxel, w
 class Rule:
     """What a voxel of a source adds to the scores of the classes. Made by ``votes.voting`` and ``bayes.naive_bayes``.
 
-    N is the number of voxels of a source grid, K the number of classes; class K is free.
+    N is the number of voxels of a source grid, K the number of classes; class K is free. What voxels say are S words: the
+    classes, free, and, under a table that reads evidence, kinds of free that are in doubt.
 
     Attributes:
         num_classes: K.
@@ -44,13 +46,13 @@ class Rule:
             but ``table``.
         shares: (K + 1,) int64, units of 1 / SHARE_UNIT: by class that is said, the share of the weight that counts.
         place: (N,) uint8, the bin of a voxel; (0,) for votes.
-        table: (bins * 2 * (K + 1), K + 1) int32, units of 1 / LOG_UNIT: log p(said | true, bin, in view), rows by bin, then
-            in view, then class said. (0, 0) for votes.
+        table: (bins * 2 * S, K + 1) int32, units of 1 / LOG_UNIT: log p(said | true, bin, in view), rows by bin, then
+            in view, then word. (0, 0) for votes.
         prior: (K + 1,) int64, as ``table``: log p(true).
-        things: (K + 1,) bool, classes of what may move.
+        things: (S,) bool, words for what may move.
         parked: things of other frames count only where at least half of the frames that see the voxel call it a thing;
             elsewhere the target's own things stay where the others say thing or free, if they are to be trusted.
-        trusted: (bins * 2 * (K + 1),) bool, rows as of ``table``: whether what is said is most likely a thing. (0,): always.
+        trusted: (bins * 2 * S,) bool, rows as of ``table``: whether what is said is most likely a thing. (0,): always.
     """
 
     num_classes: int
@@ -96,16 +98,27 @@ class Pulled:
     confidence: np.ndarray | None = None
 
 
-def packed(semantic: np.ndarray, in_view: np.ndarray | None = None, out: np.ndarray | None = None) -> np.ndarray:
+def packed(
+    semantic: np.ndarray,
+    in_view: np.ndarray | None = None,
+    out: np.ndarray | None = None,
+    *,
+    evidence: np.ndarray | None = None,
+    free: int = ABSTAIN,
+) -> np.ndarray:
     """What a source says, one byte a voxel.
 
     Args:
         semantic: (X, Y, Z) uint8 class ids; IGNORE says nothing.
         in_view: (X, Y, Z) bool, what a camera saw; None: everything.
         out: (X, Y, Z) uint8 to write to.
+        evidence: (X, Y, Z) uint8, how probably a voxel is occupied in 255ths: free voxels (id ``free``) then say how much they
+            are in doubt, by DOUBTFUL, in words after ``free``.
     """
     out = np.empty(semantic.shape, np.uint8) if out is None else out
     np.minimum(semantic, ABSTAIN, out=out)
+    if evidence is not None:
+        out += np.where(semantic == free, np.searchsorted(DOUBTFUL, evidence, "right"), 0).astype(np.uint8)
     if in_view is None:
         out |= IN_VIEW
     else:
@@ -268,8 +281,11 @@ def evidence(
     """
     shape = sources.shape[1:]
     out = np.zeros((len(index), rule.num_classes + 1), np.int64)
+    words = len(rule.things)
     flat = sources.reshape(len(sources), -1)
-    _evidence(index, maps, flat, np.asarray(slots, np.int64), np.asarray(shape, np.int64), rule.place, rule.table, out)
+    _evidence(
+        index, maps, flat, np.asarray(slots, np.int64), np.asarray(shape, np.int64), rule.place, rule.table, words, out
+    )
     return out
 
 
@@ -277,7 +293,7 @@ def evidence(
 @numba.njit(cache=True, nogil=True)
 def _evidence(  # noqa: PLR0917
     index: np.ndarray, maps: np.ndarray, sources: np.ndarray, slots: np.ndarray, shape: np.ndarray, place: np.ndarray,
-    table: np.ndarray, out: np.ndarray,
+    table: np.ndarray, words: int, out: np.ndarray,
 ) -> None:  # fmt: skip
     a, b, c = shape
     classes = out.shape[1]
@@ -292,7 +308,7 @@ def _evidence(  # noqa: PLR0917
                 at = (int(x) * b + int(y)) * c + int(z)
                 said = sources[slots[s], at] & 127
                 if said != ABSTAIN:
-                    row = (place[at] * 2 + (sources[slots[s], at] >> 7)) * classes + said
+                    row = (place[at] * 2 + (sources[slots[s], at] >> 7)) * words + said
                     for q in range(classes):
                         out[n, q] += table[row, q]
 
@@ -310,7 +326,7 @@ def _pull(  # noqa: PLR0917
     weights: np.ndarray, shares: np.ndarray, place: np.ndarray, table: np.ndarray, prior: np.ndarray, things: np.ndarray,
     parked: bool, trusted: np.ndarray, out: np.ndarray, frames: np.ndarray, last: np.ndarray, confidence: np.ndarray,
 ) -> None:  # fmt: skip
-    classes, low, height = len(things), begin[2], end[2] - begin[2]
+    classes, low, height = len(shares), begin[2], end[2] - begin[2]
     bayes, some, details = len(table) > 0, wanted.size > 0, frames.size > 0
     score, of_things = np.zeros((height, classes), np.int64), np.zeros((height, classes), np.int64)
     # By voxel of the column, 16 bits each: sources that say something; of these, in view; of these, things; other frames'
@@ -338,7 +354,7 @@ def _pull(  # noqa: PLR0917
                     continue
                 at = (i * shape[1] + j) * shape[2] + k  # the target is the source ``itself``
                 if moving and _own_stays(
-                    out[i, j, k], best, things, at, itself, sources[slots[itself]], place, trusted
+                    out[i, j, k], best, things, at, itself, sources[slots[itself]], place, trusted, classes
                 ):
                     best = out[i, j, k]
                 out[i, j, k] = best
@@ -365,15 +381,14 @@ def _decide(  # noqa: PLR0917
 @numba.njit(cache=True, nogil=True, inline="always")
 def _own_stays(  # noqa: PLR0917
     own: int, best: int, things: np.ndarray, at: int, itself: int, source: np.ndarray, place: np.ndarray,
-    trusted: np.ndarray,
+    trusted: np.ndarray, classes: int,
 ) -> bool:  # fmt: skip
     """Whether the target's own thing stays where the others say thing or free; ``source`` is the target."""
-    classes = len(things)
     if own >= classes or not things[own] or not (things[best] or best == classes - 1):
         return False
     if len(trusted) == 0 or itself < 0:
         return True
-    return bool(trusted[(place[at] * 2 + (source[at] >> 7)) * classes + own])
+    return bool(trusted[(place[at] * 2 + (source[at] >> 7)) * len(things) + own])
 
 
 @numba.njit(cache=True, nogil=True)
@@ -411,7 +426,7 @@ def _hear(  # noqa: PLR0917
         if details:
             latest[h] = max(latest[h], number)
         if bayes:
-            row = table[(place[at] * 2 + view) * classes + said]
+            row = table[(place[at] * 2 + view) * len(things) + said]
             for q in range(classes):
                 score[h, q] += row[q]
                 if apart:
@@ -449,23 +464,24 @@ def _doubt(  # noqa: PLR0917
                 continue
             part = int(sure[slot, at])
             apart = parked and s != itself
-            _share(h, said, part, 1, at, view, weights, shares, place, table, score)
-            _share(h, other, 255 - part, 0, at, view, weights, shares, place, table, score)
+            words = len(things)
+            _share(h, said, part, 1, at, view, weights, shares, place, table, words, score)
+            _share(h, other, 255 - part, 0, at, view, weights, shares, place, table, words, score)
             if apart and things[said]:
-                _share(h, said, part, 1, at, view, weights, shares, place, table, of_things)
+                _share(h, said, part, 1, at, view, weights, shares, place, table, words, of_things)
             if apart and things[other]:
-                _share(h, other, 255 - part, 0, at, view, weights, shares, place, table, of_things)
+                _share(h, other, 255 - part, 0, at, view, weights, shares, place, table, words, of_things)
 
 
 @numba.njit(cache=True, nogil=True)
 def _share(  # noqa: PLR0917
     h: int, said: int, part: int, heard: int, at: int, view: int, weights: np.ndarray, shares: np.ndarray,
-    place: np.ndarray, table: np.ndarray, score: np.ndarray,
+    place: np.ndarray, table: np.ndarray, words: int, score: np.ndarray,
 ) -> None:  # fmt: skip
     """Adds ``part`` of 255ths of what a class adds, less the whole where that was ``heard`` (1) already."""
     classes = score.shape[1]
     if len(table) > 0:
-        row = table[(place[at] * 2 + view) * classes + said]
+        row = table[(place[at] * 2 + view) * words + said]
         for q in range(classes):
             score[h, q] += row[q] * part // 255 - heard * row[q]
     else:

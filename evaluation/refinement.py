@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from occstream.evaluation.bayes import (
     BINS,
+    EXTRA,
     Confusions,
     best_exponent,
     confusions_by_exponent,
@@ -20,7 +21,7 @@ from occstream.evaluation.bayes import (
     scores_by_exponent,
 )
 from occstream.evaluation.drive import BoxMotion, DriveReader, Source, Volumes, Votes, label_manifest
-from occstream.evaluation.propagate import Device, Rule, evidence, overlapping, packed, pull, pull_maps
+from occstream.evaluation.propagate import Device, Rule, evidence, overlapping, pull, pull_maps
 from occstream.evaluation.votes import VoteConfig, voting
 from occstream.sharding.attach import Sidecar
 from occstream.sharding.codec import Coding, encode
@@ -52,6 +53,8 @@ class RefineConfig:
         votes: of the weighted votes.
         voxels: all that a frame labels vote, or only those that its labels' mask knows.
         soft: a voxel's vote is shared by the two best classes of predictions that have them, as their logits say.
+        evidence: bayes: free voxels say how much they are in doubt (predictions with evidence), and the table knows what it
+            means.
 
     Raises:
         ValueError: a value is out of range.
@@ -63,10 +66,13 @@ class RefineConfig:
     votes: VoteConfig = field(default_factory=VoteConfig)
     voxels: Votes = "all"
     soft: bool = False
+    evidence: bool = False
 
     def __post_init__(self) -> None:
         if self.rule not in ("votes", "bayes"):
             raise ValueError(f"rule {self.rule!r} is neither votes nor bayes")
+        if self.evidence and self.rule != "bayes":
+            raise ValueError("evidence is read by rule bayes; votes know occupied and free only")
         if not 0 <= self.window <= 500:
             raise ValueError(f"window is {self.window}, must be 0 to 500 key-frames")
         if self.movers not in MOVERS:
@@ -109,6 +115,10 @@ def make_rule(config: RefineConfig, manifest: Manifest, table: Confusions | None
         rule = voting(config.votes, manifest.label_grid, taxonomy)
     elif table is None:
         raise ValueError("rule bayes needs a table of confusions: measure it with --holdout, or give it with --table")
+    elif table.evidence != config.evidence:
+        raise ValueError(
+            f"the table of confusions was measured {'with' if table.evidence else 'without'} evidence; measure it again"
+        )
     else:
         rule = naive_bayes(table, manifest.label_grid, taxonomy)
     return dataclasses.replace(rule, parked=config.movers == "parked")
@@ -207,6 +217,7 @@ def refine(
     part: tuple[int, int] = (1, 1),
     threads: int = 1,
     device: Device = "auto",
+    kept: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Refined:
     """Refines a label group of a data set, shard by shard; a rerun continues where it stopped.
@@ -220,6 +231,8 @@ def refine(
         part: (i, n): only every n-th shard. The call that finds all parts done publishes the manifest.
         threads: of this process on the CPU.
         device: cuda, cpu, or the GPU where there is one (auto); the bytes are the same.
+        kept: numbers of scenes that keep the set's own labels: training on truth and refined labels is then training on this
+            group.
         progress: gets shards done and shards in all.
 
     Raises:
@@ -230,16 +243,21 @@ def refine(
     if name == group:
         raise ValueError(f"{name} would take the place of what it is made from; choose another name")
     base, began = Manifest.load(url), time.perf_counter()
-    reader = DriveReader(base, group, config.voxels, config.view, tracks=config.movers == "tracks", soft=config.soft)
+    reader = DriveReader(base, group, config.voxels, config.view, tracks=config.movers == "tracks", soft=config.soft,
+                         evidence=config.evidence)  # fmt: skip
     rule = make_rule(config, reader.manifest, table)
     refiner = SceneRefiner(reader, rule, config, threads, device)
-    sidecar = _sidecar(base, reader.manifest, name, group, config=config, table=table)
+    names = sorted(base.scenes[number].name for number in kept)
+    own = ShardReader(label_manifest(base, "labels"), ("labels",)) if names else None
+    sidecar = _sidecar(base, reader.manifest, name, group, config=config, table=table, kept=names)
     numbers = {scene.name: number for number, scene in enumerate(base.scenes)}
 
     def fill(writer: ShardWriter, scenes: list[SceneEntry]) -> None:
         for scene in scenes:
-            for source, semantic in refiner.frames(numbers[scene.name]):
-                _write(writer, source, semantic, refiner)
+            if own is not None and scene.name in names:
+                _copy(writer, own, numbers[scene.name], scene.frames)
+            else:
+                _write(writer, refiner, numbers[scene.name])
 
     try:
         mine = sorted(sidecar.scenes)[part[0] - 1 :: part[1]]
@@ -250,18 +268,29 @@ def refine(
                 progress(count, len(mine))
     finally:
         reader.close()
+        if own is not None:
+            own.close()
     refiner.done.manifest, refiner.done.view_from = sidecar.publish(), reader.view_from
     refiner.done.seconds = time.perf_counter() - began
     return refiner.done
 
 
 def _sidecar(
-    base: Manifest, labels: Manifest, name: str, group: str, *, config: RefineConfig, table: Confusions | None
+    base: Manifest,
+    labels: Manifest,
+    name: str,
+    group: str,
+    *,
+    config: RefineConfig,
+    table: Confusions | None,
+    kept: list[str],
 ) -> Sidecar:
     """The group that is written; what it is made from and by is its origin."""
     rule, digest = dataclasses.asdict(config), None
     if not config.soft:
         del rule["soft"]  # as labels of earlier versions have it
+    if not config.evidence:
+        del rule["evidence"]  # likewise
     if config.rule == "bayes":
         assert table is not None, "rule bayes has a table, or make_rule has refused it"
         rule["votes"], digest = None, table.digest
@@ -271,9 +300,15 @@ def _sidecar(
         "rule": rule,
         "table": digest,
     }
+    if kept:
+        origin["truth"] = kept
     said = f"votes of {config.votes.sensor}" if config.rule == "votes" else f"bayes {digest}"
     about = f"{said} over {config.window} key-frames to each side, movers {config.movers}, of {group} {labels.fingerprint[:16]}"
     about += ", shared by the two best classes" if config.soft else ""
+    about += f", truth for {len(kept)} scenes" if kept else ""
+    author = base.author(group) if group != "labels" else None
+    if author is not None and author.trained_on is not None:
+        author = dataclasses.replace(author, trained_on=author.trained_on | set(kept))
     return Sidecar(
         base,
         name,
@@ -283,11 +318,24 @@ def _sidecar(
         labels=about,
         origin=origin,
         convention=labels.convention,
-        author=base.author(group) if group != "labels" else None,
+        author=author,
     )
 
 
-def _write(writer: ShardWriter, source: Source, semantic: np.ndarray, refiner: SceneRefiner) -> None:
+def _copy(writer: ShardWriter, own: ShardReader, scene: int, frames: int) -> None:
+    """Writes a scene's own labels."""
+    for index in range(frames):
+        frame = own.frame(scene, index)
+        writer.add(frame.key, encode(frame, "labels", Coding(level=LEVEL)))
+
+
+def _write(writer: ShardWriter, refiner: SceneRefiner, scene: int) -> None:
+    """Writes a scene's refined labels."""
+    for source, semantic in refiner.frames(scene):
+        _write_frame(writer, source, semantic, refiner)
+
+
+def _write_frame(writer: ShardWriter, source: Source, semantic: np.ndarray, refiner: SceneRefiner) -> None:
     began, done = time.process_time(), refiner.done
     free = refiner.rule.num_classes
     known = source.mask("mask_lidar")
@@ -327,19 +375,20 @@ def measure(
     if len(scenes) < 2:
         raise ValueError("rule bayes measures its table and λ on different scenes: hold out two scenes or more")
     base = Manifest.load(url)
-    reader = DriveReader(base, group, config.voxels, view=True)
+    reader = DriveReader(base, group, config.voxels, view=True, evidence=config.evidence)
     manifest, true_manifest = reader.manifest, label_manifest(base, truth)
     known = ShardReader(true_manifest, (truth,))
     grid = manifest.label_grid
     if not grid.same_voxels(true_manifest.label_grid) or manifest.classes != true_manifest.classes:
         raise ValueError(f"{url}: {truth} and {group} have other grids or classes, so they cannot be compared")
     classes = len(manifest.classes) + 1
-    counts = [np.zeros((BINS, 2, classes, classes), np.int64) for _ in range(2)]
+    words = classes + EXTRA[config.evidence]
+    counts = [np.zeros((BINS, 2, classes, words), np.int64) for _ in range(2)]
     for turn, scene in enumerate(scenes):
         for index in range(base.scenes[scene].frames):
             source, view = reader.read(scene, index)
             true = _truth(known, scene, index)
-            counts[turn % 2] += confusions_of(packed(source.semantic, view), true, grid, classes)
+            counts[turn % 2] += confusions_of(source.packed(view, classes - 1), true, grid, classes, words=words)
     if not min(c.sum() for c in counts):
         raise ValueError(f"{url}: {truth} knows nothing about the held-out scenes; choose others")
     rule = naive_bayes(Confusions(counts[0]), grid, get_taxonomy(manifest.taxonomy))

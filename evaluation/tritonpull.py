@@ -16,11 +16,13 @@ def _floor_share(amount, part):
 
 
 @triton.jit
-def _amounts(said, at, view, live, weights, shares, place, table, voxels, classes, c, BAYES: tl.constexpr):
+def _amounts(
+    said, at, view, live, weights, shares, place, table, voxels, classes, words, c, BAYES: tl.constexpr
+):  # fmt: skip
     """(V, CH) int64: what a voxel that says a class adds to the score of each."""
     if BAYES:
         bin_of = tl.load(place + at, mask=live, other=0).to(tl.int64)
-        row = (bin_of * 2 + view) * classes + said
+        row = (bin_of * 2 + view) * words + said
         wanted = live[:, None] & (c < classes)[None, :]
         return tl.load(table + row[:, None] * classes + c[None, :], mask=wanted, other=0).to(tl.int64)
     weight = tl.load(weights + view * voxels + at, mask=live, other=0).to(tl.int64)
@@ -42,7 +44,7 @@ def _place(m, i, j, k, live, a, b, c_size):
 
 @triton.jit
 def _own_stays(
-    own, best, asked, at, source, place, things, trusted, classes, TRUSTED: tl.constexpr
+    own, best, asked, at, source, place, things, trusted, classes, words, TRUSTED: tl.constexpr
 ):  # fmt: skip
     """Whether the target's own thing stays where the others say thing or free; ``source`` is the target."""
     mine = asked & (own < classes)
@@ -50,7 +52,7 @@ def _own_stays(
     mine = mine & ((tl.load(things + best, mask=asked, other=0) != 0) | (best == classes - 1))
     if TRUSTED:
         byte = tl.load(source + at, mask=mine, other=0).to(tl.int64)
-        row = (tl.load(place + at, mask=mine, other=0).to(tl.int64) * 2 + (byte >> 7)) * classes + own
+        row = (tl.load(place + at, mask=mine, other=0).to(tl.int64) * 2 + (byte >> 7)) * words + own
         mine = mine & (tl.load(trusted + row, mask=mine, other=0) != 0)
     return mine
 
@@ -67,7 +69,7 @@ def _share_of(best, score, known, c):
 @triton.jit
 def pull(
     index, maps, sources, second, sure, slots, numbers, weights, shares, place, table, prior, things, trusted, out, frames,
-    last, confidence, count, sources_count, itself, classes, a, b, c_size,
+    last, confidence, count, sources_count, itself, classes, words, a, b, c_size,
     BAYES: tl.constexpr, DOUBTS: tl.constexpr, PARKED: tl.constexpr, TRUSTED: tl.constexpr, DETAILS: tl.constexpr,
     VOXELS: tl.constexpr, CH: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -99,14 +101,14 @@ def pull(
             others += (thing & foreign).to(tl.int32)
         if DETAILS:
             latest = tl.where(speaks, tl.maximum(latest, tl.load(numbers + s)), latest)
-        first = _amounts(said, at, view, speaks, weights, shares, place, table, voxels, classes, c, BAYES)
+        first = _amounts(said, at, view, speaks, weights, shares, place, table, voxels, classes, words, c, BAYES)
         if DOUBTS:
             other = tl.load(second + slot * voxels + at, mask=speaks, other=255).to(tl.int64)
             part = tl.load(sure + slot * voxels + at, mask=speaks, other=255).to(tl.int64)
             two = speaks & (other < classes)
             other = tl.where(two, other, 0)
             first = tl.where(two[:, None], _floor_share(first, part[:, None]), first)
-            more = _amounts(other, at, view, two, weights, shares, place, table, voxels, classes, c, BAYES)
+            more = _amounts(other, at, view, two, weights, shares, place, table, voxels, classes, words, c, BAYES)
             more = _floor_share(more, (255 - part)[:, None])
             score += more
             if PARKED:
@@ -133,7 +135,7 @@ def pull(
         where = (i.to(tl.int64) * b + j.to(tl.int64)) * c_size + k.to(tl.int64)
         source = sources + tl.load(slots + tl.maximum(itself, 0)) * voxels
         asked = moving & decided
-        mine = _own_stays(own, best, asked, where, source, place, things, trusted, classes, TRUSTED)
+        mine = _own_stays(own, best, asked, where, source, place, things, trusted, classes, words, TRUSTED)
         best = tl.where(mine, own, best)
     tl.store(out + n, tl.where(decided, best, own).to(tl.uint8), mask=live)
     if DETAILS:

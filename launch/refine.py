@@ -62,6 +62,12 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         default=0,
         help="bayes: measure the table on this many held-out scenes, of which training saw none (as data.holdout)",
     )
+    p.add_argument(
+        "--keep-truth",
+        type=at_least(0),
+        default=0,
+        help="number of scenes of the nested subset (with --holdout, --subset-seed) that keep their own labels, as for predict",
+    )
     p.add_argument("--subset-seed", type=at_least(0), default=0, help="bayes: same as data.subset_seed (default 0)")
     p.add_argument(
         "--truth", default="labels", help="bayes: group of labels that the table is measured by (default labels)"
@@ -73,6 +79,11 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--soft",
         action="store_true",
         help="a voxel's vote is shared by its two best classes, as the logits of `occstream predict --keep top2` or logits say",
+    )
+    p.add_argument(
+        "--evidence",
+        action="store_true",
+        help="bayes: free voxels say how much they are in doubt, as `occstream predict --keep evidence` stored it",
     )
     p.add_argument(
         "--local",
@@ -98,9 +109,17 @@ def run(args: argparse.Namespace) -> int:
     from occstream.evaluation.votes import VoteConfig
 
     votes = VoteConfig(args.sensor, empty=args.empty)
-    config = RefineConfig(args.rule, args.window, args.movers, votes, args.voxels, args.soft or bool(args.local))
-    if args.rule == "votes" and (args.holdout or args.table):
+    config = RefineConfig(
+        args.rule, args.window, args.movers, votes, args.voxels, args.soft or bool(args.local), args.evidence
+    )
+    if args.rule == "votes" and ((args.holdout and not args.keep_truth) or args.table):
         raise ValueError("--holdout and --table belong to --rule bayes; votes need no table")
+    kept = []
+    if args.keep_truth:
+        from occstream.sharding.manifest import Manifest
+
+        kept = Manifest.load(args.url).subset(args.keep_truth, args.subset_seed, args.holdout)
+        print(f"{len(kept)} scenes keep the set's own labels")
     part = parse_part(args.part)
     if on_gpu(args.device):
         print("votes are counted on the GPU")
@@ -116,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
         part=part,
         threads=args.workers,
         device=args.device,
+        kept=kept,
         progress=lambda done, total: print(f"{done}/{total} shards", flush=True) if done % 10 in (0, total) else None,
     )
     if found.frames:

@@ -82,8 +82,8 @@ class Street:
         return out
 
 
-def predictions(url: str, group: str, wrong: float = 0.2, seed: int = 0) -> Manifest:
-    """Attaches labels with a share of wrong voxels, new ones in every frame."""
+def predictions(url: str, group: str, wrong: float = 0.2, seed: int = 0, *, evidence: bool = False) -> Manifest:
+    """Attaches labels with a share of wrong voxels, new ones in every frame; with evidence, what is missed is in doubt."""
     base = Manifest.load(url)
     reader = ShardReader(base, ("labels",))
     origin = {"wrong": wrong, "seed": seed}
@@ -97,10 +97,14 @@ def predictions(url: str, group: str, wrong: float = 0.2, seed: int = 0) -> Mani
             for index in range(scene.frames):
                 frame = reader.frame(numbers[scene.name], index)
                 rng = np.random.default_rng([seed, numbers[scene.name], index])
-                said = frame.labels.semantic.copy()
+                true = frame.labels.semantic
+                said = true.copy()
                 hit = rng.random(said.shape) < wrong
                 said[hit] = rng.choice([CAR, ROAD, WALL, FREE], hit.sum())
                 frame.labels = Labels(said != FREE, said, frame.labels.mask_lidar, frame.labels.mask_camera)
+                if evidence:
+                    doubt = np.where(rng.random(said.shape) < 0.8, true != FREE, rng.random(said.shape) < 0.1)
+                    frame.labels.evidence = np.where(said == FREE, 100 * doubt, 200).astype(np.uint8)
                 frame.boxes = None
                 writer.add(frame.key, encode(frame, "labels", Coding(level=1)))
 

@@ -86,6 +86,20 @@ def test_pulled_back_it_says_what_the_frames_say(place, tmp_path):
     assert (back == source.semantic)[seen].all(), "its grid is not turned"
 
 
+def test_a_grid_along_the_maps_axes_gets_exactly_the_votes_back(place):
+    """Votes are counted at the centers of the map's voxels: only a turned or shifted grid asks between them."""
+    city, found = CityMap.open(place / "city"), sources(str(place / "data"), [0, 1])
+    pose = np.eye(4)
+    middle = np.mean([source.pose[:3, 3] for source in found], axis=0)
+    pose[:3, 3] = city.origin - GRID.lower + np.round((middle - city.origin + GRID.lower) / GRID.voxel) * GRID.voxel
+    maps = pull_maps(GRID, pose, GRID, np.stack([source.pose for source in found]))
+    volumes = np.stack([packed(source.semantic) for source in found])
+    nothing = np.full(GRID.shape, IGNORE, np.uint8)
+    votes = pull(voting(PLAIN, GRID, OCC3D), maps, volumes, range(len(found)), before=nothing).semantic
+    assert (votes != IGNORE).mean() > 0.9
+    assert (city.pulled_back(GRID, pose) == votes).all()
+
+
 def digests(folder):
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()

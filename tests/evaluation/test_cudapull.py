@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from occstream.evaluation.bayes import naive_bayes
+from occstream.evaluation.bayes import Confusions, naive_bayes
 from occstream.evaluation.cudapull import pull_into, usable
 from occstream.evaluation.propagate import Pulled, packed, pull, pull_maps
 from occstream.evaluation.votes import VoteConfig, voting
@@ -29,17 +29,17 @@ def drive():
 
 def rules(rng):
     bayes = naive_bayes(some_confusions(rng, 4, 0.7), SMALL, MIXED)
-    for rule in (
-        voting(VoteConfig(box=1.0), SMALL, MIXED),
-        bayes,
-        dataclasses.replace(bayes, trusted=np.zeros(0, bool)),
-    ):
+    doubtful = naive_bayes(Confusions(rng.integers(0, 200, (9, 2, 4, 7)), 0.7), SMALL, MIXED)
+    untrusting = dataclasses.replace(bayes, trusted=np.zeros(0, bool))
+    for rule in (voting(VoteConfig(box=1.0), SMALL, MIXED), bayes, untrusting, doubtful):
         yield from (dataclasses.replace(rule, parked=parked) for parked in (False, True))
 
 
 @pytest.mark.parametrize(("itself", "unsure"), [(-1, False), (2, True)])
 def test_it_makes_the_bytes_of_the_cpu(drive, itself, unsure):
-    rng, maps, sources, said, doubts = drive
+    rng, maps, certain, said, doubts = drive
+    doubted = certain.copy()
+    doubted[(certain & 127 == 3) & (rng.random(certain.shape) < 0.5)] += 2  # free, but in doubt
     before = said if itself >= 0 else np.full(SMALL.shape, IGNORE, np.uint8)
     index = np.argwhere(rng.random(SMALL.shape) < 0.9)
     wanted = np.zeros(SMALL.shape, bool)
@@ -47,6 +47,7 @@ def test_it_makes_the_bytes_of_the_cpu(drive, itself, unsure):
     slots, numbers = [3, 1, 4, 0, 2], [7, 2, 9, 0, 5]
     for rule in rules(rng):
         details = not rule.bayes
+        sources = doubted if len(rule.things) > 4 else certain
         options = {"itself": itself, "numbers": numbers, "doubts": doubts if unsure else None}
         want = pull(rule, maps, sources, slots, before=before, wanted=wanted, details=details, device="cpu", **options)
         got = Pulled(before.copy())

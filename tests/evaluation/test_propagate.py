@@ -360,3 +360,24 @@ def test_shared_votes_are_the_sum_of_their_parts(kind, parked):
     assert (got != hard).any()
     nowhere = np.full_like(second, IGNORE), doubts[1]
     assert (run(rule, SMALL, poses, poses[0], said, views, itself=0, doubts=nowhere).semantic == hard).all()
+
+
+def test_free_voxels_in_doubt_are_other_words():
+    """A table that knows them makes of two frames' doubts a wall, and of two frames' certainties nothing."""
+    semantic, sure = np.array([3, 3, 3, 3, 2, IGNORE], np.uint8), np.array([15, 16, 64, 128, 128, 128], np.uint8)
+    assert packed(semantic, np.zeros(6, bool), evidence=sure, free=3).tolist() == [3, 4, 5, 6, 2, ABSTAIN]
+    assert packed(semantic, np.zeros(6, bool)).tolist() == [3, 3, 3, 3, 2, ABSTAIN]
+    grid = VoxelGrid("row", (0, 0, 0), (2, 1, 1), (1, 1, 1))
+    counts = np.zeros((9, 2, 4, 7), np.int64)
+    counts[:, :, 3, 3:] = 1000, 100, 50, 10  # truly free
+    counts[:, :, 2, 2:] = 50, 20, 5, 10, 40  # truly a wall
+    rule = naive_bayes(Confusions(counts), grid, MIXED)
+    assert Confusions(counts).evidence
+    said = np.full((2, 1, 1), 3, np.uint8)
+    one = packed(said, evidence=np.array([200, 0], np.uint8).reshape(2, 1, 1), free=3)
+    sources, maps = np.stack([one] * 2), pull_maps(grid, np.eye(4), grid, np.stack([np.eye(4)] * 2))
+    scores = evidence(rule, maps, sources, range(2), index=np.array([[0, 0, 0]]))[0]
+    assert (scores == 2 * rule.table.reshape(9, 2, 7, 4)[0, 1, 6]).all()
+    for parked in (False, True):
+        rule = dataclasses.replace(rule, parked=parked)
+        assert pull(rule, maps, sources, range(2), before=said, itself=0).semantic.ravel().tolist() == [2, 3]

@@ -140,6 +140,12 @@ def test_the_command_measures_a_table_once_and_says_what_it_did(street, tmp_path
         (["--input", "pseudo-a", "--rule", "bayes", "--holdout", "9"], "has 4 scenes"),
         (["--input", "pseudo-a", "--holdout", "2"], "belong to --rule bayes"),
         (["--input", "pseudo-a", "--empty", "2"], "must be 0 to 1"),
+        (["--input", "pseudo-a", "--evidence"], "is read by rule bayes"),
+        (
+            ["--input", "pseudo-a", "--rule", "bayes", "--holdout", "2", "--evidence"],
+            "holds no evidence; predict with --keep",
+        ),
+        (["--input", "pseudo-a", "--keep-truth", "5"], "5 scenes requested"),
         (["--input", "pseudo-a", "--window", "501"], "must be 0 to 500"),
         (["--input", "pseudo-a", "--part", "3/2"], "needs i/n"),
         (["--input", "pseudo-a", "--name", "pseudo-a"], "choose another name"),
@@ -213,3 +219,34 @@ def test_grids_in_the_lidar_frame_are_placed_by_the_sweep(tmp_path, capsys):
     pack(street, str(tmp_path / "bare"), groups=("labels",), grid=grid)
     assert main(["refine", str(tmp_path / "bare"), "--input", "labels", "--name", "pseudo-r"]) == 2
     assert "no group 'lidar'" in capsys.readouterr().err
+
+
+def test_scenes_of_the_truth_keep_it(street, capsys):
+    words = ["refine", street, "--input", "pseudo-a", "--window", "1", "--name", "pseudo-t"]
+    assert main([*words, "--keep-truth", "2"]) == 0
+    assert "2 scenes keep the set's own labels" in capsys.readouterr().out
+    base = Manifest.load(street)
+    kept = {base.scenes[i].name for i in base.subset(2)}
+    made, truth = semantics(base.with_sidecar("pseudo-t")), semantics(base)
+    plain = semantics(refine(street, "pseudo-a", "pseudo-u", RefineConfig(window=1)).manifest)
+    for key, said in made.items():
+        same = truth if key.rsplit("-", 1)[0] in kept else plain
+        assert (said == same[key]).all(), key
+
+
+def test_evidence_tells_kinds_of_free_apart(street, tmp_path):
+    """A network that is in doubt where it misses the occupied: what is in doubt in several frames comes back."""
+    truth, url = semantics(Manifest.load(street)), str(tmp_path / "data")
+    shutil.copytree(street, url)
+    predictions(url, "pseudo-e", evidence=True)
+    found = {}
+    for evidence in (False, True):
+        config = RefineConfig("bayes", window=3, evidence=evidence)
+        table, _ = measure(url, "pseudo-e", [0, 1], config)
+        assert table.evidence == evidence
+        found[evidence] = right(
+            semantics(refine(url, "pseudo-e", f"pseudo-{evidence}".lower(), config, table=table).manifest), truth
+        )
+        with pytest.raises(ValueError, match="measured with"):
+            refine(url, "pseudo-e", "pseudo-x", dataclasses.replace(config, evidence=not evidence), table=table)
+    assert found[True] > found[False]

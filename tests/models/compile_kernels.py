@@ -53,6 +53,6 @@ if __name__ == "__main__":
         wide = {"maps": "fp64", "slots": "i64", "shares": "i64", "prior": "i64"}
         kinds = dict.fromkeys(bytes_of.split(), "u8") | whole | wide
         switches = {"DOUBTS": True, "PARKED": True, "TRUSTED": True, "DETAILS": True, "VOXELS": VOXELS, "CH": 32}
-        numbers = "count sources_count itself classes a b c_size"
+        numbers = "count sources_count itself classes words a b c_size"
         for bayes in (False, True):
             build(tritonpull.pull, arch, kinds, numbers, {"BAYES": bayes, **switches})
