@@ -56,25 +56,7 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         default="all",
         help="voxels of a frame that vote: all (default), or those that mask_lidar of the labels knows",
     )
-    p.add_argument(
-        "--holdout",
-        type=at_least(0),
-        default=0,
-        help="bayes: measure the table on this many held-out scenes, of which training saw none (as data.holdout)",
-    )
-    p.add_argument(
-        "--keep-truth",
-        type=at_least(0),
-        default=0,
-        help="number of scenes of the nested subset (with --holdout, --subset-seed) that keep their own labels, as for predict",
-    )
-    p.add_argument("--subset-seed", type=at_least(0), default=0, help="bayes: same as data.subset_seed (default 0)")
-    p.add_argument(
-        "--truth", default="labels", help="bayes: group of labels that the table is measured by (default labels)"
-    )
-    p.add_argument(
-        "--table", default="", help="bayes: a .json file; used if it is there, otherwise written by --holdout"
-    )
+    _table_arguments(p)
     p.add_argument(
         "--soft",
         action="store_true",
@@ -99,6 +81,29 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         choices=("auto", "cpu", "cuda"),
         default="auto",
         help="what counts votes: a GPU with Triton where there is one (auto, default); the result is the same",
+    )
+
+
+def _table_arguments(p: argparse.ArgumentParser) -> None:
+    """Which scenes are held out, which keep the truth, and the table that is measured on the former."""
+    p.add_argument(
+        "--holdout",
+        type=at_least(0),
+        default=0,
+        help="bayes: measure the table on this many held-out scenes, of which training saw none (as data.holdout)",
+    )
+    p.add_argument(
+        "--keep-truth",
+        type=at_least(0),
+        default=0,
+        help="number of scenes of the nested subset (with --holdout, --subset-seed) that keep their own labels, as for predict",
+    )
+    p.add_argument("--subset-seed", type=at_least(0), default=0, help="bayes: same as data.subset_seed (default 0)")
+    p.add_argument(
+        "--truth", default="labels", help="bayes: group of labels that the table is measured by (default labels)"
+    )
+    p.add_argument(
+        "--table", default="", help="bayes: a .json file; used if it is there, otherwise written by --holdout"
     )
 
 
