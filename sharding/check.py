@@ -334,6 +334,8 @@ def inspect(url: str, frames: int = 200, group: str | None = None) -> str:
         else "grid         none",
         f"scenes       {len(manifest.scenes)} with {total} frames",
     ]
+    if license_said := manifest.scenes[0].attributes.get("license") if len(manifest.scenes) else None:
+        lines.append(f"license      {license_said}")
     if sidecars:
         lines.append(f"sidecars     {', '.join(sidecars)}")
     if manifest.left_out:

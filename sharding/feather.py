@@ -1,4 +1,4 @@
-"""Columns of Feather files (Arrow IPC), checked as they are read."""
+"""Columns of Feather (Arrow IPC) and Parquet files, checked as they are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from occstream.sharding.rawfiles import read_file
 from occstream.sharding.rawtree import Place
 
-TEXT = "text"
+TEXT, BYTES = "text", "bytes"
 
 
 def read_feather(path: Place, columns: Mapping[str, str], why: str = "") -> dict[str, np.ndarray]:
@@ -39,6 +39,41 @@ def read_feather(path: Place, columns: Mapping[str, str], why: str = "") -> dict
     except (pa.ArrowException, OSError, MemoryError) as error:
         said = " ".join(str(error).split())[:120]
         raise ValueError(f"{path}: not readable as Feather ({said}); download it again") from None
+    return _checked(table, columns, path)
+
+
+def read_parquet(path: Place, columns: Mapping[str, str], why: str = "") -> dict[str, np.ndarray]:
+    """As ``read_feather``, of a Parquet file; also ``"bool"`` and ``BYTES`` (an array of ``bytes``)."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    data = read_file(path, why)
+    try:
+        with parquet.ParquetFile(pa.BufferReader(data)) as file:
+            have = file.schema_arrow.names
+            if lacking := [name for name in columns if name not in have]:
+                raise ValueError(f"{path}: has no column {lacking[0]!r}, only {', '.join(have)[:200]}")
+            table = file.read(columns=list(columns), use_threads=False)
+            table.validate(full=True)
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        said = " ".join(str(error).split())[:120]
+        raise ValueError(f"{path}: not readable as Parquet ({said}); download it again") from None
+    return _checked(table, columns, path)
+
+
+def parquet_columns(path: Place) -> list[str]:
+    """Names of the columns. Raises ValueError if it is no Parquet file."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        return parquet.read_schema(pa.BufferReader(read_file(path))).names
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not readable as Parquet ({str(error)[:120]}); download it again") from None
+
+
+def _checked(table: Any, columns: Mapping[str, str], path: Place) -> dict[str, np.ndarray]:
+    """Columns of a ``pyarrow.Table``."""
     found = {}
     for name, kind in columns.items():
         column = table.column(name)
@@ -57,6 +92,11 @@ def _column(column: Any, kind: str, where: str) -> np.ndarray:
         if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
             raise ValueError(f"{where} is {column.type}, not text; it is of another version")
         return np.array(column.to_pylist(), dtype=object).astype(str)
+    if kind in (BYTES, "bool"):
+        fits = pa.types.is_boolean if kind == "bool" else lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t)
+        if not fits(column.type):
+            raise ValueError(f"{where} is {column.type}, not {kind}; it is of another version")
+        return np.array(column.to_pylist(), dtype=bool if kind == "bool" else object)
     wanted = np.dtype(kind)
     fits = pa.types.is_integer(column.type) or (wanted.kind == "f" and pa.types.is_floating(column.type))
     if not fits:

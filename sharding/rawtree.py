@@ -15,7 +15,7 @@ import struct
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,12 +189,15 @@ class _Archive:
     """
 
     def __init__(self, url: str) -> None:
-        size = storage.size(url)
+        place = raw_place(url)
+        # One in another archive is small enough to be held, or it would not be there.
+        self._held = place.read_bytes() if isinstance(place, Tree) and place.path else None
+        size = storage.size(url) if self._held is None else len(self._held)
         if size is None:
             raise FileNotFoundError(f"{url}: no such object")
         self.url, self.size = url, size
         try:
-            with zipfile.ZipFile(io.BufferedReader(_Ranges(url, self.size), _TAIL)) as archive:
+            with zipfile.ZipFile(io.BufferedReader(_Ranges(self._range, size), _TAIL)) as archive:
                 self.members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
         except (zipfile.BadZipFile, EOFError, struct.error, NotImplementedError) as error:
             raise ValueError(f"{url}: not readable as a zip archive ({error}); download it again") from None
@@ -208,6 +211,11 @@ class _Archive:
                 self.folders[parent][posixpath.basename(child)] = folder
                 child, folder = parent, True
 
+    def _range(self, offset: int, length: int) -> bytes:
+        if self._held is not None:
+            return self._held[offset : offset + length]
+        return storage.read_bytes(self.url, offset, length)
+
     def read(self, name: str) -> bytes:
         """One member, by range. Raises FileNotFoundError, or ValueError if it is damaged, encrypted or too large."""
         where, info = f"{self.url}/{name}", self.members.get(name)
@@ -216,13 +224,13 @@ class _Archive:
         if info.flag_bits & 1 or info.file_size > LARGEST_MEMBER:
             raise ValueError(f"{where}: is encrypted, or larger than {LARGEST_MEMBER} bytes")
         length = 30 + len(info.filename.encode()) + len(info.extra) + info.compress_size
-        data = storage.read_bytes(self.url, info.header_offset, min(length + _SLACK, self.size - info.header_offset))
+        data = self._range(info.header_offset, min(length + _SLACK, self.size - info.header_offset))
         if data[:4] != b"PK\x03\x04" or len(data) < 30:
             raise ValueError(f"{where}: its header is damaged; download the archive again")
         start = 30 + sum(struct.unpack("<HH", data[26:30]))
         packed = data[start : start + info.compress_size]
         if len(packed) < info.compress_size:
-            packed = storage.read_bytes(self.url, info.header_offset + start, info.compress_size)
+            packed = self._range(info.header_offset + start, info.compress_size)
         try:
             raw = _unpacked(packed, info)
         except (zlib.error, ValueError) as error:
@@ -250,8 +258,8 @@ def _contents(url: str) -> _Archive:
 class _Ranges(io.RawIOBase):
     """An object as a file that is read by ranges."""
 
-    def __init__(self, url: str, size: int) -> None:
-        self._url, self._size, self._at = url, size, 0
+    def __init__(self, ranges: Callable[[int, int], bytes], size: int) -> None:
+        self._range, self._size, self._at = ranges, size, 0
 
     def seekable(self) -> bool:
         return True
@@ -270,7 +278,7 @@ class _Ranges(io.RawIOBase):
         count = min(len(buffer), self._size - self._at)
         if count <= 0:
             return 0
-        data = storage.read_bytes(self._url, self._at, count)
+        data = self._range(self._at, count)
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)

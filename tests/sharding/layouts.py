@@ -3,12 +3,17 @@ test runs on every entry, and fails for a source that has none."""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import pickle
+import shutil
+import tempfile
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pyarrow as pa
+import pytest
 import simplejpeg
 from pyarrow import feather
 from scipy.spatial.transform import Rotation
@@ -388,7 +393,30 @@ def synthetic(root: Path) -> dict:
     return {"scenes": 2, "frames": 2, "image_size": (32, 88), "beams": 32, "grid": "tiny"}
 
 
+def physicalai(root: Path, generation: str = "26.03") -> dict:
+    pytest.importorskip("DracoPy")
+    pytest.importorskip("av")
+    shutil.copytree(pai_tree(generation), root, dirs_exist_ok=True)
+    return {"root": str(root)}
+
+
+@functools.cache
+def pai_tree(generation: str) -> Path:
+    """Two clips of six turns of the LiDAR, made once in a process."""
+    from tests.sharding import pai_clip
+
+    folder = Path(tempfile.mkdtemp(prefix="occstream-pai-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    pai_clip.make(folder, seconds=0.6, generation=generation)
+    return folder
+
+
+def physicalai_25_10(root: Path) -> dict:
+    return physicalai(root, "25.10")
+
+
 LAYOUTS = {
+    "physicalai": [physicalai, physicalai_25_10],
     "nuscenes": [nuscenes, *(nuscenes_with(name) for name in ("occ3d", "openoccupancy", "surroundocc"))],
     "occ3d": [occ3d],
     "openscene": [openscene],

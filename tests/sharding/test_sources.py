@@ -86,7 +86,11 @@ def _check_frame(frame, source):
     if frame.ego_to_global is not None:
         rigid(frame.ego_to_global)
     for camera in frame.cameras.values():
-        height, width, *_ = simplejpeg.decode_jpeg_header(camera.jpeg)
+        if camera.image is not None:
+            assert (camera.jpeg, camera.image.dtype) == (b"", np.uint8)
+            height, width, _ = camera.image.shape
+        else:
+            height, width, *_ = simplejpeg.decode_jpeg_header(camera.jpeg)
         assert (camera.width, camera.height) == (width, height)
         assert camera.distortion is None, "a lens that is not a pinhole belongs into Camera.lens"
         assert camera.lens is None or (camera.lens.width, camera.lens.height) == (width, height)
