@@ -74,6 +74,10 @@ def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="first correct the input by a trained refiner (task occfiner), as a label group NAME-local whose logits then vote: "
         "implies --soft",
     )
+    _machine_arguments(p)
+
+
+def _machine_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--part", default="1/1", help="i/n: only every n-th shard")
     p.add_argument("--workers", type=at_least(1), default=1, help="threads on the CPU (default 1)")
     p.add_argument(
