@@ -28,7 +28,7 @@ class RefineConfig:
     """How boxes give instances to voxels or points that a network predicts."""
 
     threshold: float = 0.8
-    """Boxes with a score above it claim what is in them. ``score_at_precision`` in an evaluation of boxes is the score from which
+    """Boxes with a score above it claim what is in them. ``score_at_precision_80`` of an evaluation is the score from which
     80 % of them are right: on raw scores of a detector of queries few pass 0.8."""
     overlap: float = 0.5
     """A box of whose claim surer boxes have taken a larger share gets nothing."""

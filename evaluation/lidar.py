@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -35,6 +36,7 @@ class DetectionResult(EvalResult):
             the share of true boxes that a prediction of any score lies within 2 m of; in percent.
         errors: ``mATE`` in m, ``mASE`` as 1 - IoU, ``mAOE`` in rad, ``mAVE`` in m/s.
         threshold: the score above which 80 % of the boxes found are right to within 2 m, 1 where there is none.
+        reach: meters that the network looks, where that is less than the benchmark's; None: as far.
         per_class: average precision by class name, in percent; classes that the truth does not have count as 0 in ``mAP``.
         present: names of the classes that the truth has.
     """
@@ -42,6 +44,7 @@ class DetectionResult(EvalResult):
     mean: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     threshold: float = 1.0
+    reach: float | None = None
     per_class: dict[str, float] = field(default_factory=dict)
     present: tuple[str, ...] = ()
     headline: ClassVar[Mapping[str, str]] = {"mAP": "mAP", "NDS": "NDS"}
@@ -53,7 +56,13 @@ class DetectionResult(EvalResult):
     def conditions(self) -> str:
         absent = [name for name in self.per_class if name not in self.present]
         zero = f", classes without a true box count as 0: {', '.join(absent)}" if absent else ""
-        return f"by center distance, attributes not scored{zero}"
+        units = {"mATE": " m", "mASE": "", "mAOE": " rad", "mAVE": " m/s"}
+        errors = "".join(
+            f"{name} {self.errors[name]:.2f}{unit}, " for name, unit in units.items() if name in self.errors
+        )
+        sure = f"80 % right above a score of {self.threshold:.2f}" if self.threshold < 1 else "no score with 80 % right"
+        within = "" if self.reach is None else f" within {self.reach:g} m, where the network looks"
+        return f"by center distance{within}, {errors}{sure}, attributes not scored{zero}"
 
 
 class DetectionScores:
@@ -62,6 +71,8 @@ class DetectionScores:
     Args:
         taxonomy: of the labels; the classes are those of ``rules_of``.
         found: gives the boxes of each of the batch's frames, of the labeled ones at least, from a network's outputs.
+        reach: meters; boxes further away do not count either, as a network that looks no further cannot find them. None: as
+            far as the benchmark has it.
     """
 
     nothing = (
@@ -69,8 +80,13 @@ class DetectionScores:
         "choose other scenes"
     )
 
-    def __init__(self, taxonomy: Taxonomy, found: Callable[[Any, Batch], Sequence[Detections]]) -> None:
+    def __init__(
+        self, taxonomy: Taxonomy, found: Callable[[Any, Batch], Sequence[Detections]], *, reach: float | None = None
+    ) -> None:
         self.rules: DetectionRules = without_attributes(rules_of(taxonomy))
+        self.reach = reach if reach is not None and reach < max(self.rules.reach) else None
+        if self.reach is not None:
+            self.rules = dataclasses.replace(self.rules, reach=tuple(min(self.reach, far) for far in self.rules.reach))
         self.found, self.metric = found, DetectionMetric(self.rules)
 
     def update(self, outputs: Any, batch: Batch) -> int:
@@ -94,6 +110,7 @@ class DetectionScores:
             mean={name: 100 * found[name] for name in ("mAP", "NDS", "mAP_present", "NDS_present", "recall")},
             errors={name: found[name] for name in MEAN_ERRORS if not np.isnan(found[name])},
             threshold=found["score_at_precision_80"],
+            reach=self.reach,
             per_class={name: 100 * found[f"AP/{name}"] for name in names},
             present=tuple(name for name, count in zip(names, self.metric.truths.tolist()) if count),
         )

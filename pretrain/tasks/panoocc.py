@@ -259,7 +259,7 @@ class PanoOccTask(Task):
     def scoring(self, manifest: Manifest, unknown: float | None) -> Scoring:
         config, more = self.config, dict[str, Callable[[], Metric]]()
         if self.detects:
-            more["AP"] = lambda: DetectionScores(config.classes, self._found_boxes)
+            more["AP"] = lambda: DetectionScores(config.classes, self._found_boxes, reach=self._reach)
         if self.voxels and config.eval.points:
             more["point IoU"] = lambda: PointScores(config.classes, self._point_classes)
             if self.detects:
@@ -274,6 +274,13 @@ class PanoOccTask(Task):
             boxes=self._found_boxes if self.detects else None,
             more=more,
         )
+
+    @property
+    def _reach(self) -> float | None:
+        """Meters around the origin within which the head looks for boxes to all sides; None for a grid that begins at it."""
+        lower, upper = self.config.voxel_grid.lower[:2], self.config.voxel_grid.upper[:2]
+        reach = min(*upper, *(-value for value in lower))
+        return reach if reach > 0 else None
 
     def _found_boxes(self, outputs: PanoOutputs, batch: Batch) -> list[Detections]:
         return found_boxes(_queried(outputs), self.config.detect)

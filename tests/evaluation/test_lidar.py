@@ -11,7 +11,7 @@ import torch
 
 from occstream.evaluation.detection import rules_of
 from occstream.evaluation.evaluate import Metric, evaluate
-from occstream.evaluation.lidar import DetectionScores, PointScores, true_boxes
+from occstream.evaluation.lidar import DetectionResult, DetectionScores, PointScores, true_boxes
 from occstream.models.batch import Batch, Boxes, PointLabels, Points
 from occstream.models.centerpoint import Detections
 from occstream.sharding.schema import IGNORE, OCC3D, OPENSCENE
@@ -184,3 +184,33 @@ def test_the_evaluation_takes_them_and_says_when_nothing_counts():
     unknown = dataclasses.replace(empty, point_labels=PointLabels(torch.full((10,), IGNORE), torch.tensor([10])))
     with pytest.raises(ValueError, match="without a single point of a known class"):
         evaluate(Nothing(), [unknown], PointScores(OCC3D, lambda outputs, batch: torch.zeros(10)))
+
+
+def test_a_summary_of_boxes_tells_their_errors_and_which_are_sure():
+    found = DetectionResult(
+        4,
+        mean={"mAP": 30.0, "NDS": 41.0},
+        errors={"mATE": 0.5, "mAVE": 1.25},
+        threshold=0.3125,
+        per_class={"car": 30.0},
+    )
+    said = found.summary()
+    assert "mAP 30.00, NDS 41.00" in said
+    assert "mATE 0.50 m, mAVE 1.25 m/s, 80 % right above a score of 0.31" in said
+    assert "classes without a true box count as 0: car" in said
+    assert "no score with 80 % right" in DetectionResult(4, mean=found.mean).summary()
+    assert "within 19.2 m, where the network looks" in DetectionResult(4, mean=found.mean, reach=19.2).summary()
+
+
+@pytest.mark.parametrize(("reach", "counted"), [(None, 2), (60.0, 2), (30.0, 1), (9.0, 0)])
+def test_boxes_beyond_what_a_network_looks_at_do_not_count(reach, counted):
+    rows = torch.zeros(2, 7)
+    rows[:, 0], rows[:, 3:6] = torch.tensor([10.0, 40.0]), 2.0
+    boxes = Boxes(
+        rows, torch.zeros(2, dtype=torch.uint8), torch.zeros(2, 2), torch.ones(2, dtype=torch.int32), torch.tensor([2])
+    )
+    batch = Batch(torch.eye(3)[None], 1, ["a-0000"], boxes=boxes)
+    nothing = Detections(np.zeros((0, 7), np.float32), None, np.zeros(0, np.int64), np.zeros(0, np.float32))
+    metric = DetectionScores(OCC3D, lambda *_: [nothing], reach=reach)
+    assert metric.update(None, batch) == counted
+    assert (metric.result().reach is None) == (reach in (None, 60.0))
