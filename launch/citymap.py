@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from occstream.launch.data import at_least, parse_part
+from occstream.launch.progress import Bar
 
 
 def add_command(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -60,18 +61,19 @@ def run(args: argparse.Namespace) -> int:
         extra(package)  # before hours of work
     if on_gpu(args.device):
         print("votes are counted on the GPU")
-    made = make_map(
-        args.url,
-        args.labels,
-        args.out,
-        scenes=_scenes(args.url, args.scenes),
-        config=VoteConfig(args.sensor, empty=args.empty),
-        things=args.things,
-        part=parse_part(args.part),
-        threads=args.workers,
-        device=args.device,
-        progress=lambda done, total: print(f"{done}/{total} shards", flush=True) if done % 10 in (0, total) else None,
-    )
+    with Bar("map") as bar:
+        made = make_map(
+            args.url,
+            args.labels,
+            args.out,
+            scenes=_scenes(args.url, args.scenes),
+            config=VoteConfig(args.sensor, empty=args.empty),
+            things=args.things,
+            part=parse_part(args.part),
+            threads=args.workers,
+            device=args.device,
+            progress=bar,
+        )
     if made.shards:
         print(f"in view: {made.view_from}")
     print(

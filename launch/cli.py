@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from occstream.launch import citymap, data, refine
+from occstream.launch.progress import Bar
 from occstream.launch.run import guarded, import_argument, imported
 from occstream.sharding.places import place
 
@@ -428,19 +429,20 @@ def _predict(args: argparse.Namespace) -> int:
                 "--folds needs two runs or more before the data set: occstream predict RUN1 RUN2 … URL --folds"
             )
     *runs, args.url = runs
-    found = predict_checkpoint(
-        runs[0],
-        args.url,
-        args.name,
-        folds=runs[1:],
-        keep=args.keep,
-        flips=args.flips,
-        truth=args.truth,
-        holdout=args.holdout,
-        part=data.parse_part(args.part),
-        overrides=tuple(settings),
-        progress=lambda done, total: print(f"{done}/{total} shards", flush=True) if done % 10 in (0, total) else None,
-    )
+    with Bar("predict") as bar:
+        found = predict_checkpoint(
+            runs[0],
+            args.url,
+            args.name,
+            folds=runs[1:],
+            keep=args.keep,
+            flips=args.flips,
+            truth=args.truth,
+            holdout=args.holdout,
+            part=data.parse_part(args.part),
+            overrides=tuple(settings),
+            progress=bar,
+        )
     if found.frames:
         print(
             f"{args.name}: {found.frames} frames in {found.seconds:.0f} s, {found.voxels / found.frames:,.0f} voxels and "

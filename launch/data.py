@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from occstream.launch.progress import Bar
+
 if TYPE_CHECKING:
     from occstream.sharding.labelconfig import LabelConfig
     from occstream.sharding.manifest import Manifest
@@ -211,17 +213,18 @@ def _run_job(args: argparse.Namespace, source: Source, reason: str, settings: Se
             f"  time     {hours:,.2f} h with {part[1]} x {args.workers} workers ({rate:.2f} frames/s each; reading included)"
         )
         return 0
-    show = _Show()
-    manifest = pack(
-        source,
-        args.out,
-        workers=args.workers,
-        part=part,
-        max_failures=args.max_failures,
-        recheck=args.recheck,
-        progress=show,
-        **settings,
-    )
+    with Bar("label" if settings.get("groups") == ("labels",) else "shard") as bar:
+        show = _Show(bar)
+        manifest = pack(
+            source,
+            args.out,
+            workers=args.workers,
+            part=part,
+            max_failures=args.max_failures,
+            recheck=args.recheck,
+            progress=show,
+            **settings,
+        )
     for reason in show.failed.values():
         print(f"left out: {reason}", file=sys.stderr)
     if show.skipped:
@@ -279,36 +282,23 @@ def _published(manifest: Manifest) -> str:
 
 
 class _Show:
-    """Prints how far a job is; keeps which scenes failed and how many shards were packed earlier."""
+    """Shows how far a job is; keeps which scenes failed and how many shards were packed earlier."""
 
-    def __init__(self) -> None:
-        self.failed: dict[str, str] = {}
-        self.skipped = 0
-        self._terminal = sys.stdout.isatty()
+    def __init__(self, bar: Bar) -> None:
+        self.bar, self.failed, self.skipped = bar, {}, 0
 
     def __call__(self, state: Progress) -> None:
         from occstream.sharding.summary import plural
 
-        self.failed, self.skipped, terminal = state.failed, state.skipped, self._terminal
-        step = max(1, state.total // 10)
-        if not terminal and state.done % step and state.done != state.total:
-            return
-        parts = [f"{state.done}/{state.total} shards", plural(state.frames, "frame")]
-        if state.skipped:
-            parts.append(f"{state.skipped} packed earlier")
+        self.failed, self.skipped = state.failed, state.skipped
+        notes = [plural(state.frames, "frame")]
         if state.made:
-            parts.append(f"{state.made / state.seconds:.1f} frames/s")
+            notes.append(f"{state.made / state.seconds:.1f} frames/s")
+        if state.skipped:
+            notes.append(f"{state.skipped} packed earlier")
         if state.failed:
-            parts.append(f"{plural(len(state.failed), 'scene')} failed")
-        if state.done < state.total and state.eta == state.eta:
-            minutes, seconds = divmod(int(state.eta), 60)
-            parts.append(f"eta {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
-        line = ", ".join(parts)
-        print(
-            f"\r\033[K{line}" if terminal else line,
-            end="\n" if not terminal or state.done == state.total else "",
-            flush=True,
-        )
+            notes.append(f"{plural(len(state.failed), 'scene')} failed")
+        self.bar(state.done, state.total, notes)
 
 
 def merge(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from occstream.launch.data import at_least, parse_part, say_published
+from occstream.launch.progress import Bar
 
 if TYPE_CHECKING:
     from occstream.evaluation.bayes import Confusions
@@ -135,18 +136,19 @@ def run(args: argparse.Namespace) -> int:
     if args.local and not _locally(args, part):
         return 0
     table = _table(args, config) if args.rule == "bayes" else None
-    found = refine(
-        args.url,
-        args.input,
-        args.name,
-        config,
-        table=table,
-        part=part,
-        threads=args.workers,
-        device=args.device,
-        kept=kept,
-        progress=lambda done, total: print(f"{done}/{total} shards", flush=True) if done % 10 in (0, total) else None,
-    )
+    with Bar("refine") as bar:
+        found = refine(
+            args.url,
+            args.input,
+            args.name,
+            config,
+            table=table,
+            part=part,
+            threads=args.workers,
+            device=args.device,
+            kept=kept,
+            progress=bar,
+        )
     if found.frames:
         each = [f"{getattr(found, name) / found.frames:.2f}" for name in ("reading", "voting", "writing")]
         print(f"in view: {found.view_from}")
@@ -163,7 +165,10 @@ def _locally(args: argparse.Namespace, part: tuple[int, int]) -> bool:
     from occstream.launch.predict import predict_checkpoint
 
     group, overrides = f"{args.name}-local", (f"data.input={args.input}",)
-    found = predict_checkpoint(args.local, args.url, group, keep="top2", part=part, overrides=overrides)
+    with Bar(f"predict {group}") as bar:
+        found = predict_checkpoint(
+            args.local, args.url, group, keep="top2", part=part, overrides=overrides, progress=bar
+        )
     if found.manifest is None:
         print(f"part {args.part} of {group} is done; when all parts are, run the same commands again for {args.name}")
         return False
