@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,15 +21,17 @@ from torch import Tensor, nn
 
 from occstream.models.backbones import PIXEL_MEAN, PIXEL_STD, ImageEncoder
 from occstream.models.batch import Batch, Cameras, History, OccOutputs
-from occstream.models.decoding import Decoded, DenseDecoder, Level
+from occstream.models.decoding import Decoded, DenseDecoder, Level, Shape
 from occstream.models.detr import DetrHead, Queried
 from occstream.models.layers import checkpointed, row
+from occstream.models.sparse import choose_backend
+from occstream.models.sparsedecoder import KeepBy, Selection, SparseDecoder, check_keep
 from occstream.models.temporal import TemporalFusion
 from occstream.models.voxelqueries import ViewEncoder
 from occstream.sharding.grid import VoxelGrid
 
 EMPTY = -10.0  # logit of every class where a voxel was pruned, against 0 for free
-_MAY_BE_ZERO = ("head_rows", "dropout")
+_MAY_BE_ZERO = ("head_rows", "dropout", "keep")
 
 
 @dataclass
@@ -81,8 +82,20 @@ class PanoOccConfig:
     and by running statistics, and memory does not grow with their number."""
     temporal_blocks: int = 1
     """Residual blocks that fuse the key-frames (Table 8: more do not help)."""
-    decoder: Literal["dense"] = "dense"
-    """How the coarse features become fine: dense deconvolutions."""
+    decoder: Literal["dense", "sparse"] = "dense"
+    """How the coarse features become fine: dense deconvolutions, or with empty voxels pruned at each level (Sec. 3.5, occupancy
+    sparsify)."""
+    keep: tuple[float, ...] = (0.2, 0.5, 0.5)
+    """What each level of the sparse decoder keeps: a share of the voxels that it makes (the paper's, of the surfaces of
+    nuScenes; solid labels need more, see what is printed), or by ``keep_by``."""
+    keep_by: KeepBy = "share"
+    """share: the most probable ones, a share of each frame's; threshold: those that are at least so probable."""
+    selection: Selection = "union"
+    """Who chooses what is kept in training: the scores (predicted), or also the labels, whose voxels come first."""
+    submanifold: bool = False
+    """A residual sparse 3 x 3 x 3 convolution among the voxels that each level keeps."""
+    sparse: Literal["auto", "torch", "spconv"] = "auto"
+    """What computes it; auto: spconv on a GPU where it is installed."""
     upsample: tuple[tuple[int, int, int], ...] = ((1, 1, 1), (2, 2, 1), (2, 2, 2))
     """By how much each level of the decoder is finer in x, y and z. With ``queries`` they give the fine grid, 200 x 200 x 32; the
     labels' grid must be that, or whole times as fine: then features are interpolated for the classes (Table 11)."""
@@ -115,12 +128,22 @@ class PanoOccConfig:
                 f"upsample has {len(self.upsample)} levels and upsample_channels {len(self.upsample_channels)}; need one or "
                 "more, as many of each"
             )
+        if self.decoder == "sparse":
+            check_keep(self.keep, len(self.upsample), self.keep_by)
 
     @property
-    def fine(self) -> tuple[int, int, int]:
+    def grids(self) -> list[Shape]:
+        """(X, Y, Z) of each level of the decoder."""
+        found = [self.queries]
+        for factor in self.upsample:
+            x, y, z = (n * f for n, f in zip(found[-1], factor))
+            found.append((x, y, z))
+        return found[1:]
+
+    @property
+    def fine(self) -> Shape:
         """(X', Y', Z')."""
-        x, y, z = (n * math.prod(level[axis] for level in self.upsample) for axis, n in enumerate(self.queries))
-        return x, y, z
+        return self.grids[-1]
 
 
 @dataclass
@@ -263,7 +286,19 @@ class PanoOcc(nn.Module):
         )
         self.views = ViewEncoder(c, coarse, image_size)
         self.temporal = TemporalFusion(c.channels, c.frames, coarse, c.temporal_blocks)
-        self.decoder = DenseDecoder(c.channels, c.upsample_channels, c.upsample, checkpointing=c.checkpointing)
+        levels = (c.channels, c.upsample_channels, c.upsample)
+        if c.decoder == "sparse":
+            self.decoder = SparseDecoder(
+                *levels,
+                keep=c.keep,
+                by=c.keep_by,
+                selection=c.selection,
+                submanifold=c.submanifold,
+                backend=choose_backend(c.sparse),
+                checkpointing=c.checkpointing,
+            )
+        else:
+            self.decoder = DenseDecoder(*levels, checkpointing=c.checkpointing)
         width = c.upsample_channels[-1]
         self.binary_head = nn.Linear(width, 1)
         self.thing_head = nn.Linear(width, 1) if semantic else None
@@ -288,7 +323,7 @@ class PanoOcc(nn.Module):
         fused = self.temporal(current, past, history.past_to_current[:, 1:], history.exists[:, 1:])
         labels = batch.occupancy
         truth = labels.binary & labels.binary_valid if self.training and labels is not None else None
-        decoded = self.decoder(fused, truth)
+        decoded: Decoded = self.decoder(fused, truth)
         binary = decoded.volume(self.binary_head(decoded.rows()).float(), EMPTY).squeeze(1)
         outputs = PanoOutputs(binary, levels=decoded.levels)
         if self.thing_head is None:

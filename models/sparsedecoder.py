@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from occstream.models.batch import pool_binary
 from occstream.models.decoding import Decoded, Level, Shape
-from occstream.models.layers import full_precision, row
+from occstream.models.layers import checkpointed, full_precision, row
 from occstream.models.sparse import Backend, SparseTensor, SubMConv3d
 
 KeepBy = Literal["share", "threshold"]
-Chosen = Literal["predicted", "union"]
+Selection = Literal["predicted", "union"]
 
 
 def check_keep(keep: Sequence[float], levels: int, by: KeepBy) -> None:
@@ -69,6 +69,24 @@ class Active:
         return torch.stack(found, 1)
 
 
+class Neighbors(nn.Module):
+    """What voxels see of the active ones around them: a submanifold convolution of 3 x 3 x 3."""
+
+    gathered_whole = (
+        True  # ZeRO-3 finds no tensors in what a sparse convolution gives; in and out of this they are plain
+    )
+
+    def __init__(self, channels: int, backend: Backend) -> None:
+        super().__init__()
+        self.conv, self.norm = SubMConv3d(channels, channels, 3, backend=backend), nn.LayerNorm(channels)
+
+    def forward(self, features: Tensor, indices: Tensor, shape: Shape, frames: int) -> Tensor:
+        """(N, C) features at (N, 4) ascending voxels -> (N, C)."""
+        # The kernel is the same along all axes, so it does not matter that x comes first.
+        voxels = SparseTensor(features, indices.int().contiguous(), shape, frames)
+        return F.relu(self.norm(self.conv(voxels).features))
+
+
 class SparseLevel(nn.Module):
     """Voxels -> their children, of which some are kept.
 
@@ -98,8 +116,7 @@ class SparseLevel(nn.Module):
         # No batch norm: what is active differs between frames and between training and use, and a rank may have nothing.
         self.up, self.norm = nn.Linear(inputs, self.each * outputs), nn.LayerNorm(outputs)
         self.score = nn.Linear(outputs, 1)
-        self.mix = SubMConv3d(outputs, outputs, 3, backend=backend) if submanifold else None
-        self.mix_norm = nn.LayerNorm(outputs) if submanifold else None
+        self.near = Neighbors(outputs, backend) if submanifold else None
 
     def shape(self, shape: Shape) -> Shape:
         """(X, Y, Z) of the children's grid."""
@@ -124,11 +141,9 @@ class SparseLevel(nn.Module):
         chosen, kept = self._choose(logits.detach(), wanted, [n * self.each for n in x.counts])
         gates = logits[chosen].sigmoid().to(children.dtype)
         left = Active(children[order[chosen]] * gates[:, None], places[chosen], kept, shape)
-        if self.mix is not None and self.mix_norm is not None:
-            # The kernel is the same along all axes, so it does not matter that x comes first.
-            voxels = SparseTensor(left.features, left.indices.int().contiguous(), shape, len(kept))
-            near = F.relu(self.mix_norm(self.mix(voxels).features))
-            left = dataclasses.replace(left, features=left.features + near)
+        if self.near is not None:
+            features = left.features + self.near(left.features, left.indices, shape, len(kept))
+            left = dataclasses.replace(left, features=features)
         return left, Level(logits, places, shape, row(places, kept))
 
     def _places(self, x: Active, shape: Shape) -> Tensor:
@@ -173,9 +188,10 @@ class SparseDecoder(nn.Module):
         factors: by how much each level is finer in x, y and z; (1, 1, 1) keeps the grid.
         keep: of each level, see ``SparseLevel``. The paper keeps 0.2, 0.5 and 0.5 (Sec. 4.5).
         by: what ``keep`` is.
-        chosen: who chooses in training: the scores alone, or in union with the labels, so that what is occupied is never cut
+        selection: who chooses in training: the scores alone, or in union with the labels, so that what is occupied is never cut
             off. In use the scores alone do.
         submanifold, backend: see ``SparseLevel``.
+        checkpointing: recompute activations in the backward pass.
     """
 
     def __init__(
@@ -186,13 +202,15 @@ class SparseDecoder(nn.Module):
         *,
         keep: Sequence[float],
         by: KeepBy = "share",
-        chosen: Chosen = "union",
+        selection: Selection = "union",
         submanifold: bool = False,
         backend: Backend = "torch",
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_keep(keep, len(factors), by)
-        self.chosen: Chosen = chosen
+        self.checkpointing = checkpointing
+        self.selection: Selection = selection
         self.levels = nn.ModuleList()
         for width, factor, share in zip(widths, factors, keep, strict=True):
             self.levels.append(
@@ -215,11 +233,11 @@ class SparseDecoder(nn.Module):
         rows = features.movedim(1, -1).flatten(0, -2)
         places = torch.arange(len(rows), device=rows.device)
         left = Active(rows, places, [x * y * z] * len(features), (x, y, z))
-        truth = truth if self.training and self.chosen == "union" else None
+        truth = truth if self.training and self.selection == "union" else None
         levels = []
         for level in self.levels:
             assert isinstance(level, SparseLevel)
             pooled = None if truth is None else pool_binary(truth, truth, level.shape(left.shape))[0]
-            left, said = level(left, pooled)
+            left, said = checkpointed(level, left, pooled, when=self.checkpointing)
             levels.append(said)
         return Decoded(left.features, tuple(levels), left.indices, left.shape, len(features))

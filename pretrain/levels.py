@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,45 +15,62 @@ from torch import Tensor
 from occstream.models.batch import Occupancy, pool_binary
 from occstream.models.decoding import Level, Shape
 from occstream.models.layers import full_precision
+from occstream.pretrain.config import Mask
 from occstream.pretrain.losses import sigmoid_focal_sum
 from occstream.pretrain.reading import cache
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.stream import ShardReader
 
+ALL = {"": slice(None)}
 
-def level_sums(levels: Sequence[Level], labels: Occupancy, gamma: float, alpha: float) -> dict[str, Tensor]:
+
+def level_sums(
+    levels: Sequence[Level], labels: Occupancy, gamma: float, alpha: float, *, roles: Mapping[str, slice] = ALL
+) -> dict[str, Tensor]:
     """Sums of the focal loss of each level, as roles of one term: ``occupied@1`` is the coarsest.
 
     Args:
         levels: of the frames of ``labels``, each on a grid that theirs divides by. Labels are pooled to it: a voxel is
             occupied if any known part of it is, and unknown ones are left out, as are those that the level did not look at.
+        roles: frames whose losses have a normalizer of their own, by role ("" or "@…").
     """
     found = {}
     for n, level in enumerate(levels, 1):
-        occupied, known = (level.at(part) for part in pool_binary(labels.binary, labels.binary_valid, level.shape))
-        with full_precision(level.logits.device):
-            index = known.nonzero().squeeze(1)
-            classes = (~occupied[index]).long()  # the one class is number 0
-            logits = level.logits.float()[index, None]
-            found[f"occupied@{n}"] = sigmoid_focal_sum(logits, [(classes, None)], gamma, alpha)
+        occupied, known = pool_binary(labels.binary, labels.binary_valid, level.shape)
+        occupied = level.at(occupied)
+        for role, frames in roles.items():
+            ours = torch.zeros_like(known)
+            ours[frames] = known[frames]
+            with full_precision(level.logits.device):
+                index = level.at(ours).nonzero().squeeze(1)
+                classes = (~occupied[index]).long()  # the one class is number 0
+                logits = level.logits.float()[index, None]
+                found[_name(role, n)] = sigmoid_focal_sum(logits, [(classes, None)], gamma, alpha)
     return found
 
 
-def level_counts(levels: Sequence[Level], labels: Occupancy) -> dict[str, Tensor]:
+def level_counts(levels: Sequence[Level], labels: Occupancy, *, roles: Mapping[str, slice] = ALL) -> dict[str, Tensor]:
     """What ``level_sums`` are divided by: voxels of each level's grid that the labels call occupied. That holds for what was
     pruned as well: the labels alone count."""
-    shapes = [level.shape for level in levels]
-    pooled = (pool_binary(labels.binary, labels.binary_valid, shape)[0] for shape in shapes)
-    return {f"occupied@{n}": occupied.sum() for n, occupied in enumerate(pooled, 1)}
+    found = {}
+    for n, level in enumerate(levels, 1):
+        occupied, _ = pool_binary(labels.binary, labels.binary_valid, level.shape)
+        found |= {_name(role, n): occupied[frames].sum() for role, frames in roles.items()}
+    return found
+
+
+def _name(role: str, level: int) -> str:
+    return f"occupied{role or '@'}{level}"
 
 
 def occupied_shares(
-    manifest: Manifest, scenes: Sequence[int], shapes: Sequence[Shape], *, frames: int = 8
+    manifest: Manifest, scenes: Sequence[int], shapes: Sequence[Shape], *, mask: Mask = "auto", frames: int = 8
 ) -> np.ndarray:
     """(frames, grids) share in 0..1 of the voxels of each grid that labels call occupied, in evenly spaced frames.
 
     Args:
         shapes: (X, Y, Z) of grids that the labels' divides by; voxels are pooled as for ``level_sums``.
+        mask: which voxels count, as of ``data.mask``.
     """
     places = [(i, k) for i in scenes for k in range(manifest.scenes[i].frames)]
     reader = ShardReader(manifest, (manifest.label_group,), cache(manifest.url))
@@ -63,7 +80,9 @@ def occupied_shares(
             labels = reader.frame(*places[n]).labels
             if labels is None:
                 continue  # the streams say which frame lacks what
-            occupied = torch.from_numpy(labels.binary & labels.known())[None]
+            counts = labels.mask_camera if mask == "camera" else labels.known()
+            known = labels.known() if counts is None else counts
+            occupied = torch.from_numpy(labels.binary & known)[None]
             found.append([float(pool_binary(occupied, occupied, shape)[0].float().mean()) for shape in shapes])
     finally:
         reader.close()

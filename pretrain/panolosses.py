@@ -1,6 +1,7 @@
 """Losses of PanoOcc's voxels (Sec. 3.6), fp32: sums over what is known and what they are divided by.
 
-Terms: ``binary`` (occupied or not, of all frames, a normalizer for each role), and of semantic frames ``voxel`` (their class),
+Terms: ``binary`` (occupied or not, of all frames, a normalizer for each role), ``occupied`` (the same at each level of a decoder
+that prunes), and of semantic frames ``voxel`` (their class),
 ``lovasz`` and ``thing`` (thing or not).
 """
 
@@ -17,9 +18,12 @@ from torch import Tensor
 from occstream.models.batch import Batch, Occupancy, pool_binary
 from occstream.models.layers import full_precision, row
 from occstream.models.panoocc import PanoOutputs
+from occstream.pretrain.levels import level_counts, level_sums
 from occstream.pretrain.losses import binary_errors, binary_valid, sigmoid_focal_sum, softmax_focal
 from occstream.pretrain.lovasz import draw_of, lovasz_counts, lovasz_softmax, weighted_count, weighted_cross_entropy
 from occstream.sharding.schema import IGNORE
+
+TERMS = ("binary", "occupied", "voxel", "lovasz", "thing")
 
 
 @dataclass
@@ -40,17 +44,20 @@ class PanoLoss:
     """Weight of the focal loss of the mask of thing voxels, divided by their number."""
     binary_weight: float = 1.0
     """Weight of the binary cross-entropy of the fine grid, of all frames: pre-training and its replay (B2S), not PanoOcc's."""
+    occupied_weight: float = 1.0
+    """Weight of the focal loss of each level of a sparse decoder (``model.decoder``), of all frames: whether a voxel is occupied,
+    divided by the occupied ones."""
     gamma: float = 2.0
     """Focusing of the focal losses."""
     alpha: float = 0.25
-    """Weight of thing voxels in the loss of the mask; others get 1 - alpha."""
+    """Weight of thing voxels in the loss of the mask, and of occupied ones in the sparse decoder's; others get 1 - alpha."""
     class_weights: dict[str, float] = field(default_factory=dict)
     """Weights of classes in the focal loss or cross-entropy, for example ``loss.class_weights.free=0.5``; 1 where nothing is
     said."""
 
     def __post_init__(self) -> None:
         names = ("voxel_weight", "lovasz_weight", "thing_weight", "binary_weight")
-        for name in (*names, "gamma", "lovasz_sample"):
+        for name in (*names, "occupied_weight", "gamma", "lovasz_sample"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must not be negative")
         if not any(getattr(self, name) for name in names):
@@ -73,7 +80,9 @@ def counts(
     """
     assert outputs.binary_logits is not None, "the network has a binary head"
     valid = binary_valid(outputs.binary_logits.shape[1:], batch)
-    found = {f"binary{role}": valid[frames].sum() for role, frames in _roles(outputs, batch).items()}
+    roles = _roles(outputs, batch)
+    found = {f"binary{role}": valid[frames].sum() for role, frames in roles.items()}
+    found |= level_counts(outputs.levels, batch.part(Occupancy), roles=roles)
     if outputs.semantic_logits is None or outputs.decoded is None:
         return found
     labels, k = _classes(batch), len(classes)
@@ -95,7 +104,9 @@ def sums(
     assert outputs.binary_logits is not None, "the network has a binary head"
     with full_precision(batch.device):
         errors = binary_errors(outputs.binary_logits, batch)
-        found = {f"binary{role}": errors[frames].sum() for role, frames in _roles(outputs, batch).items()}
+        roles = _roles(outputs, batch)
+        found = {f"binary{role}": errors[frames].sum() for role, frames in roles.items()}
+        found |= level_sums(outputs.levels, batch.part(Occupancy), loss.gamma, loss.alpha, roles=roles)
         if outputs.semantic_logits is None or outputs.decoded is None or outputs.things is None:
             return found
         labels = _classes(batch)

@@ -34,6 +34,7 @@ from occstream.pretrain.augment import AugmentConfig
 from occstream.pretrain.boxlosses import BoxLossConfig, BoxLosses
 from occstream.pretrain.config import Config
 from occstream.pretrain.keyframes import KeyFrameFiller
+from occstream.pretrain.levels import keep_notes, occupied_shares
 from occstream.pretrain.panolosses import PanoLoss
 from occstream.pretrain.tasks.base import Facts, Role, Scoring, Task, Transfer
 from occstream.pretrain.tasks.occupancy import (
@@ -131,7 +132,7 @@ class PanoOccTask(Task):
         "finetune": "Fine-tunes semantic occupancy and detection.",
     }
     Config = PanoOccRecipe
-    terms = ("binary", "voxel", "lovasz", "thing", "box_class", "box")
+    terms = (*panolosses.TERMS, "box_class", "box")
     headline: ClassVar[Mapping[str, str]] = {
         "eval/miou": HEADLINE["miou"],
         "eval/mAP": "mAP",
@@ -238,7 +239,11 @@ class PanoOccTask(Task):
 
     def facts(self, key: str, source: Any, manifest: Manifest, scenes: Sequence[int]) -> Facts:
         binary_from = "labels" if key.startswith("replay") else self.config.data.binary_from
-        return mask_facts(key, source.mask, manifest, scenes, binary_from=binary_from)
+        found, model = mask_facts(key, source.mask, manifest, scenes, binary_from=binary_from), self.config.model
+        if model.decoder == "sparse" and model.keep_by == "share":
+            shares = occupied_shares(manifest, scenes, model.grids, mask=source.mask)
+            found.notes += keep_notes(key, shares, model.grids, model.keep)
+        return found
 
     # Learning
 
@@ -252,7 +257,7 @@ class PanoOccTask(Task):
 
     @property
     def weights(self) -> Mapping[str, float | None]:
-        return {term: getattr(self.config.loss, f"{term}_weight") for term in self.terms[:4]} | self._boxes.weights
+        return {term: getattr(self.config.loss, f"{term}_weight") for term in panolosses.TERMS} | self._boxes.weights
 
     # Evaluation and prediction
 

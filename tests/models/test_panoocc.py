@@ -72,7 +72,7 @@ def moving(size=2, semantic=1, frames=2, views=2, grid=SMALL, seed=0) -> Batch:
 def pano_loss(model, batch, **settings):
     outputs, loss = model(batch), PanoLoss(**settings)
     counts = joint_counts([panolosses.counts(outputs, batch, loss, **LABELS)])
-    weights = {term: getattr(loss, f"{term}_weight") for term in ("binary", "voxel", "lovasz", "thing")}
+    weights = {term: getattr(loss, f"{term}_weight") for term in ("binary", "occupied", "voxel", "lovasz", "thing")}
     return combine(panolosses.sums(outputs, batch, loss, **LABELS), counts, weights)
 
 
@@ -313,3 +313,58 @@ def test_triton_kernels_give_the_same_network(monkeypatch):
     largest = max(float(grad.abs().max()) for grad in found[0][1].values())
     for key, grad in found[0][1].items():
         torch.testing.assert_close(found[1][1][key], grad, rtol=1e-3, atol=1e-5 * largest, msg=key)
+
+
+SPARSE = {"decoder": "sparse", "keep": (0.5, 0.25)}
+
+
+def test_a_sparse_decoder_classifies_what_it_keeps_and_the_rest_is_free():
+    batch = moving(3, 2)
+    out = build(**SPARSE)(batch)
+    assert out.semantic_logits.shape == (2, 17, 16, 16, 4)
+    assert [len(level.logits) for level in out.levels] == [3 * 32, 3 * 16 * 8]
+    assert out.decoded.indices.shape == (2 * 32, 4)
+    assert out.things.shape == (2 * 32,)
+    active = out.decoded.volume(torch.ones(len(out.things), 1))[:, 0].bool()
+    classes, occupied = classify(out.semantic_logits, "softmax_focal", 0.25), out.binary_logits > 0
+    assert (classes[~active.repeat_interleave(2, 1).repeat_interleave(2, 2)] == 17).all()
+    assert not occupied[:2][~active].any()
+
+
+def test_all_parameters_of_a_sparse_decoder_learn_also_without_semantic_frames_or_voxels():
+    for semantic, keep in ((2, (0.5, 0.25)), (0, (0.5, 0.25)), (1, (1.0, 1.0))):
+        by = "threshold" if keep[0] == 1 else "share"
+        model = build(decoder="sparse", keep=keep, keep_by=by, selection="predicted", submanifold=True).train()
+        batch = moving(2, semantic)
+        out = model(batch)
+        assert len(out.decoded.features) == 0 or by == "share"
+        loss, terms = pano_loss(model, batch)
+        loss.backward()
+        assert math.isfinite(float(loss.detach()))
+        assert float(terms["occupied"]) > 0
+        missing = [name for name, p in model.named_parameters() if p.grad is None]
+        assert not missing, missing
+
+
+def test_labels_that_a_sparse_decoder_keeps_in_training_are_what_counts():
+    batch = moving(2, 1)
+    batch.occupancy.binary[:] = False
+    batch.occupancy.binary[:, 3, 5, 1] = True
+    batch.occupancy.binary_valid[:] = True
+    batch.occupancy.binary_valid[1, 3, 5, 1] = False  # nobody knows of that one
+    model = build(decoder="sparse", keep=(0.01, 0.01)).train()
+    levels = model(batch).levels
+    assert [level.kept.tolist() for level in levels] == [[1, 0], [1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"keep": (0.5,)}, "keep has 1 numbers, must have one for each of 2 levels"),
+        ({"keep": (0.5, 0.0)}, "keep has 0.0, must be a share above 0"),
+        ({"sparse": "other"}, "sparse is 'other'"),
+    ],
+)
+def test_wrong_settings_of_a_sparse_decoder_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        build(**{"decoder": "sparse", "keep": (0.5, 0.5), **changes})

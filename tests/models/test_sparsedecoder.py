@@ -41,9 +41,9 @@ def densely(model: SparseDecoder, x):
         logits = level.score(x).squeeze(-1)
         said.append(logits)
         x = (x * logits.sigmoid()[..., None]).movedim(-1, 1)
-        if level.mix is not None:
-            near = F.conv3d(x, level.mix.weight.permute(0, 4, 1, 2, 3), padding=1)
-            x = x + F.relu(level.mix_norm(near.movedim(1, -1))).movedim(-1, 1)
+        if level.near is not None:
+            near = F.conv3d(x, level.near.conv.weight.permute(0, 4, 1, 2, 3), padding=1)
+            x = x + F.relu(level.near.norm(near.movedim(1, -1))).movedim(-1, 1)
     return x, said
 
 
@@ -135,7 +135,7 @@ def test_labels_are_never_cut_off_in_training():
     assert torch.equal(torch.zeros(2, *SHAPES[-1]).bool().index_put(found.indices.unbind(1), torch.tensor(True)), truth)
     model.eval()
     assert torch.equal(model(coarse(), truth).indices, model(coarse()).indices)
-    chosen = decoder((0.05, 0.05, 0.05), chosen="predicted")
+    chosen = decoder((0.05, 0.05, 0.05), selection="predicted")
     assert torch.equal(chosen(coarse(), truth).indices, model(coarse()).indices)
 
 
@@ -147,7 +147,7 @@ def test_labels_take_their_place_within_the_share():
 
 
 def test_thresholds_keep_what_is_probable_enough():
-    model = decoder((0.5, 0.45, 0.5), by="threshold", chosen="predicted")
+    model = decoder((0.5, 0.45, 0.5), by="threshold", selection="predicted")
     found = model(coarse())
     kept = [int((level.logits.sigmoid() >= t).sum()) for level, t in zip(found.levels, (0.5, 0.45, 0.5), strict=True)]
     assert [int(level.kept.sum()) for level in found.levels] == kept
@@ -156,7 +156,7 @@ def test_thresholds_keep_what_is_probable_enough():
 
 @pytest.mark.parametrize("submanifold", [False, True])
 def test_every_parameter_learns_something_even_if_nothing_is_kept(submanifold):
-    model = decoder((1.0, 1.0, 1.0), by="threshold", chosen="predicted", submanifold=submanifold)
+    model = decoder((1.0, 1.0, 1.0), by="threshold", selection="predicted", submanifold=submanifold)
     with torch.no_grad():
         model.levels[0].score.bias.fill_(-50)
     found = model(coarse(), labels())

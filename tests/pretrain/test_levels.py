@@ -43,6 +43,20 @@ def test_each_level_has_the_focal_loss_of_its_voxels():
     assert counts["occupied@2"] == (labels.binary & labels.binary_valid).sum()
 
 
+def test_roles_have_sums_and_counts_of_their_own():
+    labels, fine = occupancy(), Level(torch.randn(2 * 48), None, GRID)
+    both, roles = {"@main": slice(0, 1), "@replay": slice(1, None)}, slice(None)
+    sums, counts = level_sums([fine], labels, 2.0, 0.25, roles=both), level_counts([fine], labels, roles=both)
+    assert list(sums) == list(counts) == ["occupied@main1", "occupied@replay1"]
+    one, all_of_it = level_sums([fine], labels, 2.0, 0.25), level_counts([fine], labels, roles={"": roles})
+    torch.testing.assert_close(sum(sums.values()), one["occupied@1"])
+    assert sum(counts.values()) == all_of_it["occupied@1"]
+    alone = Occupancy(labels.binary[1:], labels.binary_valid[1:])
+    expected = level_sums([Level(fine.logits[48:], None, GRID)], alone, 2.0, 0.25)["occupied@1"]
+    torch.testing.assert_close(sums["occupied@replay1"], expected)
+    assert counts["occupied@main1"] == (labels.binary & labels.binary_valid)[0].sum()
+
+
 def test_a_level_that_looked_at_nothing_stays_in_the_graph():
     logits = torch.zeros(0, requires_grad=True)
     level_sums([Level(logits, torch.zeros(0, dtype=torch.long), COARSE)], occupancy(), 2.0, 0.25)[

@@ -88,7 +88,14 @@ def spot(root: Path) -> list[Kind]:
 
 def panoocc(root: Path) -> list[Kind]:
     pack_small(str(root / "data"))
-    words = (f"replay.url={root}/data", "optim.lr=1e-4", "train.batch=1", "replay.batch=3", "data.scenes=2")
+    words = (
+        f"replay.url={root}/data",
+        "optim.lr=1e-4",
+        "train.batch=1",
+        "replay.batch=3",
+        "data.scenes=2",
+        "heads=voxels",
+    )
     return [Kind(root / "finetune", str(HERE / "small-panoocc.yaml"), "finetune", 5, words)]
 
 
