@@ -3,6 +3,7 @@ pre-training of the same network."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -263,6 +264,8 @@ class PanoOccTask(Task):
 
     def scoring(self, manifest: Manifest, unknown: float | None) -> Scoring:
         config, more = self.config, dict[str, Callable[[], Metric]]()
+        if not self.detects:  # without, samples have no boxes, from which true instances follow
+            config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, panoptic=False))
         if self.detects:
             more["AP"] = lambda: DetectionScores(config.classes, self._found_boxes, reach=self._reach)
         if self.voxels and config.eval.points:

@@ -1,6 +1,7 @@
 """PanoOcc with its detector: heads by stage, losses of both, what is scored, and panoptic voxels and points of one network."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,3 +174,14 @@ def test_points_are_classified_at_their_own_place(joint):
     labels = PointLabels(torch.ones(48, dtype=torch.uint8), torch.tensor([41, 7]))
     scored = dataclasses.replace(batch, points=points, point_labels=labels)
     assert of._point_classes(outputs, scored).tolist() == (outputs.point_logits[:, 1:].argmax(1) + 1).tolist()
+
+
+def test_panoptic_voxels_are_scored_where_there_are_boxes():
+    """Of voxels alone no true instances are known: an evaluation scores their classes."""
+    manifest = SimpleNamespace(metric_convention=lambda: ("occ3d", "said"))
+    kinds = []
+    for heads in ("voxels", "joint"):
+        of = task_of(load_config(RECIPE, [f"heads={heads}", "eval.points=false"]))
+        assert of.config.eval.panoptic
+        kinds.append(type(of.scoring(manifest, None).metric()).__name__)
+    assert kinds == ["OccupancyMetric", "JointMetric"]
