@@ -272,6 +272,8 @@ class PanoOccTask(Task):
             more["point IoU"] = lambda: PointScores(config.classes, self._point_classes)
             if self.detects:
                 more["PQ"] = self._point_panoptic
+        if not (self.detects and self.voxels):  # only then samples have the boxes that true instances follow from
+            config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, panoptic=False))
         return occupancy_scoring(
             config,
             manifest,

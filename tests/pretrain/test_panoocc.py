@@ -14,6 +14,7 @@ from occstream.pretrain.config import load_config
 from occstream.pretrain.engine import build_engine
 from occstream.pretrain.tasks.panoocc import PanoOccTask
 from occstream.pretrain.tasks.registry import task_of
+from occstream.sharding.manifest import Manifest
 from tests.pretrain.inprocess import world  # noqa: F401  a fixture
 from tests.pretrain.small import HERE, losses, run_jobs
 
@@ -130,3 +131,12 @@ def test_its_keys_are_explained(capsys):
     said = capsys.readouterr().out
     assert "model.past_gradient" in said
     assert "model.queries" in said
+
+
+def test_classes_of_voxels_alone_are_scored_without_boxes(root):
+    of = task("heads=voxels", "eval.points=false")
+    batch = of.synthetic_batch(1, 0)
+    assert batch.boxes is None
+    metric = of.scoring(Manifest.load(f"{root}/data"), None).metric()
+    metric.update(of.model().eval()(batch), batch)
+    assert set(metric.result().headline) == {"binary_iou", "iou", "miou"}
