@@ -202,7 +202,7 @@ class SceneRefiner:
                 wanted=boxes.owner == number,
                 begin=where.min(0).tolist(),
                 end=(where.max(0) + 1).tolist(),
-                device=self.device,
+                device="cpu",  # too few voxels to move volumes for
             ).semantic
         return out
 

@@ -79,9 +79,9 @@ def _measure(url: str, repeats: int) -> dict[str, float]:
         config = RefineConfig(rule)
         reader = DriveReader(base, "labels")
         table = _table(reader) if rule == "bayes" else None
-        next(SceneRefiner(reader, make_rule(config, base, table), config).frames(0))  # compiles
+        next(SceneRefiner(reader, make_rule(config, base, table), config, device="cpu").frames(0))  # compiles
         reader.close()
-        runs = [refine(url, "labels", f"pseudo-{rule}-{n}", config, table=table) for n in range(repeats)]
+        runs = [refine(url, "labels", f"pseudo-{rule}-{n}", config, table=table, device="cpu") for n in range(repeats)]
         for name in ("voting", "reading", "writing"):
             found[f"{rule}/{name}"] = statistics.median(getattr(run, name) / base.num_frames for run in runs)
         print(f"  {rule:<6} " + ", ".join(f"{found[f'{rule}/{n}']:.3f} {n}" for n in ("voting", "reading", "writing")))

@@ -13,7 +13,7 @@ from occstream.evaluation.drive import DriveReader
 from occstream.evaluation.refinement import RefineConfig, SceneRefiner, measure, refine
 from occstream.evaluation.votes import VoteConfig
 from occstream.launch.cli import main
-from occstream.sharding.manifest import Manifest
+from occstream.sharding.manifest import Author, Manifest
 from occstream.sharding.pack import pack
 from tests.evaluation.drives import CAR, FREE, GRID, Street, predictions, semantics
 
@@ -222,6 +222,7 @@ def test_grids_in_the_lidar_frame_are_placed_by_the_sweep(tmp_path, capsys):
 
 
 def test_scenes_of_the_truth_keep_it(street, capsys):
+    """And a refiner may not learn from them: they count as scenes that the network has seen."""
     words = ["refine", street, "--input", "pseudo-a", "--window", "1", "--name", "pseudo-t"]
     assert main([*words, "--keep-truth", "2"]) == 0
     assert "2 scenes keep the set's own labels" in capsys.readouterr().out
@@ -232,6 +233,10 @@ def test_scenes_of_the_truth_keep_it(street, capsys):
     for key, said in made.items():
         same = truth if key.rsplit("-", 1)[0] in kept else plain
         assert (said == same[key]).all(), key
+    known = Author("network", frozenset({"street-9"}))
+    base.with_sidecar("pseudo-a").publish_sidecar(base.fingerprint, known)
+    refine(street, "pseudo-a", "pseudo-v", RefineConfig(window=0), kept=base.subset(2))
+    assert Manifest.load(street).author("pseudo-v") == Author("network", frozenset(kept | {"street-9"}))
 
 
 def test_evidence_tells_kinds_of_free_apart(street, tmp_path):
