@@ -15,6 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from occstream.sharding import lzf
 from occstream.sharding.contract import is_rigid
 from occstream.sharding.pickles import loads
 from occstream.sharding.rawtree import Place, Tree, raw_place
@@ -113,7 +114,7 @@ def read_points(path: Place, columns: int) -> np.ndarray:
 
 
 def read_pcd(path: Place) -> dict[str, np.ndarray]:
-    """Fields of a PCD file (``DATA ascii`` or ``binary``), each (N,) in its own type. Raises ValueError."""
+    """Fields of a PCD file (ascii, binary or binary_compressed), each (N,) in its own type. Raises ValueError."""
     data = read_file(path)
     head, at = _pcd_head(data, path)
     try:
@@ -130,11 +131,27 @@ def read_pcd(path: Place) -> dict[str, np.ndarray]:
                 rows[name] = table[:, i]
             if len(rows) != points:
                 raise ValueError(f"holds {len(rows)} points, its header says {points}")
+        elif coding == "binary_compressed":
+            rows = _pcd_unpacked(data[at:], kind, points)
         else:
-            raise ValueError(f"DATA {coding} is not supported; convert it with pcl_convert_pcd_ascii_binary to binary")
+            raise ValueError(f"DATA {coding} is not known; convert it with pcl_convert_pcd_ascii_binary to binary")
     except (KeyError, ValueError, IndexError, TypeError, OverflowError) as error:
         raise ValueError(f"{path}: broken PCD ({type(error).__name__}: {error})") from None
     return {name: rows[name].copy() for name in names}
+
+
+def _pcd_unpacked(data: bytes, kind: np.dtype, points: int) -> np.ndarray:
+    """(points,) of a type from their compressed form, in which each field has all its values in a row. Raises ValueError."""
+    packed, size = (int(n) for n in np.frombuffer(data[:8], "<u4", 2))
+    if size != points * kind.itemsize or size > MOST_UNPACKED or packed > len(data) - 8:
+        raise ValueError(f"{len(data) - 8} bytes that unpack to {size}, {points} points need {points * kind.itemsize}")
+    raw, at = lzf.unpack(data[8 : 8 + packed], size), 0
+    rows = np.zeros(points, kind)
+    for name in kind.names or ():
+        field = kind[name]
+        rows[name] = np.frombuffer(raw, field.base, points * math.prod(field.shape), at).reshape(points, *field.shape)
+        at += points * field.itemsize
+    return rows
 
 
 def _pcd_head(data: bytes, path: Place) -> tuple[dict[str, list[str]], int]:

@@ -28,6 +28,7 @@ from occstream.sharding.rawfiles import (
     read_file,
     read_jpeg,
     read_npy,
+    read_pcd,
     read_points,
 )
 from occstream.sharding.rawtree import Place, ahead
@@ -73,6 +74,7 @@ def open_source(
     taxonomy: Literal["occ3d", "openscene"] = "occ3d",
     labels: Literal["occ3d", "openoccupancy", "surroundocc"] | None = None,
     labels_root: str | None = None,
+    further: tuple[str, ...] = (),
     lidar: str = LIDAR,
     cameras: tuple[str, ...] = CAMERAS,
 ) -> Nuscenes:
@@ -87,6 +89,7 @@ def open_source(
         labels: a public label set to read with the frames; None: there are none, make them with ``--labels lidar``.
         lidar: channel of the LiDAR, in folders of other rigs.
         cameras: channels of the cameras, ``*`` stands for anything.
+        further: channels of further LiDARs, likewise: their turns at a key-frame's time become sweeps that labels are made from.
         labels_root: its folder; None for ``gts``, ``nuScenes-Occupancy`` or ``nuscenes_occ/samples`` below ``root``.
 
     Raises:
@@ -102,7 +105,7 @@ def open_source(
     tables = folder / (version or versions[0])
     if not tables.is_dir():
         raise ValueError(f"{tables}: no such table folder; there are {', '.join(versions) or 'none'}")
-    rig = Rig(lidar, tuple(cameras))
+    rig = Rig(lidar, tuple(cameras), tuple(further))
     records = _index(tables, scenes, sweeps, rig)
     found = _findings(folder, labels, where, records)
     return Nuscenes(folder, tables.name, sweeps, get_taxonomy(taxonomy), labels, where, records, found, rig)
@@ -110,10 +113,14 @@ def open_source(
 
 @dataclass(frozen=True)
 class Rig:
-    """Channels to read: the LiDAR's name, and patterns of the cameras' names."""
+    """Channels to read: the LiDAR's name, and patterns of the names of cameras and further LiDARs."""
 
     lidar: str = LIDAR
     cameras: tuple[str, ...] = CAMERAS
+    further: tuple[str, ...] = field(default=(), repr=False)  # its ``repr`` is as it was where there are none
+
+    def is_further(self, channel: str) -> bool:
+        return channel != self.lidar and any(fnmatch.fnmatchcase(channel, pattern) for pattern in self.further)
 
     def is_camera(self, channel: str) -> bool:
         return any(fnmatch.fnmatchcase(channel, pattern) for pattern in self.cameras)
@@ -126,6 +133,10 @@ class Rig:
         if self.lidar not in kinds and (lidars or self.lidar != LIDAR):
             there = f"its LiDARs are {', '.join(lidars)}" if lidars else "it has no LiDAR"
             raise ValueError(f"{table.path}: has no channel {self.lidar}, {there}; set lidar=NAME")
+        if self.further and not any(self.is_further(c) for c in kinds):
+            raise ValueError(
+                f"{table.path}: no further LiDAR is named like {' or '.join(self.further)}; its LiDARs are {', '.join(lidars)}"
+            )
         if not any(self.is_camera(c) for c in kinds) and (cameras or self.cameras != CAMERAS):
             there = f"its cameras are {', '.join(cameras)}" if cameras else "it has no camera"
             raise ValueError(
@@ -177,7 +188,8 @@ class Nuscenes:
     name = "nuscenes"
 
     def __repr__(self) -> str:
-        rig = f", rig={self.rig!r}" if self.rig != Rig() else ""  # sets of the usual rig keep their digests
+        rig = f", rig={self.rig!r}" if self.rig != Rig(further=self.rig.further) else ""
+        rig += f", further={self.rig.further!r}" if self.rig.further else ""  # sets of the usual rig keep their digests
         about = f"version={self.version!r}, sweeps={self.sweeps!r}, taxonomy={self.taxonomy!r}, labels={self.labels!r}"
         return f"Nuscenes({about}{rig})"
 
@@ -248,7 +260,7 @@ class Nuscenes:
         return self._row("ego_pose", row["ego"]).pose("translation", "rotation")
 
     def _sweep(self, row: dict) -> LidarSweep:
-        points = read_points(self.root / row["filename"], 5)
+        points = _points(self.root / row["filename"])
         if not ((points[:, 4] >= 0) & (points[:, 4] <= 255) & (points[:, 4] == np.floor(points[:, 4]))).all():
             raise ValueError(
                 f"{self.root / row['filename']}: the ring of its points is not an integer from 0 to 255; it looks like 4 "
@@ -337,12 +349,13 @@ def _index(tables: Place, scenes: Wanted, with_sweeps: bool, rig: Rig) -> dict[s
                 row = between.pop(at)  # so that links which lead in a circle come to an end
                 extra.append(joined(row))
                 at = row.text("prev", empty=True)
+            further = [joined(r) for c, r in sorted(keys[token].items()) if rig.is_further(c)]
             chain.append(
                 {
                     "token": token,
                     "cameras": cameras,
                     "lidar": joined(lidar) if lidar else None,
-                    "sweeps": extra[::-1],
+                    "sweeps": extra[::-1] + further,
                     "boxes": annotations[token],
                 }
             )
@@ -431,6 +444,17 @@ def _joiner(found: dict[str, Table], tables: Place) -> Callable[[Row], dict]:
         }
 
     return joined
+
+
+def _points(path: Place) -> np.ndarray:
+    """(N, 5) float32 x, y, z, intensity, ring of a bare binary file or of a PCD file, in which the last two may be missing."""
+    if path.suffix != ".pcd":
+        return read_points(path, 5)
+    fields = read_pcd(path)
+    if not {"x", "y", "z"} <= fields.keys():
+        raise ValueError(f"{path}: has no fields x, y and z, only {', '.join(fields)}")
+    zeros = np.zeros(len(fields["x"]), np.float32)
+    return np.stack([fields.get(name, zeros).astype(np.float32) for name in ("x", "y", "z", "intensity", "ring")], 1)
 
 
 def _panoptic(path: Place, points: int) -> np.ndarray:

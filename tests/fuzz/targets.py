@@ -35,6 +35,7 @@ from occstream.sharding.manifest import Manifest
 from occstream.sharding.received import check_manifest, load_json, read_index
 from occstream.sharding.schema import Boxes, Frame, Labels, LidarSweep, get_taxonomy
 from occstream.sharding.stream import tar_members
+from tests.sharding.layouts import pcd
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ TARGETS = {
     "checkpoint": Target((_checkpoint(),), _read_checkpoint, members=True),
     "classes": Target((_classes(),), _read_classes),
     "feather": Target((_feather(),), _file(_read_feather, ".feather")),
-    "pcd": Target((_pcd("binary"), _pcd("ascii")), _file(rawfiles.read_pcd, ".pcd")),
+    "pcd": Target((_pcd("binary"), _pcd("ascii"), pcd(np.ones((4, 4)), "binary_compressed")), _file(rawfiles.read_pcd, ".pcd")),
     "npy": Target((_npy(a=np.ones((2, 3))), _npy(a=np.ones(3), b=np.zeros((2, 2), np.uint8))), _file(rawfiles.read_npy, ".npz")),
     "pickle": Target(tuple(pickle.dumps([_INFO], protocol) for protocol in range(6)), pickles.loads),
     "yaml": Target((_YAML,), lambda data: read_yaml(data.decode(errors="replace"), "w")),

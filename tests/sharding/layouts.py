@@ -74,6 +74,34 @@ def occ3d(root: Path) -> dict:
     return {"root": str(root)}
 
 
+def lzf_packed(raw: bytes) -> bytes:
+    """LZF: literals, and repetitions of three bytes or more that came up to 8 KiB before."""
+    out, literals, last, at = bytearray(), bytearray(), {}, 0
+
+    def flush() -> None:
+        for start in range(0, len(literals), 32):
+            run = literals[start : start + 32]
+            out.extend((len(run) - 1, *run))
+        literals.clear()
+
+    while at < len(raw):
+        before = last.get(raw[at : at + 3], -1) if at + 3 <= len(raw) else -1
+        last[raw[at : at + 3]] = at
+        if before < 0 or at - before > 8192:
+            literals.append(raw[at])
+            at += 1
+            continue
+        length = 3
+        while length < 264 and at + length < len(raw) and raw[before + length] == raw[at + length]:
+            length += 1
+        flush()
+        far, more = at - before - 1, length - 2
+        out.extend((min(more, 7) << 5 | far >> 8, *([more - 7] if more >= 7 else []), far & 255))
+        at += length
+    flush()
+    return bytes(out)
+
+
 def pcd(points: np.ndarray, coding: str = "binary") -> bytes:
     """PCD bytes of (N, 4) x, y, z, intensity with an integer ring."""
     kind = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("intensity", "<f4"), ("ring", "u1")])
@@ -85,6 +113,10 @@ def pcd(points: np.ndarray, coding: str = "binary") -> bytes:
     head += f"WIDTH {len(rows)}\nHEIGHT 1\nVIEWPOINT 0 0 0 1 0 0 0\nPOINTS {len(rows)}\nDATA {coding}\n"
     if coding == "binary":
         return head.encode() + rows.tobytes()
+    if coding == "binary_compressed":
+        raw = b"".join(rows[name].tobytes() for name in kind.names)
+        packed = lzf_packed(raw)
+        return head.encode() + np.array([len(packed), len(raw)], "<u4").tobytes() + packed
     return (head + "\n".join(" ".join(str(v) for v in row) for row in rows.tolist()) + "\n").encode()
 
 

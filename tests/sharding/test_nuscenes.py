@@ -10,7 +10,7 @@ from occstream.sharding.grid import get_grid
 from occstream.sharding.labels import Labeler
 from occstream.sharding.schema import IGNORE, OCC3D, camera_to_key_ego, iter_scenes, sweep_to_key_ego
 from occstream.sharding.sources import open_source
-from tests.sharding import toy_nuscenes
+from tests.sharding import layouts, toy_nuscenes
 
 
 @pytest.fixture
@@ -178,3 +178,46 @@ def test_real_scene_labels_predict_the_sweep_that_was_left_out(real):
     assert occupied.mean() > alone.binary[tuple(index[inside][near].T)].mean() + 0.1
     same = classes == left_out.lidar.classes[static][inside][near]
     assert same[occupied & (classes != IGNORE)].mean() > 0.85
+
+
+@pytest.mark.parametrize("coding", ["binary", "binary_compressed"])
+def test_further_lidars_are_sweeps_of_the_key_frame_also_from_pcd_files(toy, coding):
+    """As in folders of trucks, with several LiDARs around the vehicle whose turns are PCD files."""
+    before = open_source("nuscenes", {"root": str(toy)}).load("scene-0000")
+    tables = {path.stem: json.loads(path.read_text()) for path in (toy / "v1.0-toy").glob("*.json")}
+    [top] = [row for row in tables["sensor"] if row["channel"] == "LIDAR_TOP"]
+    tops = [row for row in tables["calibrated_sensor"] if row["sensor_token"] == top["token"]]
+    points = np.random.default_rng(0).integers(-40, 40, (30, 4)) / 2
+    for side, shift in (("LEFT", 1.0), ("RIGHT", -1.0)):
+        tables["sensor"].append({**top, "token": f"s{side}", "channel": f"LIDAR_{side}"})
+        place = [0.0, shift, 1.0]
+        tables["calibrated_sensor"].append(
+            {**tops[0], "token": f"c{side}", "sensor_token": f"s{side}", "translation": place}
+        )
+        keys = [r for r in tables["sample_data"] if r["is_key_frame"] and "LIDAR_TOP" in r["filename"]]
+        for row in keys:
+            name = f"samples/LIDAR_{side}/{row['token']}.pcd"
+            (toy / name).parent.mkdir(exist_ok=True)
+            (toy / name).write_bytes(layouts.pcd(points + shift, coding))
+            new = {"token": f"{side}-{row['token']}", "calibrated_sensor_token": f"c{side}", "filename": name}
+            tables["sample_data"].append({**row, **new, "prev": "", "next": ""})
+    for name in ("sensor", "calibrated_sensor", "sample_data"):
+        (toy / "v1.0-toy" / f"{name}.json").write_text(json.dumps(tables[name]))
+    source = open_source("nuscenes", {"root": str(toy), "further": ["LIDAR_*"]})
+    frames = source.load("scene-0000").frames
+    for frame, plain in zip(frames, before.frames, strict=True):
+        np.testing.assert_array_equal(frame.lidar.xyz, plain.lidar.xyz)
+        left, right = frame.sweeps
+        np.testing.assert_array_equal(left.xyz, (points[:, :3] + 1).astype(np.float32))
+        np.testing.assert_array_equal(right.intensity, (points[:, 3] - 1).astype(np.float32))
+        np.testing.assert_allclose([s.sensor_to_ego[1, 3] for s in (left, right)], [1, -1])
+        assert left.timestamp == frame.timestamp
+        assert left.ring.tolist() == [i % 40 for i in range(30)]
+    plain = open_source("nuscenes", {"root": str(toy)})
+    assert plain.load("scene-0000").frames[0].sweeps == []
+    assert repr(source) != repr(plain)
+    assert "further" not in repr(plain)
+    with pytest.raises(
+        ValueError, match=r"no further LiDAR is named like RADAR_\*; its LiDARs are LIDAR_LEFT, LIDAR_RIGHT"
+    ):
+        open_source("nuscenes", {"root": str(toy), "further": ["RADAR_*"]})

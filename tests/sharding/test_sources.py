@@ -407,8 +407,8 @@ def test_boxes_are_upright_in_a_tilted_ego_frame(opened):
         (b"", "no PCD header"),
         (b"FIELDS x\nSIZE 4\nTYPE F\nCOUNT 1\nPOINTS 9\nDATA binary\n1234", "broken PCD"),
         (
-            b"FIELDS x\nSIZE 4\nTYPE F\nCOUNT 1\nPOINTS 1\nDATA binary_compressed\n",
-            "binary_compressed is not supported",
+            b"FIELDS x\nSIZE 4\nTYPE F\nCOUNT 1\nPOINTS 1\nDATA zipped\n",
+            "DATA zipped is not known",
         ),
     ],
 )
