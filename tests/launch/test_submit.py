@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from occstream.evaluation.submission import check_sweeps, ego_boxes, read_detection, read_lidarseg
 from occstream.launch import cli
-from occstream.launch.submit import _found
+from occstream.launch.submit import _found, _to_global
 from occstream.pretrain import trainer
 from occstream.pretrain.config import load_config
 from occstream.pretrain.trained import load_trained
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.pack import pack
+from occstream.sharding.schema import Frame, LidarSweep
 from occstream.sharding.sources import open_source
 from occstream.sharding.sources.synthetic import Synthetic
 from occstream.sharding.stream import ShardReader
@@ -123,3 +125,17 @@ def test_a_segmentor_finds_no_boxes(runs, data, tmp_path, capsys):
     assert "is of stage segment, which finds no boxes; give one of a detector" in err
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["ego", "lidar"])
+def test_boxes_leave_the_frame_of_the_grid(kind):
+    ego, lidar = np.eye(4), np.eye(4)
+    ego[:3, 3], lidar[:3, 3] = (100, 50, 1), (1, 0, 2)
+    lidar[:2, :2] = [[0, -1], [1, 0]]
+    sweep = LidarSweep(np.zeros((1, 3), np.float32), lidar, ego, 0)
+    trained = SimpleNamespace(config=SimpleNamespace(voxel_grid=SimpleNamespace(frame=kind)))
+    pose = _to_global(trained, Frame("s", 0, "t", 0, ego, lidar=sweep))
+    expected = (110, 50, 1) if kind == "ego" else (101, 60, 3)
+    np.testing.assert_allclose(pose @ [10, 0, 0, 1], [*expected, 1], atol=1e-9)
+    with pytest.raises(ValueError, match="frame s-0000 has no ego pose"):
+        _to_global(trained, Frame("s", 0, "t", 0, None, lidar=sweep))
