@@ -102,7 +102,8 @@ def panoptic_picture(
     panels = []
     if truth is not None:
         solid = (truth[0] != free) & (truth[0] != IGNORE)
-        panels.append((f"true: {len(tracks)} boxes", render(solid, panoptic_colors(*truth, taxonomy, tracks))))
+        there = len(np.unique(truth[1][truth[1] > 0]))
+        panels.append((f"true: {there} instances", render(solid, panoptic_colors(*truth, taxonomy, tracks))))
     colors = panoptic_colors(found.classes, found.instances, taxonomy, names)
     unseen = np.zeros(colors.shape[:3], bool) if truth is None else truth[0] == IGNORE
     title_of = f"predicted: {len(names)} instances of boxes, {max(0, int(found.instances.max()) - len(names))} others"
@@ -131,8 +132,8 @@ def panoptic_picture(
         # True boxes white below the found ones.
         drawn = [(true_boxes.boxes, np.tile([1.0, 1.0, 1.0, 0.9], (len(true_boxes.boxes), 1))), (said, shade)]
         boxes_in_images(parts[2], frame, np.eye(3) if undo is None else undo, drawn)
-    there = {int(c) for classes in ((truth[0],) if truth else ()) + (found.classes,) for c in np.unique(classes)}
-    stuff = [c for c in sorted(there - {IGNORE, free}) if taxonomy.classes[c] not in taxonomy.things]
+    present = {int(c) for classes in ((truth[0],) if truth else ()) + (found.classes,) for c in np.unique(classes)}
+    stuff = [c for c in sorted(present - {IGNORE, free}) if taxonomy.classes[c] not in taxonomy.things]
     pale = (0.4 * np.array(taxonomy.colors) + 0.6 * PALE) / 255
     handles = [Patch(color=pale[c], label=taxonomy.classes[c]) for c in stuff]
     figure.legend(handles=handles, loc="outside lower center", ncols=9, fontsize=8, frameon=False)
@@ -155,5 +156,5 @@ def animate(path: Path, pictures: Sequence[Path], seconds: float = 0.5) -> None:
     for frame in frames:
         whole = Image.new("RGB", size, "white")
         whole.paste(frame, ((size[0] - frame.width) // 2, (size[1] - frame.height) // 2))
-        canvas.append(whole.quantize(128, dither=Image.Dither.NONE))
+        canvas.append(whole.quantize(256, dither=Image.Dither.NONE))
     canvas[0].save(path, save_all=True, append_images=canvas[1:], duration=round(1000 * seconds), loop=0)
