@@ -127,7 +127,7 @@ def prediction_picture(
         path: written; its folder is created.
         batch, outputs: with at least ``index`` + 1 frames.
         grid: of the labels. taxonomy: of the classes.
-        cameras: names, for captions.
+        cameras: names of the first views, for captions; others are not shown.
         kind, threshold: how semantic logits become classes.
     """
     labels = batch.part(Occupancy)
@@ -156,7 +156,9 @@ def prediction_picture(
 
     dots = colors[tuple(cells.T)] if len(cells) else np.zeros((0, 3), np.uint8)
     images = []
-    for i in _around(_numpy(batch.part(Cameras).camera_to_ego[index]) if cameras else np.zeros((0, 4, 4))):
+    # Views beyond the names are of earlier key-frames.
+    poses = batch.part(Cameras).camera_to_ego[index, : len(cameras)] if cameras else batch.scene_aug.new_zeros(0, 4, 4)
+    for i in _around(_numpy(poses)):
         name = cameras[i]
         image = _numpy(batch.part(Cameras).images[index, i]).transpose(1, 2, 0)
         images.append((name, overlay(image, _numpy(pixels[i]), _numpy(depth[i]), dots)))

@@ -67,6 +67,16 @@ def test_prediction_picture_is_written(tmp_path):
             assert len(image.convert("RGB").getcolors(1 << 24)) > 200
 
 
+def test_views_of_earlier_key_frames_are_not_shown(tmp_path, monkeypatch):
+    """A temporal network, or ``data.history``, has more views than cameras."""
+    shown = []
+    monkeypatch.setattr(report, "_compose", lambda path, images, *_, **__: shown.extend(name for name, _ in images))
+    batch = make_batch(1, 1, views=6)
+    outputs = OccOutputs(None, torch.zeros(1, 17, *SMALL.shape))
+    prediction_picture(tmp_path / "a.png", batch, outputs, index=0, grid=SMALL, taxonomy=OCC3D, cameras=("A", "B", "C"))
+    assert sorted(shown) == ["A", "B", "C"]
+
+
 def runs(arm, seed, miou):
     return Run(f"{arm}-{seed}", {"arm": arm, "seed": str(seed)}, {"eval/miou": miou, "eval/iou": 2 * miou})
 
