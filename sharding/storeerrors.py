@@ -92,6 +92,10 @@ def explain(error: BaseException, url: str) -> Exception:
         return PermissionError(
             f"{url}: no working credentials found ({said}): {CREDENTIALS}; for a public bucket, set {ANONYMOUS}=1"
         )
+    if url.startswith("hf://") and getattr(getattr(error, "response", None), "status_code", 0) in (401, 403):
+        return PermissionError(
+            f"{url}: access denied; agree to its terms on the hub and log in with `hf auth login` ({said})"
+        )
     if isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403):
         return _denied(error, url, said, meaning)
     if meaning:

@@ -14,7 +14,7 @@ from occstream.sharding import rawtree, storage
 from occstream.sharding.rawfiles import choose, entries, existing_folder, read_file
 from occstream.sharding.rawtree import Tree, ahead, inside, raw_place
 from occstream.sharding.sources import open_source
-from occstream.sharding.storeerrors import transient
+from occstream.sharding.storeerrors import explain, transient
 from tests import objectstore
 from tests.faultproxy import Faults
 from tests.sharding import layouts
@@ -229,8 +229,12 @@ def test_a_hub_that_asks_to_wait_is_asked_again():
         response = Response()
 
     assert transient(HubError("429 Client Error"))
-    Response.status_code = 404
-    assert not transient(HubError("404 Client Error"))
+    for Response.status_code in (403, 404):
+        assert not transient(HubError("Client Error"))
+    Response.status_code = 403
+    told = explain(HubError("gated"), "hf://datasets/a/b@c/features.csv")
+    assert isinstance(told, PermissionError)
+    assert "agree to its terms on the hub and log in with `hf auth login` (gated)" in str(told)
 
 
 def test_argoverse_from_a_public_bucket(s3, through, shared_data, repo_root, tmp_path, monkeypatch, capsys):
