@@ -264,8 +264,6 @@ class PanoOccTask(Task):
 
     def scoring(self, manifest: Manifest, unknown: float | None) -> Scoring:
         config, more = self.config, dict[str, Callable[[], Metric]]()
-        if not self.detects:  # without, samples have no boxes, from which true instances follow
-            config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, panoptic=False))
         if self.detects:
             more["AP"] = lambda: DetectionScores(config.classes, self._found_boxes, reach=self._reach)
         if self.voxels and config.eval.points:
@@ -396,8 +394,12 @@ class PanoOccTask(Task):
         return tracks if len(tracks) == count else []
 
     def check_prediction(self) -> None:
+        if not self.semantic:
+            raise ValueError("is of a pre-training run, which predicts no classes; give a fine-tuned one")
         if not self.voxels:
-            raise ValueError("predicts no classes of voxels; give a fine-tuned run whose heads are voxels or joint")
+            raise ValueError(
+                "has heads=boxes, which predict no classes of voxels; give a run with heads=voxels or joint"
+            )
 
     def predict(
         self, model: nn.Module, batches: Iterable[Batch], keep: Keep, flips: bool

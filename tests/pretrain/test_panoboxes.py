@@ -50,6 +50,8 @@ def test_each_choice_of_heads_has_its_parts_and_learns_them():
     assert net.detector is net.voxel_head is net.thing_head is None
     assert {*pre.loss(net(batch), batch)[1]} == {"binary"}
     assert (pre.detects, pre.segments) == (False, False)
+    with pytest.raises(ValueError, match="has heads=boxes, which predict no classes of voxels"):
+        task("heads=boxes").check_prediction()
 
 
 def test_boxes_are_seen_in_the_foreground_alone(joint):
@@ -180,8 +182,10 @@ def test_panoptic_voxels_are_scored_where_there_are_boxes():
     """Of voxels alone no true instances are known: an evaluation scores their classes."""
     manifest = SimpleNamespace(metric_convention=lambda: ("occ3d", "said"))
     kinds = []
-    for heads in ("voxels", "joint"):
+    for heads in ("voxels", "boxes", "joint"):
         of = task_of(load_config(RECIPE, [f"heads={heads}", "eval.points=false"]))
         assert of.config.eval.panoptic
         kinds.append(type(of.scoring(manifest, None).metric()).__name__)
-    assert kinds == ["OccupancyMetric", "JointMetric"]
+        metric = of.scoring(manifest, None).metric()
+        assert ("PQ-voxel" in getattr(metric, "metrics", {})) == (heads == "joint")
+    assert kinds == ["OccupancyMetric", "JointMetric", "JointMetric"]
