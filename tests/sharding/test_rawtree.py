@@ -257,7 +257,9 @@ def test_argoverse_from_a_public_bucket(s3, through, shared_data, repo_root, tmp
         rawtree.forget()
         monkeypatch.chdir(tmp_path)
         page = (repo_root / "docs" / "first-data.md").read_text()
-        commands = [line.split()[1:] for line in page.splitlines() if line.startswith("occstream ")]
+        block = page.split("```")[1]
+        commands = [line.split()[1:] for line in block.splitlines() if line.startswith("occstream ")]
+        assert len(block.strip().splitlines()) == 6
         assert [command[0] for command in commands] == ["shard", "verify", "inspect", "preview"]
         for command in commands:
             assert cli.main(command) == 0, command
