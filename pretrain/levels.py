@@ -80,9 +80,8 @@ def occupied_shares(
             labels = reader.frame(*places[n]).labels
             if labels is None:
                 continue  # the streams say which frame lacks what
-            counts = labels.mask_camera if mask == "camera" else labels.known()
-            known = labels.known() if counts is None else counts
-            occupied = torch.from_numpy(labels.binary & known)[None]
+            known = {"camera": labels.mask_camera, "none": np.ones_like(labels.binary)}.get(mask)
+            occupied = torch.from_numpy(labels.binary & (labels.known() if known is None else known))[None]
             found.append([float(pool_binary(occupied, occupied, shape)[0].float().mean()) for shape in shapes])
     finally:
         reader.close()

@@ -91,6 +91,8 @@ def test_shares_are_those_of_what_the_labels_know(monkeypatch):
     blocks = occupied.reshape(2, 2, 3, 2, 1, 2).any((1, 3, 5))
     np.testing.assert_allclose(shares[-1], [blocks.mean(), occupied.mean()], rtol=1e-6)
     assert len(levels.occupied_shares(manifest, [1], [GRID], frames=1)) == 1
+    everything = levels.occupied_shares(manifest, [0, 1], [GRID], mask="none")
+    assert everything[-1] == pytest.approx(Reader(None, ("labels",), None).frame(1, 1).labels.binary.mean())
 
 
 SHAPES = [(50, 50, 16), (100, 100, 16), (200, 200, 32)]
