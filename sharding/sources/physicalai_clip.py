@@ -250,12 +250,15 @@ def _lenses(files: Files, options: Options) -> tuple[dict[str, _Lens], str]:
             polynomials = {
                 k: tuple(float(c) for c in given[k]) for k in ("angle_to_pixeldist_poly", "pixeldist_to_angle_poly")
             }
+            center = float(given["principal_point"][0]), float(given["principal_point"][1])
+            c, d, e = (float(number) for number in given.get("linear_cde", (1, 0, 0)))
+            linear = c, d, e
             forward = given["reference_poly"] == "ANGLE_TO_PIXELDIST"
             lens = FTheta(
-                width, height, tuple(float(c) for c in given["principal_point"]),
+                width, height, center,
                 polynomials["angle_to_pixeldist_poly"] if forward else None,
                 None if forward else polynomials["pixeldist_to_angle_poly"],
-                float(given["max_angle"]), tuple(float(c) for c in given.get("linear_cde", (1, 0, 0))),
+                float(given["max_angle"]), linear,
             )  # fmt: skip
             shutter = int(given["shutter_delay_us"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -456,6 +459,8 @@ def decoded(path: Place, wanted: list[int], count: int) -> dict[int, np.ndarray]
                 mine = [n for n, g in zip(wanted, group.tolist()) if g == begin]
                 container.seek(int(order[starts[max(begin, 0)]]), stream=stream)
                 for frame in container.decode(stream):
+                    if frame.pts is None:
+                        continue
                     n = int(np.searchsorted(order, frame.pts))
                     if n in mine:
                         found[n] = frame.to_ndarray(format="rgb24")
