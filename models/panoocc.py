@@ -79,7 +79,7 @@ class PanoOccConfig:
     """Key-frames, with the current one (Table 8)."""
     past_gradient: bool = False
     """Learn through the features of earlier key-frames as well. False: they are computed as in an evaluation, without dropout
-    and by running statistics, and memory does not grow with their number."""
+    and by running statistics, and memory hardly grows with their number."""
     temporal_blocks: int = 1
     """Residual blocks that fuse the key-frames (Table 8: more do not help)."""
     decoder: Literal["dense", "sparse"] = "dense"
