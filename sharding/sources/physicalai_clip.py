@@ -261,7 +261,7 @@ def _lenses(files: Files, options: Options) -> tuple[dict[str, _Lens], str]:
                 float(given["max_angle"]), linear,
             )  # fmt: skip
             shutter = int(given["shutter_delay_us"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"{where}: {error if isinstance(error, ValueError) else f'lens not readable ({error!r})'}"
             ) from None

@@ -240,6 +240,7 @@ def rows_of(name, change):
         ({"external_distortion_parameters": {"a": 1}}, "behind a windshield"),
         ({"max_angle": 9}, "camera_front_wide_120fov of clip .*largest angle"),
         ({"resolution": None}, "lens not readable"),
+        ({"principal_point": [1]}, "lens not readable"),
         ({"resolution": [10, 10]}, "its calibration 10x10"),
     ],
 )
