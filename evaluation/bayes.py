@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from occstream.evaluation.propagate import ABSTAIN, DOUBTFUL, LOG_UNIT, Rule
+from occstream.evaluation.rules import ABSTAIN, DOUBTFUL, LOG_UNIT, Rule
 from occstream.evaluation.votes import things_of
 from occstream.sharding.codec import canonical_json
 from occstream.sharding.exactmath import log

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from occstream.evaluation.drive import DriveReader
-from occstream.evaluation.propagate import Device, Pulled, Rule, overlapping, packed, pull, pull_maps
+from occstream.evaluation.propagate import Device, overlapping, packed, pull, pull_maps
+from occstream.evaluation.rules import Pulled, Rule
 from occstream.evaluation.votes import VoteConfig, voting
 from occstream.sharding import storage
 from occstream.sharding.codec import canonical_json

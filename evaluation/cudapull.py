@@ -8,14 +8,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from occstream.evaluation.propagate import Pulled, Rule
+from occstream.evaluation.rules import Pulled, Rule
 
 VOXELS = 32  # of a program: two scores of all classes fit into its registers
 INTERPRETED = 128  # in the interpreter, whose programs take as long whatever their size
@@ -69,7 +68,8 @@ def pull_into(
     made = [move(each[where] if each is not None else nothing) for each in (out.frames, out.last, out.confidence)]
     classes = rule.num_classes + 1
     voxels = INTERPRETED if device == "cpu" else VOXELS
-    tritonpull.pull[(-(-len(index) // voxels),)](
+    program: Any = tritonpull.pull[(-(-len(index) // voxels),)]  # to the type checker, its options are no arguments
+    program(
         move(index, np.int32), move(maps.reshape(-1), np.float64), move(sources[used]), move(second), move(sure),
         move(np.array([place_of[slot] for slot in slots], np.int64)), move(said_by, np.int32),
         move(rule.weights if rule.weights.size else nothing), move(rule.shares),

@@ -9,7 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from occstream.evaluation.propagate import ABSTAIN, IN_VIEW, packed
+from occstream.evaluation.propagate import packed
+from occstream.evaluation.rules import ABSTAIN, IN_VIEW
 from occstream.evaluation.votes import in_frustum
 from occstream.sharding.doubts import doubts
 from occstream.sharding.grid import VoxelGrid

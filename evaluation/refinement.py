@@ -21,7 +21,8 @@ from occstream.evaluation.bayes import (
     scores_by_exponent,
 )
 from occstream.evaluation.drive import BoxMotion, DriveReader, Source, Volumes, Votes, label_manifest
-from occstream.evaluation.propagate import Device, Rule, evidence, overlapping, pull, pull_maps
+from occstream.evaluation.propagate import Device, evidence, overlapping, pull, pull_maps
+from occstream.evaluation.rules import Rule
 from occstream.evaluation.votes import VoteConfig, voting
 from occstream.sharding.attach import Sidecar
 from occstream.sharding.codec import Coding, encode

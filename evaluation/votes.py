@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from occstream.evaluation.propagate import SHARE_UNIT, VOTE_UNIT, Rule
+from occstream.evaluation.rules import SHARE_UNIT, VOTE_UNIT, Rule
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.poses import apply, inverse
 from occstream.sharding.schema import Camera, Taxonomy

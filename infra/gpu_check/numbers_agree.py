@@ -20,7 +20,8 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx
 import occstream.models
 from occstream.evaluation.bayes import Confusions, naive_bayes
 from occstream.evaluation.cudapull import pull_into
-from occstream.evaluation.propagate import Pulled, Rule, packed, pull, pull_maps
+from occstream.evaluation.propagate import packed, pull, pull_maps
+from occstream.evaluation.rules import Pulled, Rule
 from occstream.evaluation.votes import VoteConfig, voting
 from occstream.launch.doctor import examine, report
 from occstream.models import MODELS, Batch, attention, build_model, kernels, lift

@@ -7,7 +7,8 @@ import pytest
 
 from occstream.evaluation.bayes import Confusions, naive_bayes
 from occstream.evaluation.cudapull import pull_into, usable
-from occstream.evaluation.propagate import Pulled, packed, pull, pull_maps
+from occstream.evaluation.propagate import packed, pull, pull_maps
+from occstream.evaluation.rules import Pulled
 from occstream.evaluation.votes import VoteConfig, voting
 from occstream.sharding.schema import IGNORE
 from tests.evaluation.test_propagate import MIXED, SMALL, pose, some_confusions

@@ -13,7 +13,8 @@ from occstream.evaluation.bayes import (
     naive_bayes,
     scores_by_exponent,
 )
-from occstream.evaluation.propagate import ABSTAIN, LOG_UNIT, evidence, overlapping, packed, pull, pull_maps
+from occstream.evaluation.propagate import evidence, overlapping, packed, pull, pull_maps
+from occstream.evaluation.rules import ABSTAIN, LOG_UNIT
 from occstream.evaluation.votes import VoteConfig, in_frustum, voting
 from occstream.sharding.exactmath import log
 from occstream.sharding.grid import GRIDS, VoxelGrid
