@@ -27,6 +27,7 @@ PACKAGED = list(packaged_recipes())
 
 STUDIES = [name for name in PACKAGED if "strategies" in read_recipe(name)]
 GRIDS = [name for name in PACKAGED if "axes" in read_recipe(name)]
+CHAINS = [name for name in PACKAGED if "steps" in read_recipe(name)]
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -53,7 +54,18 @@ def test_packaged_grids_are_valid(name):
                 assert parse_config(functools.reduce(merge, layers))
 
 
-@pytest.mark.parametrize("name", [n for n in PACKAGED if n not in (*STUDIES, *GRIDS)])
+@pytest.mark.parametrize("name", CHAINS)
+def test_packaged_chains_are_valid(name):
+    """Every training of them has the settings of a recipe."""
+    study = load_study(name)
+    trainings = [step for step in study.steps.values() if step.recipe]
+    assert trainings
+    for step in trainings:
+        stage = {"stage": step.stage} if step.stage else {}
+        assert parse_config(functools.reduce(merge, (read_recipe(step.recipe), study.set, step.set, stage)))
+
+
+@pytest.mark.parametrize("name", [n for n in PACKAGED if n not in (*STUDIES, *GRIDS, *CHAINS)])
 def test_packaged_recipes_are_valid_and_survive_a_round_trip(name):
     config = load_config(name)
     assert parse_config(config.to_dict()).to_dict() == config.to_dict()
