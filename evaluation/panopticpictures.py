@@ -61,7 +61,7 @@ def panoptic_colors(classes: np.ndarray, instances: np.ndarray, taxonomy: Taxono
         names: of instances 1, 2, …; those beyond have names by their number.
     """
     colors = (0.4 * class_colors(classes, taxonomy) + 0.6 * PALE).astype(np.uint8)
-    for number in np.unique(instances[instances > 0]).tolist():
+    for number in map(int, np.unique(instances[instances > 0])):
         name = names[number - 1] if number <= len(names) else f"{_FOUND}{number}"
         colors[instances == number] = instance_color(name)
     return colors
@@ -97,13 +97,15 @@ def panoptic_picture(
         undo: (3, 3) from the augmented frame of the labels to the ego frame; None: they are the same.
         title: above it.
     """
-    tracks = tracks or [str(i) for i in range(len(true_boxes.boxes))]
+    tracks = list(tracks) or [str(i) for i in range(len(true_boxes.boxes))]
     names, free = matched_names(boxes, found.kept, true_boxes, tracks), taxonomy.free_id
     panels = []
     if truth is not None:
         solid = (truth[0] != free) & (truth[0] != IGNORE)
         there = len(np.unique(truth[1][truth[1] > 0]))
-        panels.append((f"true: {there} instances", render(solid, panoptic_colors(*truth, taxonomy, tracks))))
+        panels.append(
+            (f"true: {there} instances", render(solid, panoptic_colors(truth[0], truth[1], taxonomy, tracks)))
+        )
     colors = panoptic_colors(found.classes, found.instances, taxonomy, names)
     unseen = np.zeros(colors.shape[:3], bool) if truth is None else truth[0] == IGNORE
     title_of = f"predicted: {len(names)} instances of boxes, {max(0, int(found.instances.max()) - len(names))} others"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -13,7 +14,9 @@ class Context(FunctionCtx):
     Attributes:
         saved_tensors: what ``save_for_backward`` got.
         needs_input_grad: for each argument of ``forward``.
+        counts: what a function keeps that is no tensor.
     """
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
+    counts: np.ndarray

@@ -154,12 +154,12 @@ def _pool_back(grad, depth, context, voxel, to_depth, to_context) -> None:
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _lower(place, size, half) -> tuple[int, float]:
+def _lower(place, size, half) -> tuple[np.int64, float]:
     """Number of the cell whose center is the last one not above a place in 0..1, and how far beyond it the place is, in cells;
     -2 for what is nowhere near (or not a number): no index could hold it. Size and half have the type to compute in."""
     at = place * size - half
     low = np.floor(at)
-    return (np.int64(low), at - low) if low >= -1 and low < size else (-2, at)
+    return (np.int64(low), at - low) if low >= -1 and low < size else (np.int64(-2), at)
 
 
 @numba.njit(cache=True, nogil=True)

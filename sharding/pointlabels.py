@@ -62,8 +62,7 @@ def point_labels(frame: Frame, grid: VoxelGrid, taxonomy: Taxonomy, *, empty: Em
 def majority(places: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Places that occur, ascending, and the class that most of the (N,) rows there have: the lowest of those with as many."""
     pairs, counts = np.unique(places * 256 + classes, return_counts=True)
-    at, kind = pairs // 256, pairs % 256
+    at, kind = np.divmod(pairs, 256)
     order = np.lexsort((kind, -counts, at))
     found, first = np.unique(at[order], return_index=True)
-    winners: np.ndarray = kind[order][first]
-    return found, winners.astype(np.uint8)
+    return found, np.take(kind, order[first]).astype(np.uint8)

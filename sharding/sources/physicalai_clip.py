@@ -321,7 +321,7 @@ class _Spins:
         """Raises ValueError if the file is missing or damaged."""
         path = clip.files.member(LIDAR, "scans")
         old = "reference_timestamp" in parquet_columns(path)
-        times = ("reference_timestamp",) if old else ("spin_start_timestamp", "spin_end_timestamp")
+        times = ["reference_timestamp"] if old else ["spin_start_timestamp", "spin_end_timestamp"]
         kinds = {"spin_index": "int64", **dict.fromkeys(times, "int64"), "draco_encoded_pointcloud": BYTES}
         table = read_parquet(path, kinds, "the LiDAR")
         ends = np.stack([table[times[0]], table[times[0]] + SPIN_US if old else table[times[1]]], 1)
@@ -442,10 +442,13 @@ def decoded(path: Place, wanted: list[int], count: int) -> dict[int, np.ndarray]
         ValueError: it is not readable, has another number of frames, or not at a constant rate.
     """
     import av
+    from av.container import InputContainer
+    from av.error import FFmpegError
 
     found: dict[int, np.ndarray] = {}
     try:
         with av.open(io.BytesIO(read_file(path, "a camera's video"))) as container:
+            assert isinstance(container, InputContainer), "a file that is read"
             stream = container.streams.video[0]
             packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None]
             order = np.array(sorted(pts for pts, _ in packets))
@@ -466,7 +469,7 @@ def decoded(path: Place, wanted: list[int], count: int) -> dict[int, np.ndarray]
                         found[n] = frame.to_ndarray(format="rgb24")
                     if n >= mine[-1]:
                         break
-    except (av.FFmpegError, IndexError, ValueError) as error:
+    except (FFmpegError, IndexError, ValueError) as error:
         raise ValueError(f"{path}: not usable as a video ({str(error)[:150]}); download it again") from None
     if lacking := [n for n in wanted if n not in found]:
         raise ValueError(f"{path}: frame {lacking[0]} cannot be decoded; download it again")
