@@ -52,7 +52,8 @@ def point_labels(frame: Frame, grid: VoxelGrid, taxonomy: Taxonomy, *, empty: Em
         mark_free(passed, sweep.xyz[whole], to_voxels / np.array(grid.voxel)[:, None])
         known |= passed.reshape(-1)
     semantic[known & ~binary] = taxonomy.free_id
-    classes = np.asarray(sweep.classes, np.int64)[whole][inside]
+    said: np.ndarray = np.asarray(sweep.classes, np.int64)
+    classes = said[whole][inside]
     voted = classes < taxonomy.num_classes
     voxels, winners = majority(place[voted], classes[voted])
     semantic[voxels] = winners
