@@ -452,17 +452,12 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from occstream.evaluation.compare import compare
-    from occstream.evaluation.studyreport import study_report
+    from occstream.launch.sweep import compared
     from occstream.pretrain.events import default_uri, describe_uri
-    from occstream.pretrain.sender import open_client
 
     out, uri = Path(args.out) if args.out else None, args.uri or default_uri()
     print(f"MLflow: {describe_uri(uri)}, experiment {args.experiment}")
-    report = None
-    if not args.by:
-        report = study_report(open_client(uri), args.experiment, out, args.partial)
-    print(report if report is not None else compare(uri, args.experiment, by=args.by or "arm", out=out))
+    print(compared(uri, args.experiment, by=args.by, out=out, partial=args.partial))
     return 0
 
 

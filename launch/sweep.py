@@ -16,7 +16,8 @@ from pathlib import Path
 from mlflow.entities import Metric
 
 from occstream.evaluation.charts import arrange_charts
-from occstream.evaluation.compare import DATA_CARD
+from occstream.evaluation.compare import DATA_CARD, compare
+from occstream.evaluation.studyreport import study_report
 from occstream.launch.chain import ChainStudy, Command, words_of
 from occstream.launch.grid import Study, Training, finish, plan
 from occstream.launch.study import load_study
@@ -26,6 +27,7 @@ from occstream.pretrain.sender import Sender, open_client
 from occstream.pretrain.tasks.registry import get_task
 from occstream.sharding.datacard import data_card
 from occstream.sharding.manifest import Manifest
+from occstream.sharding.secrets import redact
 
 HERE = Path(__file__).resolve().parent
 
@@ -78,12 +80,38 @@ def sweep(
         for name, reason in failed.items():
             print(f"  {name}: {reason}")
         return 1
-    print(f"\nall {len(runs)} runs are done; next: occstream compare --uri {study.uri} --experiment {study.name}")
+    print(f"\nall {len(runs)} runs are done\n\n{_report(study)}")
     if page and study.uri.startswith("http"):
-        print(f"curves: {study.uri.rstrip('/')}/{page}")
+        print(f"curves: {redact(study.uri).rstrip('/')}/{page}")
     elif page:
-        print(f"curves: mlflow ui --backend-store-uri {study.uri}, then http://127.0.0.1:5000/{page}")
+        print(f"curves: mlflow ui --backend-store-uri {redact(study.uri)}, then http://127.0.0.1:5000/{page}")
     return 0
+
+
+def compared(uri: str, experiment: str, *, by: str = "", out: Path | None = None, partial: bool = False) -> str:
+    """What ``occstream compare`` prints: a scaling study's report, or a table of any runs.
+
+    Args:
+        uri: MLflow tracking URI.
+        by: tag that names the rows of a table; "": the arm, unless it is a scaling study.
+        out: folder for files.
+        partial: report on a scaling study although cells are missing.
+
+    Raises:
+        ValueError: there is nothing to compare, which is said.
+    """
+    report = None if by else study_report(open_client(uri), experiment, out, partial)
+    return report if report is not None else compare(uri, experiment, by=by or "arm", out=out)
+
+
+def _report(study: Study) -> str:
+    """The comparison of a study's runs, also written below its folder; how to get it later where the server has not all."""
+    out = Path(study.output) / "report"
+    try:
+        return f"{compared(study.uri, study.name, out=out)}\n\nwrote {out}"
+    except Exception as error:  # the server's trouble is not training's
+        later = f"occstream compare --uri {redact(study.uri)} --experiment {study.name} --out {out}"
+        return f"no report yet ({_first_line(error)}); later: {later}"
 
 
 def _chain(study: ChainStudy, jobs: int, dry_run: bool, write: str) -> int:
@@ -124,12 +152,16 @@ def _page(study: Study, runs: Sequence[Training]) -> str:
         return _log_card(study, runs)
     except Exception as error:  # the server's trouble is not training's
         print(
-            f"MLflow at {study.uri} does not accept the data card ({str(error).splitlines()[0][:160]}); runs continue and keep "
-            "their metrics, `occstream sync RUN` sends them later",
+            f"MLflow at {redact(study.uri)} does not accept the data card ({_first_line(error)}); runs continue and "
+            "keep their metrics, `occstream sync RUN` sends them later",
             file=sys.stderr,
             flush=True,
         )
         return ""
+
+
+def _first_line(error: Exception) -> str:
+    return redact((str(error).splitlines() or [type(error).__name__])[0][:160])
 
 
 def _log_card(study: Study, runs: Sequence[Training]) -> str:

@@ -203,6 +203,8 @@ seeds: [0]
     said, _ = done.communicate(200)
     assert done.returncode == 0, said
     assert "all 2 runs are done" in said
+    assert "mean ± sample standard deviation over seeds" in said
+    assert "| pretrained | 0 |" in (tmp_path / "runs/report/comparison.md").read_text()
     for stage in ("pretrain", "finetune"):
         assert sorted(losses(tmp_path / f"runs/{stage}-pretrained-s0")) == [1]
 
