@@ -70,7 +70,8 @@ def test_deepspeed_launcher_trains_on_two_processes_and_fine_tuning_goes_on_from
 
 
 def test_a_run_continues_at_another_zero_stage_and_length(data, tmp_path):
-    settings = [f"data.url={data}", "optim.schedule=constant"]
+    # A small learning rate: Adam turns the rounding of gradients that are zero into whole steps.
+    settings = [f"data.url={data}", "optim.schedule=constant", "optim.lr=2e-5"]
     run("pretrain", tmp_path / "whole", *settings, "train.steps=8")
     run("pretrain", tmp_path / "parts", *settings, "train.steps=4")
     run("pretrain", tmp_path / "parts", *settings, "train.steps=8", "train.zero_stage=3")

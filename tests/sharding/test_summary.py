@@ -52,6 +52,8 @@ SAID = {
         None,
         "2: ring_front_center, ring_side_left (ring_side_left in 2 of 4 frames)",
     ),
+    ("physicalai", 0): ("made from LiDAR: ", TINY, None),
+    ("physicalai", 1): ("made from LiDAR: ", TINY, None),
     ("synthetic", 0): ("native: the source brings them", TINY, None, f"6: {SIX}"),
 }
 
