@@ -41,6 +41,8 @@ LONGEST = (
     "tests/launch/test_runs.py",
     "tests/infra/test_gpu_check.py",
     "tests/pretrain/test_tasks.py",
+    "tests/pretrain/test_panoocc.py",
+    "tests/sharding/test_physicalai.py",
     "tests/sharding/test_synthetic.py",
     "tests/sharding/test_job.py",
     "tests/sharding/test_sources.py",
