@@ -39,7 +39,7 @@ def point_labels(frame: Frame, grid: VoxelGrid, taxonomy: Taxonomy, *, empty: Em
     whole = np.isfinite(sweep.xyz).all(1)
     pose = sweep_to_grid(frame, sweep, grid)
     index, inside = grid.to_index(apply(pose, sweep.xyz[whole]))
-    place = np.ravel_multi_index(tuple(index[inside].T), grid.shape)
+    place = np.asarray(np.ravel_multi_index(tuple(index[inside].T), grid.shape))
     binary = np.zeros(grid.size, bool)
     binary[place] = True
     semantic = np.full(grid.size, IGNORE, np.uint8)
@@ -52,8 +52,7 @@ def point_labels(frame: Frame, grid: VoxelGrid, taxonomy: Taxonomy, *, empty: Em
         mark_free(passed, sweep.xyz[whole], to_voxels / np.array(grid.voxel)[:, None])
         known |= passed.reshape(-1)
     semantic[known & ~binary] = taxonomy.free_id
-    said: np.ndarray = np.asarray(sweep.classes, np.int64)
-    classes = said[whole][inside]
+    classes = np.asarray(sweep.classes, np.int64)[whole][inside]
     voted = classes < taxonomy.num_classes
     voxels, winners = majority(place[voted], classes[voted])
     semantic[voxels] = winners
