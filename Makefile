@@ -12,12 +12,12 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/occstream demo
 
-# Four workers for two cores: tests that wait for processes, timeouts or a server leave their core to others.
+# Three workers for two cores: tests that wait for processes or a server leave a core to the third.
 # Byte code is kept also where the environment forbids it: dozens of processes would compile every module again.
 test: export PYTHONDONTWRITEBYTECODE =
 test: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	  $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Once more what calls compiled kernels, with every index checked; its cache is not that of unchecked kernels.
 bounds: dev
