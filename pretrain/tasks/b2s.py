@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from occstream.evaluation.occupancy import HEADLINE
@@ -18,11 +17,11 @@ from occstream.models.batch import Batch, OccOutputs
 from occstream.pretrain import losses
 from occstream.pretrain.config import merge
 from occstream.pretrain.samples import FrameFiller
-from occstream.pretrain.tasks.base import Facts, Role, Scoring, Task, Transfer
+from occstream.pretrain.tasks.base import Facts, Role, Scoring, Transfer
 from occstream.pretrain.tasks.occupancy import (
+    CameraTask,
     OccupancyConfig,
     camera_frames,
-    camera_names,
     camera_sample,
     eval_boxes,
     mask_facts,
@@ -32,28 +31,12 @@ from occstream.pretrain.tasks.registry import register
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.schema import Labels
 
-# Part of a step -> module of the network. What a network lacks is left out.
-PARTS = {
-    "image encoder": "images",
-    "lift": "lift",
-    "dense layers": "dense",
-    "binary decoder": "decoder",
-    "sparse part": "semantic",
-    "full head": "full",
-}
-
 if TYPE_CHECKING:
-
-    class ImageLevels(nn.Module):
-        """The image encoder; ``levels`` is its backbone."""
-
-        levels: Callable[..., Any]
 
     class Network(nn.Module):
         """What a model gives that B2S trains, beside its forward."""
 
         predicts_binary: bool
-        images: ImageLevels
 
         def transfer_keys(self) -> list[str]: ...
         def dropped_keys(self) -> tuple[str, ...]: ...
@@ -82,13 +65,21 @@ class B2SRecipe(OccupancyConfig):
 
 
 @register
-class B2STask(Task):
+class B2STask(CameraTask):
     """Stage pretrain ends at the binary decoder; finetune has the whole network, and binary frames of the replay stop at the
     binary decoder (Sec. 3.3)."""
 
     name = "b2s"
     stages = {"pretrain": "Pre-trains on binary occupancy.", "finetune": "Fine-tunes semantic occupancy."}  # noqa: RUF012
     Config = B2SRecipe
+    parts: ClassVar[Mapping[str, str]] = {
+        "image encoder": "images",
+        "lift": "lift",
+        "dense layers": "dense",
+        "binary decoder": "decoder",
+        "sparse part": "semantic",
+        "full head": "full",
+    }
     terms = ("binary", "semantic", "depth")
     headline = {f"eval/{name}": HEADLINE[name] for name in ("miou", "iou", "binary_iou")}  # noqa: RUF012
     knobs = (
@@ -143,19 +134,6 @@ class B2STask(Task):
     def transfer(self, model: nn.Module) -> Transfer:
         network = _network(model)
         return Transfer(network.transfer_keys(), network.dropped_keys())
-
-    def compile(self, model: nn.Module, backend: str) -> None:
-        # The backbone alone: it is most of the FLOPs, and its shapes do not change. Activation checkpointing stays outside: it
-        # runs the compiled function again.
-        images = _network(model).images
-        images.levels = torch.compile(images.levels, dynamic=False, backend=backend)
-
-    def timed(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        found = {part: getattr(model, name, None) for part, name in PARTS.items()}
-        return {part: module for part, module in found.items() if isinstance(module, nn.Module)}
-
-    def sensors(self, manifest: Manifest, scene: int, wanted: Sequence[str] = ()) -> tuple[str, ...]:
-        return camera_names(manifest, scene, tuple(wanted or self.config.data.cameras or ()))
 
     def sample(self, role: Role, source: Any, sensors: Sequence[str], labeled: bool = True) -> FrameFiller:
         data, train = self.config.data, role in ("main", "replay")

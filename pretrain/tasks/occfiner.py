@@ -18,7 +18,14 @@ from occstream.models.occfiner import OccFiner, OccFinerConfig
 from occstream.pretrain.config import Config
 from occstream.pretrain.lovasz import draw_of, lovasz_counts, lovasz_softmax, weighted_count, weighted_cross_entropy
 from occstream.pretrain.tasks.base import Facts, Role, Scoring, Task
-from occstream.pretrain.tasks.occupancy import MaskedData, MaskedEval, eval_boxes, mask_facts, occupancy_scoring
+from occstream.pretrain.tasks.occupancy import (
+    MaskedData,
+    MaskedEval,
+    check_class_weights,
+    eval_boxes,
+    mask_facts,
+    occupancy_scoring,
+)
 from occstream.pretrain.tasks.registry import register
 from occstream.pretrain.volumes import VolumeFiller, WindowConfig
 from occstream.sharding.manifest import Manifest
@@ -75,11 +82,7 @@ class OccFinerRecipe(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = (*self.classes.classes, "free")
-        if unknown := [name for name in self.loss.class_weights if name not in known]:
-            raise ValueError(
-                f"loss.class_weights has {unknown[0]!r}, which taxonomy {self.taxonomy!r} has not: {', '.join(known)}"
-            )
+        check_class_weights(self.loss.class_weights, self)
 
 
 @register

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from occstream.evaluation.detection import rules_of
 from occstream.evaluation.evaluate import JointMetric, Metric
@@ -26,7 +26,7 @@ from occstream.pretrain.config import Config, DataConfig, EvalConfig, Mask
 from occstream.pretrain.losses import LossConfig
 from occstream.pretrain.reading import cache
 from occstream.pretrain.samples import FrameFiller
-from occstream.pretrain.tasks.base import Facts, Scoring
+from occstream.pretrain.tasks.base import Facts, Scoring, Task
 from occstream.sharding.grid import VoxelGrid
 from occstream.sharding.labels import grid_to_global
 from occstream.sharding.manifest import Manifest
@@ -319,6 +319,40 @@ def camera_names(manifest: Manifest, scene: int, wanted: tuple[str, ...] | None 
             f"{manifest.url}: scene {manifest.scenes[scene].name} has no cameras; this model trains on images"
         )
     return wanted or names
+
+
+class CameraTask(Task):
+    """A task whose network has an image encoder, ``images``.
+
+    Class attributes:
+        parts: parts of a step whose time is told apart, by the module that does them. What a network lacks is skipped.
+    """
+
+    parts: ClassVar[Mapping[str, str]] = {}
+
+    def compile(self, model: nn.Module, backend: str) -> None:
+        """Compiles the image backbone alone: it is most of the FLOPs, and its shapes do not change. Activation checkpointing
+        stays outside: it runs the compiled function again."""
+        images: Any = model.get_submodule("images")
+        images.levels = torch.compile(images.levels, dynamic=False, backend=backend)
+
+    def timed(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """Modules of ``parts`` that the network has."""
+        found = {part: getattr(model, name, None) for part, name in self.parts.items()}
+        return {part: module for part, module in found.items() if isinstance(module, nn.Module)}
+
+    def sensors(self, manifest: Manifest, scene: int, wanted: Sequence[str] = ()) -> tuple[str, ...]:
+        """The wanted cameras, else those of the recipe, else all. Raises ValueError as ``camera_names``."""
+        return camera_names(manifest, scene, tuple(wanted or self.config.data.cameras or ()))
+
+
+def check_class_weights(weights: Mapping[str, float], config: Config) -> None:
+    """Raises ValueError if ``loss.class_weights`` has a name that the recipe's taxonomy has not."""
+    known = (*config.classes.classes, "free")
+    if unknown := [name for name in weights if name not in known]:
+        raise ValueError(
+            f"loss.class_weights has {unknown[0]!r}, which taxonomy {config.taxonomy!r} has not: {', '.join(known)}"
+        )
 
 
 def camera_frames(config: Any, semantic: int, binary: int, *, depth_cell: int = 0, history: int = 0) -> Batch:

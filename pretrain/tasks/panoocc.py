@@ -37,27 +37,19 @@ from occstream.pretrain.config import Config
 from occstream.pretrain.keyframes import KeyFrameFiller
 from occstream.pretrain.levels import keep_notes, occupied_shares
 from occstream.pretrain.panolosses import PanoLoss
-from occstream.pretrain.tasks.base import Facts, Role, Scoring, Task, Transfer
+from occstream.pretrain.tasks.base import Facts, Role, Scoring, Transfer
 from occstream.pretrain.tasks.occupancy import (
+    CameraTask,
     MaskedData,
     MaskedEval,
     camera_frames,
-    camera_names,
+    check_class_weights,
     mask_facts,
     occupancy_scoring,
 )
 from occstream.pretrain.tasks.registry import register
 from occstream.sharding.manifest import Manifest
 from occstream.sharding.schema import Frame, Labels
-
-PARTS = {
-    "image encoder": "images",
-    "view encoder": "views",
-    "temporal encoder": "temporal",
-    "decoder": "decoder",
-    "voxel head": "voxel_head",
-    "detector": "detector",
-}  # part of a step -> module of the network
 
 
 @dataclass
@@ -115,15 +107,11 @@ class PanoOccRecipe(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = (*self.classes.classes, "free")
-        if unknown := [name for name in self.loss.class_weights if name not in known]:
-            raise ValueError(
-                f"loss.class_weights has {unknown[0]!r}, which taxonomy {self.taxonomy!r} has not: {', '.join(known)}"
-            )
+        check_class_weights(self.loss.class_weights, self)
 
 
 @register
-class PanoOccTask(Task):
+class PanoOccTask(CameraTask):
     """Stage pretrain learns occupancy of the fine grid; finetune has the whole network, and binary frames of the replay stop at
     the binary head."""
 
@@ -133,6 +121,14 @@ class PanoOccTask(Task):
         "finetune": "Fine-tunes semantic occupancy and detection.",
     }
     Config = PanoOccRecipe
+    parts: ClassVar[Mapping[str, str]] = {
+        "image encoder": "images",
+        "view encoder": "views",
+        "temporal encoder": "temporal",
+        "decoder": "decoder",
+        "voxel head": "voxel_head",
+        "detector": "detector",
+    }
     terms = (*panolosses.TERMS, "box_class", "box")
     headline: ClassVar[Mapping[str, str]] = {
         "eval/miou": HEADLINE["miou"],
@@ -197,18 +193,7 @@ class PanoOccTask(Task):
         """All but what only semantic frames teach."""
         return Transfer([key for key in model.state_dict() if not key.startswith(PanoOcc.SEMANTIC)])
 
-    def compile(self, model: nn.Module, backend: str) -> None:
-        images: Any = model.get_submodule("images")
-        images.levels = torch.compile(images.levels, dynamic=False, backend=backend)
-
-    def timed(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        found = {part: getattr(model, name, None) for part, name in PARTS.items()}
-        return {part: module for part, module in found.items() if isinstance(module, nn.Module)}
-
     # Data
-
-    def sensors(self, manifest: Manifest, scene: int, wanted: Sequence[str] = ()) -> tuple[str, ...]:
-        return camera_names(manifest, scene, tuple(wanted or self.config.data.cameras or ()))
 
     def sample(self, role: Role, source: Any, sensors: Sequence[str], labeled: bool = True) -> KeyFrameFiller:
         config, train = self.config, role in ("main", "replay")
